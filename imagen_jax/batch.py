@@ -1,0 +1,126 @@
+"""The arrays that travel between rooms, and the one way pictures are made smaller."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from imagen_jax.config import StageConfig
+from imagen_jax.errors import UserError
+
+
+@flax.struct.dataclass
+class Batch:
+    """One training batch.
+
+    Attributes:
+      image: `[B, H, W, 3]` uint8, at the stage's resolution or crop.
+      text: `[B, L, D]` bfloat16, the caption's embeddings; zero where padded.
+      mask: `[B, L]` bool, True where a token is real.
+      id: `[B]` int32, the example's number in its data set.
+    """
+
+    image: jax.Array
+    text: jax.Array
+    mask: jax.Array
+    id: jax.Array
+
+
+@flax.struct.dataclass
+class Cond:
+    """What a network is conditioned on, beside the noise level.
+
+    The null text is zero embeddings and an all-False mask, everywhere.
+
+    Attributes:
+      text: `[B, L, D]` bfloat16 or float32.
+      mask: `[B, L]` bool.
+      lowres: `[B, h, w, 3]` float32, the low-resolution picture with its
+        augmentation noise on it; None for a base stage.
+      aug_logsnr: `[B]` float32, the log-SNR of that noise; None for a base stage.
+    """
+
+    text: jax.Array
+    mask: jax.Array
+    lowres: jax.Array | None = None
+    aug_logsnr: jax.Array | None = None
+
+
+def batch_spec(cfg: StageConfig) -> Batch:
+    """Shapes and types of a global batch, without data."""
+    b, size, text = cfg.training.batch_size, cfg.train_size, cfg.text
+    return Batch(
+        image=jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8),
+        text=jax.ShapeDtypeStruct((b, text.length, text.dim), jnp.bfloat16),
+        mask=jax.ShapeDtypeStruct((b, text.length), jnp.bool_),
+        id=jax.ShapeDtypeStruct((b,), jnp.int32),
+    )
+
+
+def check_batch(batch: Batch, spec: Batch) -> None:
+    """Raises `UserError` naming the first field that does not fit `spec`."""
+    for name in ("image", "text", "mask", "id"):
+        have, want = getattr(batch, name), getattr(spec, name)
+        if have.shape != want.shape or have.dtype != want.dtype:
+            raise UserError(
+                f"batch.{name} is {have.dtype}{list(have.shape)}, the config asks for "
+                f"{want.dtype}{list(want.shape)}: were the records prepared for "
+                "another text encoder, or is the batch smaller than batch_size?"
+            )
+
+
+def null_text(text: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The null text in the shapes of `text` `[B, L, D]` and `mask` `[B, L]`."""
+    return jnp.zeros_like(text), jnp.zeros_like(mask)
+
+
+def pad_text(
+    rows: list[np.ndarray], length: int, dim: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ragged embeddings `[n_i, D]` to `text` `[B, L, D]` bfloat16 and `mask` `[B, L]`.
+
+    Rows longer than `length` are cut.
+    """
+    text = np.zeros((len(rows), length, dim), ml_dtypes.bfloat16)
+    mask = np.zeros((len(rows), length), np.bool_)
+    for i, row in enumerate(rows):
+        n = min(len(row), length)
+        text[i, :n] = row[:n]
+        mask[i, :n] = True
+    return text, mask
+
+
+def downsample(image, size: int):
+    """Halves a uint8 picture by 2x2 means, each rounded half to even, down to `size`.
+
+    Integers all the way, so hosts (numpy), devices (jax) and any order of stages
+    agree to the bit: the low-res of an SR stage is what the base is trained on.
+
+    Args:
+      image: `[..., H, W, 3]` uint8, numpy or jax, `H == W == size * 2**k`.
+      size: side of the result.
+
+    Returns:
+      `[..., size, size, 3]` uint8 of the same kind of array.
+    """
+    side = image.shape[-2]
+    if side % size or (side // size) & (side // size - 1):
+        raise UserError(f"cannot halve a {side} pixel picture down to {size} pixels")
+    while side > size:
+        side //= 2
+        lead = image.shape[:-3]
+        quads = image.reshape(*lead, side, 2, side, 2, 3).astype("int32")
+        total = quads.sum((-4, -2))
+        image = ((total + 1 + ((total >> 2) & 1)) >> 2).astype("uint8")
+    return image
+
+
+def to_float(image: jax.Array) -> jax.Array:
+    """uint8 in [0, 255] to float32 in [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(x0: jax.Array) -> jax.Array:
+    """float32 in [-1, 1] (clipped) to uint8 in [0, 255]; inverts `to_float`."""
+    return jnp.round((jnp.clip(x0, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

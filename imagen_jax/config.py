@@ -1,0 +1,409 @@
+"""What a stage is: frozen, hashable dataclasses, checked when they are made.
+
+`configs/*.py` build an `ml_collections.ConfigDict` with these groups and fields;
+`from_dict` freezes it. A checkpoint carries `to_json` of its stage, so sampling
+never restates an architecture.
+"""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from imagen_jax.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The network. One entry per resolution level, finest first.
+
+    Attributes:
+      architecture: "unet" (ADM style, paper F.1) or "efficient_unet" (paper B.1).
+      channels: width of each level.
+      num_res_blocks: residual blocks of each level.
+      self_attention: whether a level attends over its own pixels.
+      text_attention: whether a level attends to the text. Together with
+        self-attention the text is concatenated to its keys and values (D.3.1);
+        alone it is cross-attention.
+      head_channels: channels of one attention head.
+      patch_size: pixels of a p x p square folded into channels before the first
+        convolution (space-to-depth); 1 is the paper's network.
+      dropout: rate inside residual blocks.
+      dtype: compute type, "bfloat16" or "float32"; parameters are float32.
+    """
+
+    architecture: str = "unet"
+    channels: tuple[int, ...] = (512, 1024, 1536, 2048)
+    num_res_blocks: tuple[int, ...] = (3, 3, 3, 3)
+    self_attention: tuple[bool, ...] = (False, True, True, True)
+    text_attention: tuple[bool, ...] = (False, True, True, True)
+    head_channels: int = 64
+    patch_size: int = 1
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The forward process and what the network predicts.
+
+    Attributes:
+      schedule: "cosine" or "linear" (beta from 1e-4 to 0.02), continuous in t.
+      prediction: "eps", "x0" or "v".
+      logsnr_min: lower clip of the schedule's log-SNR.
+      logsnr_max: upper clip of the schedule's log-SNR.
+      text_dropout: share of captions replaced by the null text (paper 4.1: 0.1).
+    """
+
+    schedule: str = "cosine"
+    prediction: str = "eps"
+    logsnr_min: float = -20.0
+    logsnr_max: float = 20.0
+    text_dropout: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the examples come from.
+
+    Attributes:
+      records: a folder written by `prepare` (holds manifest.json), or a .npz file
+        of it (read without TensorFlow).
+      shuffle_examples: size of the shuffle buffer, in examples.
+      seed: of the order of the examples.
+    """
+
+    records: str = ""
+    shuffle_examples: int = 10_000
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The text embeddings that the stage is trained on.
+
+    Attributes:
+      length: tokens per caption after padding; longer captions are cut.
+      dim: width of one token's embedding (T5-XXL: 4096).
+      encoder: identity of the frozen encoder, from the manifest; "" before
+        training has read it.
+    """
+
+    length: int = 128
+    dim: int = 4096
+    encoder: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimizer, learning-rate schedule and EMA.
+
+    Attributes:
+      name: "adam" or "adafactor".
+      learning_rate: its peak.
+      warmup_steps: linear from 0 to the peak.
+      decay_steps: the step at which a cosine has brought it to 0; 0 keeps the peak.
+      b1, b2, eps: Adam's.
+      clip_norm: global gradient norm above which gradients are scaled down.
+      ema_decay: of the averaged parameters, reached after a warm-up.
+    """
+
+    name: str = "adam"
+    learning_rate: float = 1e-4
+    warmup_steps: int = 10_000
+    decay_steps: int = 2_500_000
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The loop.
+
+    Attributes:
+      batch_size: images per step over all devices and hosts.
+      steps: the last step.
+      seed: of the parameters and of the training noise.
+      log_every_steps: between two lines of metrics.jsonl.
+      sample_every_steps: between two preview grids; 0 makes none.
+      checkpoint_every_steps: between two checkpoints (the last step always saves).
+      keep_checkpoints: how many of the newest stay.
+      preview_images: pictures of a preview grid.
+    """
+
+    batch_size: int = 2048
+    steps: int = 2_500_000
+    seed: int = 0
+    log_every_steps: int = 100
+    sample_every_steps: int = 10_000
+    checkpoint_every_steps: int = 5_000
+    keep_checkpoints: int = 3
+    preview_images: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes all that are left.
+
+    Attributes:
+      data: copies of the model, each with its share of the batch.
+      fsdp: shards of parameters, optimizer and EMA (and of the batch).
+      tensor: shards of channels and heads.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerConfig:
+    """How the stage is sampled unless the command says otherwise.
+
+    Attributes:
+      name: "ddpm" (ancestral, paper Eq. 6) or "ddim" (Eq. 5).
+      steps: network evaluations (with guidance, pairs of them).
+      gamma: stochasticity of "ddpm": 0 takes the lower, 1 the upper variance.
+      guidance: w of Eq. 2; 1 is no guidance.
+      threshold: of the guided x0: "none", "static" or "dynamic".
+      percentile: of |x0| for "dynamic" (paper A.10: 99.5).
+      aug_level: time in [0, 1] of the noise on the low-resolution input.
+      batch_size: pictures in one call of the compiled sampler.
+    """
+
+    name: str = "ddpm"
+    steps: int = 256
+    gamma: float = 0.1
+    guidance: float = 1.0
+    threshold: str = "dynamic"
+    percentile: float = 99.5
+    aug_level: float = 0.1
+    batch_size: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of a cascade; stages differ in values only.
+
+    Attributes:
+      name: of the stage, for logs.
+      image_size: pixels of a side of what the stage makes.
+      lowres_size: pixels of a side of the stage's input picture; 0 for a base.
+      crop_size: side of the square cut from the picture in training; 0 for none.
+    """
+
+    name: str = "base"
+    image_size: int = 64
+    lowres_size: int = 0
+    crop_size: int = 0
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    sampler: SamplerConfig = SamplerConfig()
+
+    def __post_init__(self):
+        _check(self)
+
+    @property
+    def train_size(self) -> int:
+        """Side of the pictures that reach the training step."""
+        return self.crop_size or self.image_size
+
+    @property
+    def train_lowres_size(self) -> int:
+        """Side of the low-resolution input in training; 0 for a base."""
+        return self.train_size * self.lowres_size // self.image_size
+
+
+_CHOICES = {
+    "model.architecture": ("unet", "efficient_unet"),
+    "model.dtype": ("bfloat16", "float32"),
+    "diffusion.schedule": ("cosine", "linear"),
+    "diffusion.prediction": ("eps", "x0", "v"),
+    "optimizer.name": ("adam", "adafactor"),
+    "sampler.name": ("ddpm", "ddim"),
+    "sampler.threshold": ("none", "static", "dynamic"),
+}
+_POSITIVE = (
+    "image_size",
+    "model.head_channels",
+    "model.patch_size",
+    "data.shuffle_examples",
+    "text.length",
+    "text.dim",
+    "optimizer.learning_rate",
+    "optimizer.clip_norm",
+    "training.batch_size",
+    "training.steps",
+    "training.log_every_steps",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+    "training.preview_images",
+    "sampler.steps",
+    "sampler.batch_size",
+)
+_UNIT_INTERVAL = (
+    "model.dropout",
+    "diffusion.text_dropout",
+    "optimizer.b1",
+    "optimizer.b2",
+    "optimizer.ema_decay",
+    "sampler.gamma",
+    "sampler.aug_level",
+)
+
+
+def _get(cfg: StageConfig, path: str) -> Any:
+    for name in path.split("."):
+        cfg = getattr(cfg, name)
+    return cfg
+
+
+def _check(cfg: StageConfig) -> None:
+    for path, allowed in _CHOICES.items():
+        value = _get(cfg, path)
+        if value not in allowed:
+            hint = did_you_mean(str(value), allowed)
+            raise UserError(
+                f"config.{path} is {value!r}; it takes one of {list(allowed)}{hint}"
+            )
+    for path in _POSITIVE:
+        if not _get(cfg, path) > 0:
+            raise UserError(
+                f"config.{path} is {_get(cfg, path)}; it must be above zero"
+            )
+    for path in _UNIT_INTERVAL:
+        if not 0 <= _get(cfg, path) <= 1:
+            raise UserError(f"config.{path} is {_get(cfg, path)}; it must be in [0, 1]")
+    if not 0 < cfg.sampler.percentile <= 100:
+        raise UserError(
+            f"config.sampler.percentile is {cfg.sampler.percentile}; "
+            "it must be in (0, 100] (the paper's is 99.5)"
+        )
+    model = cfg.model
+    levels = len(model.channels)
+    for name in ("num_res_blocks", "self_attention", "text_attention"):
+        if len(getattr(model, name)) != levels:
+            raise UserError(
+                f"config.model.{name} has {len(getattr(model, name))} entries, "
+                f"config.model.channels has {levels}: give one per level"
+            )
+    for level, channels in enumerate(model.channels):
+        attends = model.self_attention[level] or model.text_attention[level]
+        if attends and channels % model.head_channels:
+            raise UserError(
+                f"config.model.channels has a level of {channels} with attention; "
+                f"it must be a multiple of head_channels={model.head_channels}"
+            )
+    downs = levels if model.architecture == "efficient_unet" else levels - 1
+    multiple = model.patch_size * 2**downs
+    for name, size in (("image_size", cfg.image_size), ("crop_size", cfg.crop_size)):
+        if size % multiple:
+            raise UserError(
+                f"config.{name} is {size}; this network needs a multiple of {multiple} "
+                f"(patch_size {model.patch_size} x {downs} halvings)"
+            )
+    if cfg.crop_size > cfg.image_size:
+        raise UserError(
+            f"config.crop_size is {cfg.crop_size}, larger than image_size "
+            f"{cfg.image_size}; use 0 to train on whole pictures"
+        )
+    if cfg.lowres_size:
+        ratio, rest = divmod(cfg.image_size, cfg.lowres_size)
+        if rest or ratio < 2 or ratio & (ratio - 1):
+            raise UserError(
+                f"config.lowres_size is {cfg.lowres_size} and image_size "
+                f"{cfg.image_size}; their ratio must be 2, 4, 8, ..."
+            )
+        if cfg.crop_size % ratio:
+            raise UserError(
+                f"config.crop_size is {cfg.crop_size}; it must be a multiple of "
+                f"image_size / lowres_size = {ratio}"
+            )
+
+
+def from_dict(values: Mapping[str, Any]) -> StageConfig:
+    """Freezes a nested mapping into a `StageConfig`.
+
+    Args:
+      values: groups and fields; what is left out keeps its default.
+
+    Raises:
+      UserError: for an unknown key (with the nearest right one) or a wrong type.
+    """
+    return _freeze(StageConfig, values, "config")
+
+
+def _freeze(cls, values, path):
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is {values!r}; it must be a group of fields")
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{path}.{key} does not exist{did_you_mean(key, hints)}")
+        kind = hints[key]
+        where = f"{path}.{key}"
+        if dataclasses.is_dataclass(kind):
+            kwargs[key] = _freeze(kind, value, where)
+        elif typing.get_origin(kind) is tuple:
+            if not isinstance(value, (list, tuple)):
+                raise UserError(f"{where} is {value!r}; it must be a tuple")
+            item = typing.get_args(kind)[0]
+            kwargs[key] = tuple(_cast(v, item, where) for v in value)
+        else:
+            kwargs[key] = _cast(value, kind, where)
+    return cls(**kwargs)
+
+
+def _cast(value, kind, where):
+    # bool is an int in Python, so `True` must not pass for a count.
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UserError(
+            f"{where} is {value!r} ({type(value).__name__}); "
+            f"it must be of type {kind.__name__}"
+        )
+    return value
+
+
+def to_json(cfg: StageConfig) -> str:
+    """The inverse of `from_json`: every field, sorted as declared."""
+    return json.dumps(dataclasses.asdict(cfg), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "config.json") -> StageConfig:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      UserError: when `text` (which came from the file `where`) is no such config.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+    return from_dict(values)
+
+
+def difference(old: StageConfig, new: StageConfig) -> list[str]:
+    """Lines "model.dropout: 0.0 -> 0.1" for every field that differs."""
+    return _difference(dataclasses.asdict(old), dataclasses.asdict(new), "")
+
+
+def _difference(old, new, path):
+    lines = []
+    for key in old:
+        if isinstance(old[key], dict):
+            lines += _difference(old[key], new[key], f"{path}{key}.")
+        elif old[key] != new[key]:
+            lines.append(f"{path}{key}: {old[key]!r} -> {new[key]!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""Captioned pictures: preparing them, and turning them into batches."""

@@ -1,0 +1,38 @@
+"""Where a training crop lies in its picture."""
+
+from typing import Any
+
+from imagen_jax.config import StageConfig
+
+_PRIME = 2**31 - 1
+
+
+def crop_corner(cfg: StageConfig, ids, epoch) -> tuple[Any, Any]:
+    """Row and column of the crop's upper left pixel.
+
+    A function of (data.seed, id, epoch), so that a resumed run and any source of
+    the same pictures cut the same squares. Only the operators `+ * %`: numpy and
+    TensorFlow get the same integers.
+
+    Args:
+      cfg: crops lie on multiples of image_size / lowres_size pixels, so that their
+        low-resolution picture is a crop of the whole picture's.
+      ids: `[...]` int64, of the examples.
+      epoch: `[...]` or `[]` int64.
+
+    Returns:
+      two `[...]` int64 arrays in [0, image_size - crop_size].
+    """
+    step = cfg.image_size // cfg.lowres_size if cfg.lowres_size else 1
+    places = (cfg.image_size - cfg.crop_size) // step + 1
+
+    def corner(axis):
+        mixed = ids * 0 + cfg.data.seed % _PRIME
+        for value in (ids, epoch, axis):
+            mixed = (mixed * 48_271 + value % _PRIME + 1) % _PRIME
+            # x**5 permutes the residues of this prime; products stay below 2**62.
+            square = mixed * mixed % _PRIME
+            mixed = square * square % _PRIME * mixed % _PRIME
+        return mixed % places * step
+
+    return corner(0), corner(1)

@@ -1,0 +1,178 @@
+"""What `prepare` wrote beside its records, or inside its .npz file."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from imagen_jax.config import StageConfig
+from imagen_jax.errors import UserError
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+# A folder under this name is still being written, or was left by a killed process.
+PARTIAL = ".partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """A prepared data set.
+
+    Attributes:
+      settings: what `prepare` was asked for: source, text_length, image_size, ...
+      source_sha256: of the names, captions and picture bytes of the source.
+      encoder: identity of the text encoder.
+      text_dim: width of one token's embedding.
+      examples: number of records.
+      tokens_max: tokens of the longest caption as stored.
+      tokens_mean: mean over the captions as stored.
+      cut_captions: captions that were longer than text_length and lost their tail.
+      reencoded: pictures stored as RGB PNG in place of their file (transparent,
+        rotated by their EXIF tag, 16 bit, CMYK, WebP, ...).
+      skipped: number of examples of the source that are not in the records.
+      skipped_files: the first of them, each {"file": ..., "reason": ...}.
+      shards: of each file of records {"file", "examples", "sha256", "sides"}; "sides"
+        counts its pictures by their shorter side in pixels. In a .npz file the only
+        entry is that of the arrays.
+    """
+
+    settings: dict[str, Any]
+    source_sha256: str
+    encoder: str
+    text_dim: int
+    examples: int
+    tokens_max: int
+    tokens_mean: float
+    cut_captions: int
+    reencoded: int
+    skipped: int
+    skipped_files: list[dict[str, str]]
+    shards: list[dict[str, Any]]
+
+    @functools.cached_property
+    def content_sha256(self) -> str:
+        """Of the records and their encoder, wherever the files lie."""
+        content = [self.encoder, [shard["sha256"] for shard in self.shards]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def large_enough(self, image_size: int) -> list[int]:
+        """Of each shard the number of pictures whose sides have `image_size`."""
+        return [
+            sum(n for side, n in shard["sides"].items() if int(side) >= image_size)
+            for shard in self.shards
+        ]
+
+
+def to_json(manifest: Manifest) -> str:
+    """The manifest as it lies on disk."""
+    values = {"format": FORMAT} | dataclasses.asdict(manifest)
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str, where: str) -> Manifest:
+    """Reads what `to_json` wrote in the file `where`.
+
+    Raises:
+      UserError: when it is another format or not complete.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON ({error}); prepare again") from None
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise UserError(
+            f"{where} is no manifest of format {FORMAT}: it was not written by this "
+            "version of `prepare`; prepare again"
+        )
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    if set(values) != names:
+        raise UserError(
+            f"{where} is damaged: {sorted(set(values) ^ names)} missing or unknown; "
+            "prepare again"
+        )
+    return Manifest(**values)
+
+
+def read_manifest(records: str | os.PathLike) -> Manifest:
+    """The manifest of a folder of records or of a .npz file.
+
+    Raises:
+      UserError: when there is none, or the records it names are not all there.
+    """
+    if not str(records):
+        raise UserError(
+            "config.data.records is empty: give a folder or a .npz file that "
+            "`python -m imagen_jax.prepare` has written"
+        )
+    path = pathlib.Path(records)
+    if not path.exists():
+        raise UserError(
+            f"there is no {str(path)!r}; make it with `python -m imagen_jax.prepare "
+            "--source=... --output=...`"
+        )
+    if path.is_file():
+        return _read_npz_manifest(path)
+    file = path / FILE_NAME
+    if path.name.endswith(PARTIAL):
+        raise UserError(
+            f"{str(path)!r} is half-written: `prepare` did not finish; run it again"
+        )
+    if not file.is_file():
+        raise UserError(
+            f"{str(path)!r} has no {FILE_NAME}: it was not written by "
+            "`python -m imagen_jax.prepare`, or not to the end"
+        )
+    manifest = from_json(file.read_text("utf8"), str(file))
+    missing = [s["file"] for s in manifest.shards if not (path / s["file"]).is_file()]
+    if missing:
+        raise UserError(
+            f"{str(path)!r} lacks {len(missing)} of its {len(manifest.shards)} files of "
+            f"records, first {missing[0]!r}: copy it again or prepare again"
+        )
+    return manifest
+
+
+def _read_npz_manifest(path: pathlib.Path) -> Manifest:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            text = str(file["manifest"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        raise UserError(
+            f"{str(path)!r} is no .npz file of `prepare`, or is damaged; make it with "
+            "`python -m imagen_jax.prepare --source=... --output=FILE.npz`"
+        ) from None
+    return from_json(text, str(path))
+
+
+def check_encoder(cfg: StageConfig, manifest: Manifest) -> None:
+    """Raises `UserError` unless the records have the text that the stage expects."""
+    have, want = manifest.encoder, cfg.text.encoder
+    if want and have != want:
+        raise UserError(
+            f"the records {cfg.data.records!r} hold text of the encoder {have!r}, "
+            f"config.text.encoder is {want!r}: prepare the records with that encoder, "
+            "or train a stage of its own"
+        )
+    if manifest.text_dim != cfg.text.dim:
+        raise UserError(
+            f"the records {cfg.data.records!r} have embeddings of width "
+            f"{manifest.text_dim} ({have!r}), config.text.dim is {cfg.text.dim}"
+        )
+
+
+def with_text(cfg: StageConfig, manifest: Manifest) -> StageConfig:
+    """The config with the encoder's identity and width taken from the records.
+
+    Raises:
+      UserError: when the config names another encoder.
+    """
+    text = dataclasses.replace(cfg.text, dim=manifest.text_dim)
+    check_encoder(dataclasses.replace(cfg, text=text), manifest)
+    text = dataclasses.replace(text, encoder=manifest.encoder)
+    return dataclasses.replace(cfg, text=text)

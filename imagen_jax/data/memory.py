@@ -1,0 +1,138 @@
+"""A whole data set in host memory, from one .npz file: no TensorFlow."""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+
+from imagen_jax.batch import Batch, downsample, pad_text
+from imagen_jax.config import StageConfig
+from imagen_jax.data import manifest as manifests
+from imagen_jax.data import stream
+from imagen_jax.data.crop import crop_corner
+from imagen_jax.errors import UserError
+
+# Pictures made smaller at a time when a file is opened: bounds the int32 copies.
+_CHUNK = 256
+
+
+def arrays(
+    images: list[np.ndarray], text: list[np.ndarray], ids: list[int]
+) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file, without captions and manifest.
+
+    Args:
+      images: each `[S, S, 3]` uint8.
+      text: each `[n, D]` bfloat16.
+      ids: of the examples.
+
+    Returns:
+      "image" `[N, S, S, 3]` uint8, "text" `[sum of n, D]` uint16 (the bits of
+      bfloat16, which .npz files do not know), "offset" `[N + 1]` int64 (example i
+      has the rows offset[i] to offset[i + 1]), "id" `[N]` int64.
+    """
+    return {
+        "image": np.stack(images),
+        "text": np.concatenate(text).astype(ml_dtypes.bfloat16).view(np.uint16),
+        "offset": np.cumsum([0, *map(len, text)], dtype=np.int64),
+        "id": np.asarray(ids, np.int64),
+    }
+
+
+def sha256(values: dict[str, np.ndarray]) -> str:
+    """Of the arrays' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        digest.update(np.ascontiguousarray(values[name]).data)
+    return digest.hexdigest()
+
+
+def write(
+    path: os.PathLike,
+    values: dict[str, np.ndarray],
+    captions: list[str],
+    manifest: manifests.Manifest,
+) -> None:
+    """Writes a .npz file; equal contents make equal bytes."""
+    with open(path, "wb") as file:
+        np.savez_compressed(
+            file,
+            **values,
+            caption=np.array(captions),
+            manifest=np.array(manifests.to_json(manifest)),
+        )
+
+
+def make_memory(
+    cfg: StageConfig, mesh: Mesh, process_index: int = 0, process_count: int = 1
+) -> stream.Stream:
+    """Batches from a .npz file of `prepare`.
+
+    Every epoch each example comes once, in a permutation of (data.seed, epoch); the
+    order does not depend on the number of hosts.
+
+    Raises:
+      UserError: when the file is missing, damaged, of another text encoder, or of a
+        picture size that does not halve to the stage's.
+    """
+    manifest = manifests.read_manifest(cfg.data.records)
+    manifests.check_encoder(cfg, manifest)
+    local = stream.local_batch_size(cfg, mesh, process_count)
+    with np.load(pathlib.Path(cfg.data.records), allow_pickle=False) as file:
+        image, text, offset, ids = (
+            file[name] for name in ("image", "text", "offset", "id")
+        )
+    text = text.view(ml_dtypes.bfloat16)
+    side = image.shape[1]
+    if (
+        side < cfg.image_size
+        or side % cfg.image_size
+        or not _power_of_two(side // cfg.image_size)
+    ):
+        raise UserError(
+            f"{cfg.data.records!r} has pictures of {side} pixels, config.image_size is "
+            f"{cfg.image_size}: prepare with --image_size={cfg.image_size}, or with a "
+            "power of two times it"
+        )
+    image = np.concatenate(
+        [
+            downsample(image[i : i + _CHUNK], cfg.image_size)
+            for i in range(0, len(image), _CHUNK)
+        ]
+    )
+
+    def batch_at(number: int) -> Batch:
+        first = number * cfg.training.batch_size + process_index * local
+        epoch, place = np.divmod(np.arange(first, first + local), len(ids))
+        rows = np.empty(local, np.int64)
+        for e in np.unique(epoch):
+            order = np.random.default_rng((cfg.data.seed, int(e))).permutation(len(ids))
+            rows[epoch == e] = order[place[epoch == e]]
+        pictures = image[rows]
+        if cfg.crop_size:
+            corners = crop_corner(cfg, ids[rows], epoch)
+            pictures = np.stack(
+                [
+                    whole[top : top + cfg.crop_size, left : left + cfg.crop_size]
+                    for whole, top, left in zip(pictures, *corners)
+                ]
+            )
+        ragged = [text[offset[row] : offset[row + 1]] for row in rows]
+        padded, mask = pad_text(ragged, cfg.text.length, cfg.text.dim)
+        return Batch(pictures, padded, mask, ids[rows].astype(np.int32))
+
+    def batches_from(start: int) -> Iterator[Batch]:
+        while True:
+            yield batch_at(start)
+            start += 1
+
+    identity = stream.identity(cfg, manifest.content_sha256, len(ids))
+    return stream.Stream(batches_from, mesh, identity)
+
+
+def _power_of_two(n: int) -> bool:
+    return n & (n - 1) == 0

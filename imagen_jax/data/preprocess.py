@@ -1,0 +1,79 @@
+"""Encoded pictures to the pixels of a stage, in TensorFlow.
+
+All stages see the same picture: it is brought once to the largest size that is a
+power of two times the stage's, and from there down by exact halvings. As the sizes
+of a cascade's stages are powers of two apart, they share that first size.
+"""
+
+import tensorflow as tf
+
+from imagen_jax.config import StageConfig
+from imagen_jax.data.crop import crop_corner
+
+
+def decode(data: tf.Tensor) -> tf.Tensor:
+    """JPEG or PNG bytes to `[H, W, 3]` uint8."""
+    # The op reads PNG too; only under this name does it take the accurate DCT.
+    return tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
+
+
+def picture(data: tf.Tensor, image_size: int) -> tf.Tensor:
+    """The picture of a stage: the middle square at `image_size`.
+
+    The one resize that is no halving has a ratio below 2 and averages over areas: no
+    ringing, no aliasing, the mean is kept, and it is the filter of the halvings.
+
+    Args:
+      data: `[]` string, JPEG or PNG, its shorter side at least `image_size`.
+      image_size: pixels of the result's sides.
+
+    Returns:
+      `[image_size, image_size, 3]` uint8.
+    """
+    image = decode(data)
+    shape = tf.shape(image)
+    side = tf.minimum(shape[0], shape[1])
+    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+    image = image[top : top + side, left : left + side]
+    # The shift count: how many of image_size * 2, * 4, ... fit into the side.
+    doubled = tf.constant([image_size * 2**k for k in range(1, 16)])
+    halvings = tf.reduce_sum(tf.cast(doubled <= side, tf.int32))
+    size = tf.bitwise.left_shift(image_size, halvings)
+    image = tf.image.resize(image, [size, size], method="area")
+    # Round half to even, as the halvings do.
+    image = tf.cast(tf.round(image), tf.int32)
+    image = tf.while_loop(
+        lambda image: tf.shape(image)[0] > image_size,
+        lambda image: [_halve(image)],
+        [image],
+        shape_invariants=[tf.TensorShape([None, None, 3])],
+    )[0]
+    return tf.ensure_shape(tf.cast(image, tf.uint8), [image_size, image_size, 3])
+
+
+def _halve(image):
+    # The integers of `imagen_jax.batch.downsample`.
+    rows = image[0::2] + image[1::2]
+    total = rows[:, 0::2] + rows[:, 1::2]
+    odd = tf.bitwise.bitwise_and(tf.bitwise.right_shift(total, 2), 1)
+    return tf.bitwise.right_shift(total + 1 + odd, 2)
+
+
+def crop(image: tf.Tensor, cfg: StageConfig, id: tf.Tensor, epoch: tf.Tensor):
+    """`[S, S, 3]` to the training crop `[crop_size, crop_size, 3]` of (id, epoch)."""
+    top, left = crop_corner(cfg, id, epoch)
+    size = cfg.crop_size
+    return tf.ensure_shape(image[top : top + size, left : left + size], [size, size, 3])
+
+
+def padded_text(data: tf.Tensor, length: int, dim: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The bytes of `text.to_bytes` to what `imagen_jax.batch.pad_text` makes.
+
+    Returns:
+      `[length, dim]` bfloat16 and `[length]` bool.
+    """
+    values = tf.io.decode_raw(data, tf.uint16)
+    rows = tf.reshape(tf.bitcast(values, tf.bfloat16), [-1, dim])[:length]
+    n = tf.shape(rows)[0]
+    text = tf.pad(rows, [[0, length - n], [0, 0]])
+    return tf.ensure_shape(text, [length, dim]), tf.range(length) < n

@@ -1,0 +1,354 @@
+"""Captioned scenes of simple shapes, drawn by code at any resolution.
+
+They need no download and their captions can be checked: `judge.judge` says whether a
+picture shows what its caption asks for. Six shapes and eight colours, small or large,
+alone, counted, or one beside another.
+
+Lengths are shares of the picture's side, x to the right and y down.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from imagen_jax.errors import UserError
+
+BACKGROUND = (255, 255, 255)
+
+# At least 18 degrees apart as directions away from white, so that a pixel that is
+# half background still tells its colour.
+COLOURS = {
+    "red": (220, 20, 40),
+    "orange": (255, 130, 0),
+    "yellow": (255, 225, 0),
+    "green": (0, 150, 60),
+    "cyan": (0, 200, 220),
+    "blue": (40, 60, 220),
+    "purple": (150, 40, 180),
+    "black": (20, 20, 20),
+}
+
+SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
+
+# One shape for each colour: every word is learned, these pairs are never shown.
+HELD_OUT = frozenset(
+    (colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)
+)
+
+RELATIONS = ("above", "below", "left of", "right of")
+
+# Radii are "small" below this and "large" above; the ranges below keep 7 % away.
+SIZE_BORDER = 0.195
+_ALONE_RADII = {"small": (0.17, 0.18), "large": (0.28, 0.38)}
+_TOGETHER_RADII = {"small": (0.15, 0.165), "large": (0.21, 0.22)}
+# At 16 pixels: 1.3 between two things, which leaves a pixel mostly background.
+_GAP = 0.08
+_MARGIN = 0.02
+
+_SQUARE = 0.88  # half a side, for about the circle's area
+_TRIANGLE = 3**0.5 / 2  # half the height of an equilateral triangle of side 2
+_CROSS = 1 / 3  # half the width of an arm
+_RING = 0.5  # the hole
+
+# Areas of the shapes of radius 1.
+AREAS = {
+    "circle": np.pi,
+    "square": 4 * _SQUARE**2,
+    "triangle": 2 * _TRIANGLE,
+    "cross": 4 * (2 * _CROSS - _CROSS**2),
+    "ring": np.pi * (1 - _RING**2),
+    "diamond": 2.0,
+}
+
+# Coverage is computed on at least this many pixels a side and averaged down.
+_FINE = 64
+
+_COUNTS = {"two": 2, "three": 3}
+_PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One thing in a scene.
+
+    Attributes:
+      shape: of `SHAPES`; fits the square of side `2 * radius` around (x, y).
+      colour: of `COLOURS`.
+      size: "small", "large", or "" when the caption does not say.
+      x, y: centre, in [0, 1].
+      radius: in (0, 0.5].
+    """
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One item, two or three equal items, or two in a relation.
+
+    Attributes:
+      items: of which the first is the subject of the caption.
+      relation: of `RELATIONS`, or "".
+    """
+
+    items: tuple[Item, ...]
+    relation: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a caption asks for.
+
+    Attributes:
+      things: `(size, colour, shape)` of each; size is "" when it is left open.
+      relation: of the first thing to the second, or "".
+    """
+
+    things: tuple[tuple[str, str, str], ...]
+    relation: str = ""
+
+
+def request(scene: Scene) -> Request:
+    """What the scene's caption says of it."""
+    things = tuple((i.size, i.colour, i.shape) for i in scene.items)
+    return Request(things, scene.relation)
+
+
+def caption(scene: Scene) -> str:
+    """The scene in words.
+
+    >>> circle = Item("circle", "red", "small", 0.5, 0.2, 0.17)
+    >>> square = Item("square", "orange", "", 0.5, 0.7, 0.2)
+    >>> caption(Scene((circle,)))
+    'a small red circle'
+    >>> caption(Scene((circle, circle)))
+    'two small red circles'
+    >>> caption(Scene((circle, square), "above"))
+    'a small red circle above an orange square'
+    """
+    if scene.relation:
+        first, second = map(_one, scene.items)
+        return f"{first} {scene.relation} {second}"
+    if len(scene.items) == 1:
+        return _one(scene.items[0])
+    item = scene.items[0]
+    count = {number: word for word, number in _COUNTS.items()}[len(scene.items)]
+    words = (count, item.size, item.colour, _PLURALS[item.shape])
+    return " ".join(word for word in words if word)
+
+
+def _one(item: Item) -> str:
+    words = " ".join(word for word in (item.size, item.colour, item.shape) if word)
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+_SIZE_COLOUR = rf"(?:(small|large) )?({'|'.join(COLOURS)})"
+_ONE = rf"an? {_SIZE_COLOUR} ({'|'.join(SHAPES)})"
+_CAPTION = re.compile(rf"{_ONE}(?: ({'|'.join(RELATIONS)}) {_ONE})?")
+_COUNTED = re.compile(
+    rf"({'|'.join(_COUNTS)}) {_SIZE_COLOUR} ({'|'.join(_PLURALS.values())})"
+)
+
+
+def parse(text: str) -> Request:
+    """The inverse of `caption`: `parse(caption(scene)) == request(scene)`.
+
+    Raises:
+      UserError: when `text` is no caption of a scene.
+    """
+    if found := _COUNTED.fullmatch(text):
+        count, size, colour, plural = found.groups()
+        shape = next(s for s in SHAPES if _PLURALS[s] == plural)
+        return Request(((size or "", colour, shape),) * _COUNTS[count])
+    if found := _CAPTION.fullmatch(text):
+        words, relation = found.groups(), found[4]
+        things = (words[:3], words[4:]) if relation else (words[:3],)
+        things = tuple((size or "", colour, shape) for size, colour, shape in things)
+        return Request(things, relation or "")
+    raise UserError(
+        f"{text!r} is not a caption of a shapes scene; write it like 'a red circle', "
+        "'two small green squares' or 'a large blue ring left of a black cross', with "
+        f"shapes {list(SHAPES)}, colours {list(COLOURS)}, relations {list(RELATIONS)}"
+    )
+
+
+def generate(count: int, seed: int) -> Iterator[Scene]:
+    """Scenes of the training split: no `HELD_OUT` pair of colour and shape occurs.
+
+    Half show one item, a fifth two or three equal ones, three tenths two in a
+    relation. Scene i depends on `seed` and i only.
+
+    Args:
+      count: number of scenes.
+      seed: not negative.
+    """
+    pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
+    for i in range(count):
+        rng = np.random.default_rng((seed, 0, i))
+        yield _scene(rng, pairs, pairs)
+
+
+def heldout(count: int, seed: int) -> Iterator[Scene]:
+    """Like `generate`, but every caption has a `HELD_OUT` pair (its first item)."""
+    pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
+    for i in range(count):
+        rng = np.random.default_rng((seed, 1, i))
+        yield _scene(rng, sorted(HELD_OUT), pairs)
+
+
+def _scene(rng, first_pairs, second_pairs) -> Scene:
+    kind = rng.choice(["one", "counted", "related"], p=[0.5, 0.2, 0.3])
+    says_size = rng.random() < 0.5
+    colour, shape = first_pairs[rng.integers(len(first_pairs))]
+    radii = _ALONE_RADII if kind == "one" else _TOGETHER_RADII
+
+    def item(colour, shape, size, radius, centre):
+        return Item(shape, colour, size if says_size else "", *centre, radius)
+
+    def sized():
+        size = ("small", "large")[rng.integers(2)]
+        return size, float(rng.uniform(*radii[size]))
+
+    size, radius = sized()
+    if kind == "one":
+        low, high = radius + _MARGIN, 1 - radius - _MARGIN
+        centre = float(rng.uniform(low, high)), float(rng.uniform(low, high))
+        return Scene((item(colour, shape, size, radius, centre),))
+    if kind == "counted":
+        number = int(rng.integers(2, 4))
+        centres = _spread(rng, radius, number)
+        return Scene(tuple(item(colour, shape, size, radius, c) for c in centres))
+
+    others = [pair for pair in second_pairs if pair != (colour, shape)]
+    other = others[rng.integers(len(others))]
+    other_size, other_radius = sized()
+    relation = RELATIONS[rng.integers(len(RELATIONS))]
+    swap = relation in ("below", "right of")
+    order = (other_radius, radius) if swap else (radius, other_radius)
+    places = _line(rng, order)
+    places = places[::-1] if swap else places
+    # Drift across the line stays below the distance along it.
+    across = [float(p) for p in rng.uniform(0.4, 0.6, 2)]
+    centres = list(zip(across, places, strict=True))
+    if relation in ("left of", "right of"):
+        centres = [(y, x) for x, y in centres]
+    return Scene(
+        (
+            item(colour, shape, size, radius, centres[0]),
+            item(*other, other_size, other_radius, centres[1]),
+        ),
+        relation,
+    )
+
+
+def _line(rng, radii: tuple[float, ...]) -> list[float]:
+    """Centres along a side, in order, apart from each other and from its ends."""
+    slack = 1 - 2 * _MARGIN - 2 * sum(radii) - _GAP * (len(radii) - 1)
+    shares = np.sort(rng.uniform(0, max(slack, 0.0), len(radii)))
+    centres, end = [], _MARGIN
+    for radius, share in zip(radii, shares, strict=True):
+        centres.append(float(end + radius + share))
+        end += 2 * radius + _GAP
+    return centres
+
+
+def _spread(rng, radius: float, number: int) -> list[tuple[float, float]]:
+    """Two centres side by side, or two and a third on the other side of their line."""
+    first, second = _line(rng, (radius, radius))
+    if number == 2:
+        row = float(rng.uniform(0.4, 0.6))
+        centres = [(first, row), (second, row)]
+    else:
+        row, other = _line(rng, (radius, radius))[:: rng.choice([-1, 1])]
+        third = float(rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN))
+        centres = [(first, row), (second, row), (third, other)]
+    if rng.random() < 0.5:
+        centres = [(y, x) for x, y in centres]
+    return centres
+
+
+def _circle(u, v):
+    return np.hypot(u, v) - 1
+
+
+def _square(u, v):
+    return np.maximum(np.abs(u), np.abs(v)) - _SQUARE
+
+
+def _triangle(u, v):
+    sides = _TRIANGLE * np.abs(u) - 0.5 * v - 0.5 * _TRIANGLE
+    return np.maximum(sides, v - _TRIANGLE)
+
+
+def _cross(u, v):
+    u, v = np.abs(u), np.abs(v)
+    return np.maximum(np.minimum(u, v) - _CROSS, np.maximum(u, v) - 1)
+
+
+def _ring(u, v):
+    middle = (1 + _RING) / 2
+    return np.abs(np.hypot(u, v) - middle) - (1 - middle)
+
+
+def _diamond(u, v):
+    return (np.abs(u) + np.abs(v) - 1) * 0.5**0.5
+
+
+# Signed distance to the edge of the shape of radius 1, negative inside. Beyond
+# corners it is a lower bound, which moves coverage by a fraction of one pixel.
+DISTANCES: dict[str, Callable] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "ring": _ring,
+    "diamond": _diamond,
+}
+
+
+def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius) -> np.ndarray:
+    """Share of each pixel that a shape covers.
+
+    Args:
+      shape: of `SHAPES`.
+      dx, dy: pixel centres minus the shape's centre, in pixels.
+      radius: in pixels; broadcasts with `dx` and `dy`.
+
+    Returns:
+      Values in [0, 1] of the broadcast shape: the edge is a ramp one pixel wide.
+    """
+    distance = DISTANCES[shape](dx / radius, dy / radius) * radius
+    return np.clip(0.5 - distance, 0.0, 1.0)
+
+
+def draw(scene: Scene, size: int) -> np.ndarray:
+    """The scene as a uint8 picture `[size, size, 3]`, anti-aliased.
+
+    A picture of 16 or 32 pixels is the mean of the same picture at 64, so drawing
+    small equals drawing large and halving, up to the rounding of each.
+    """
+    factor = -(-_FINE // size)
+    fine = size * factor
+    picture = np.empty((fine, fine, 3), np.float32)
+    picture[:] = BACKGROUND
+    for item in scene.items:
+        x, y, radius = item.x * fine, item.y * fine, item.radius * fine
+        rows = slice(max(int(y - radius) - 1, 0), int(y + radius) + 2)
+        columns = slice(max(int(x - radius) - 1, 0), int(x + radius) + 2)
+        window = picture[rows, columns]
+        dy = np.arange(rows.start, rows.start + window.shape[0], dtype=np.float32)
+        dx = np.arange(columns.start, columns.start + window.shape[1], dtype=np.float32)
+        alpha = coverage(
+            item.shape, dx[None, :] + (0.5 - x), dy[:, None] + (0.5 - y), radius
+        )
+        window += alpha[..., None] * (np.float32(COLOURS[item.colour]) - window)
+    if factor > 1:
+        picture = picture.reshape(size, factor, size, factor, 3).mean((1, 3))
+    return np.rint(picture).astype(np.uint8)

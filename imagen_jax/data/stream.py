@@ -1,0 +1,139 @@
+"""Batches on the devices, with a position that a checkpoint can hold."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from imagen_jax import sharding
+from imagen_jax.batch import Batch
+from imagen_jax.config import StageConfig
+from imagen_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Stream:
+    """An endless iterator of training batches.
+
+    Two streams of equal arguments yield equal batches, and one that is set to
+    another's state yields what the other would have.
+    """
+
+    def __init__(
+        self,
+        batches_from: Callable[[int], Iterator[Batch]],
+        mesh: Mesh,
+        identity: dict[str, Any],
+        hosts: int = 1,
+    ):
+        """
+        Args:
+          batches_from: given n, this host's rows of batch n and of all that follow,
+            as numpy arrays.
+          mesh: batches are spread over its data and fsdp axes.
+          identity: what the order depends on; a state of another is refused.
+          hosts: between which the records are divided, when the order depends on
+            it; else 1.
+        """
+        self._batches_from = batches_from
+        self._sharding = sharding.batch_sharding(mesh)
+        self._identity = identity
+        self._hosts = hosts
+        self._seek(0)
+
+    def _seek(self, batches: int) -> None:
+        self._consumed = batches
+        self._host = None
+        self._ahead = None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch: fields as in `batch_spec`, global arrays."""
+        if self._host is None:
+            self._host = self._batches_from(self._consumed)
+            self._ahead = self._to_devices(next(self._host))
+        batch = self._ahead
+        # Copied while the devices work on `batch`; not counted until it is handed out.
+        self._ahead = self._to_devices(next(self._host))
+        self._consumed += 1
+        return batch
+
+    def _to_devices(self, batch: Batch) -> Batch:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self._sharding, x), batch
+        )
+
+    def get_state(self) -> bytes:
+        """The position after the last batch handed out, some 200 bytes."""
+        state = {
+            "batches": self._consumed,
+            "hosts": self._hosts,
+            "identity": self._identity,
+        }
+        return json.dumps(state).encode()
+
+    def set_state(self, state: bytes) -> None:
+        """Goes to the position of `get_state`.
+
+        Raises:
+          UserError: when the state is of other records, seed or batch size.
+        """
+        try:
+            values = json.loads(state)
+            batches, hosts, identity = (
+                values[name] for name in ("batches", "hosts", "identity")
+            )
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                "the checkpoint's data position is damaged; start from an older "
+                "checkpoint"
+            ) from None
+        for name in self._identity | identity:
+            have, saved = self._identity.get(name), identity.get(name)
+            if have != saved:
+                raise UserError(
+                    f"the checkpoint's data position has {name} {saved!r}, this run "
+                    f"has {have!r}: continue with the same data, or start in a new "
+                    "workdir"
+                )
+        if hosts != self._hosts:
+            log.warning(
+                "the checkpoint was written by %d hosts, this run has %d: the records "
+                "are divided anew, so the rest of this epoch may repeat some and miss "
+                "others",
+                hosts,
+                self._hosts,
+            )
+        self._seek(batches)
+
+
+def local_batch_size(cfg: StageConfig, mesh: Mesh, process_count: int) -> int:
+    """Rows of a batch that one host reads.
+
+    Raises:
+      UserError: when the batch does not divide over the hosts or the mesh.
+    """
+    size = cfg.training.batch_size
+    sharding.check_batch_size(size, mesh, "training.batch_size")
+    if size % process_count:
+        raise UserError(
+            f"config.training.batch_size is {size}, which does not divide over "
+            f"{process_count} hosts"
+        )
+    return size // process_count
+
+
+def identity(cfg: StageConfig, content_sha256: str, examples: int) -> dict[str, Any]:
+    """What the order of the examples depends on, under the names of the config."""
+    return {
+        "records": content_sha256,
+        "examples": examples,
+        "data.seed": cfg.data.seed,
+        "training.batch_size": cfg.training.batch_size,
+    }

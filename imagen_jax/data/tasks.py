@@ -1,0 +1,113 @@
+"""The records on disk: how they are written, and the seqio task that reads them."""
+
+import functools
+import glob
+import pathlib
+import typing
+from collections.abc import Iterable
+
+import seqio
+import tensorflow as tf
+
+from imagen_jax.config import StageConfig
+from imagen_jax.data import preprocess
+from imagen_jax.data.manifest import Manifest
+
+SPLIT = "train"
+# image: the picture's JPEG or PNG file. caption: UTF-8. text: `text.to_bytes` of its
+# embeddings. side: pixels of the picture's shorter side.
+FIELDS = {
+    "id": tf.io.FixedLenFeature([], tf.int64),
+    "image": tf.io.FixedLenFeature([], tf.string),
+    "caption": tf.io.FixedLenFeature([], tf.string),
+    "text": tf.io.FixedLenFeature([], tf.string),
+    "side": tf.io.FixedLenFeature([], tf.int64),
+}
+
+
+def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> None:
+    """Writes a TFRecord file of `rows`, dicts with the keys of `FIELDS`."""
+
+    def feature(value):
+        if isinstance(value, bytes):
+            return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for row in rows:
+            features = tf.train.Features(
+                feature={name: feature(row[name]) for name in FIELDS}
+            )
+            # Fields are a map, which has an order only when asked for one.
+            example = tf.train.Example(features=features)
+            writer.write(example.SerializePartialToString(deterministic=True))
+
+
+def make_task(folder: pathlib.Path, manifest: Manifest, image_size: int) -> seqio.Task:
+    """The records of a prepared folder whose pictures have `image_size`.
+
+    The task is not registered: it belongs to who made it, and two of the same
+    records do not collide.
+    """
+    # seqio takes file names for patterns.
+    root = pathlib.Path(glob.escape(str(folder)))
+    source = seqio.TFExampleDataSource(
+        {SPLIT: [str(root / shard["file"]) for shard in manifest.shards]},
+        FIELDS,
+        num_input_examples={SPLIT: manifest.examples},
+    )
+    return seqio.Task(
+        f"records_{manifest.content_sha256[:16]}",
+        source,
+        output_features={
+            "image": seqio.ContinuousFeature(dtype=tf.string, rank=0),
+            "text": seqio.ContinuousFeature(dtype=tf.string, rank=0),
+            "id": seqio.ContinuousFeature(dtype=tf.int64, rank=0),
+        },
+        preprocessors=[functools.partial(_large_enough, image_size=image_size)],
+    )
+
+
+def _large_enough(dataset, image_size):
+    return dataset.filter(lambda row: row["side"] >= image_size)
+
+
+class StageFeatureConverter(seqio.FeatureConverter):
+    """Raw records, with their epoch, to the fields of a `Batch` (unbatched)."""
+
+    TASK_FEATURES: typing.ClassVar = {
+        "image": seqio.FeatureConverter.FeatureSpec(tf.string, rank=0),
+        "text": seqio.FeatureConverter.FeatureSpec(tf.string, rank=0),
+        "id": seqio.FeatureConverter.FeatureSpec(tf.int64, rank=0),
+        "epoch": seqio.FeatureConverter.FeatureSpec(tf.int64, rank=0),
+    }
+    MODEL_FEATURES: typing.ClassVar = {
+        "image": seqio.FeatureConverter.FeatureSpec(tf.uint8, rank=3),
+        "text": seqio.FeatureConverter.FeatureSpec(tf.bfloat16, rank=2),
+        "mask": seqio.FeatureConverter.FeatureSpec(tf.bool, rank=1),
+        "id": seqio.FeatureConverter.FeatureSpec(tf.int32, rank=0),
+    }
+    PACKING_FEATURE_DTYPES = None
+
+    def __init__(self, cfg: StageConfig):
+        super().__init__(pack=False)
+        self._cfg = cfg
+
+    def get_model_feature_lengths(self, task_feature_lengths):
+        lengths = {name: task_feature_lengths[name] for name in ("image", "text", "id")}
+        return lengths | {"mask": task_feature_lengths["text"]}
+
+    def _convert_features(self, ds, task_feature_lengths):
+        cfg = self._cfg
+
+        def convert(row):
+            image = preprocess.picture(row["image"], cfg.image_size)
+            if cfg.crop_size:
+                image = preprocess.crop(image, cfg, row["id"], row["epoch"])
+            text, mask = preprocess.padded_text(
+                row["text"], task_feature_lengths["text"], cfg.text.dim
+            )
+            id = tf.cast(row["id"], tf.int32)
+            return {"image": image, "text": text, "mask": mask, "id": id}
+
+        return ds.map(convert, num_parallel_calls=tf.data.AUTOTUNE)

@@ -1,0 +1,107 @@
+"""The Gaussian forward process, and what can be computed from it.
+
+| symbol   | meaning                                                       |
+|----------|---------------------------------------------------------------|
+| `x0`     | the picture, `[B, H, W, C]`, in [-1, 1]                        |
+| `eps`    | standard normal noise of the same shape                       |
+| `z`      | the noised picture, `alpha x0 + sigma eps`                    |
+| `logsnr` | `log(alpha**2 / sigma**2)`, `[B]`; `_t` now, `_s` next (less)  |
+| `v`      | `alpha eps - sigma x0` (arXiv 2202.00512 App. D)               |
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def expand(values: jax.Array, like: jax.Array) -> jax.Array:
+    """`[B]` to `[B, 1, 1, 1]`, ready to multiply `like` `[B, H, W, C]`."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def alpha_sigma(logsnr: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Signal and noise scale of a variance-preserving process at `logsnr`."""
+    return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
+
+
+def diffuse(x0: jax.Array, logsnr: jax.Array, eps: jax.Array) -> jax.Array:
+    """A sample of `q(z | x0)`, made of the given noise (paper Sec. 2.1).
+
+    It noises the picture that is learned and, in a super-resolution stage, the
+    low-resolution picture too (noise-conditioning augmentation, paper Sec. 2.4).
+
+    Args:
+      x0: `[B, H, W, C]`.
+      logsnr: `[B]`.
+      eps: the shape of `x0`, standard normal.
+    """
+    alpha, sigma = alpha_sigma(expand(logsnr, x0))
+    return alpha * x0 + sigma * eps
+
+
+def prediction_target(
+    x0: jax.Array, eps: jax.Array, logsnr: jax.Array, prediction: str
+) -> jax.Array:
+    """What a perfect network would answer for `prediction` "eps", "x0" or "v"."""
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x0
+    alpha, sigma = alpha_sigma(expand(logsnr, x0))
+    return alpha * eps - sigma * x0
+
+
+def predicted_x0(
+    output: jax.Array, z: jax.Array, logsnr: jax.Array, prediction: str
+) -> jax.Array:
+    """The `x0` that a network's `output` stands for.
+
+    Args:
+      output: `[B, H, W, C]`, an estimate of what `prediction` names.
+      z: `[B, H, W, C]`, the noised picture that the network saw.
+      logsnr: `[B]`, its noise level.
+      prediction: "eps", "x0" or "v".
+    """
+    if prediction == "x0":
+        return output
+    alpha, sigma = alpha_sigma(expand(logsnr, z))
+    if prediction == "v":
+        return alpha * z - sigma * output
+    # 1 / alpha and sigma / alpha from the log-SNR: no quotient of tiny numbers.
+    logsnr = expand(logsnr, z)
+    return jnp.sqrt(1 + jnp.exp(-logsnr)) * z - jnp.exp(-logsnr / 2) * output
+
+
+def ddim_step(
+    x0: jax.Array, z: jax.Array, logsnr_t: jax.Array, logsnr_s: jax.Array
+) -> jax.Array:
+    """One deterministic step from noise level t to s (paper Eq. 5)."""
+    alpha_t, sigma_t = alpha_sigma(logsnr_t)
+    alpha_s, sigma_s = alpha_sigma(logsnr_s)
+    return alpha_s * x0 + sigma_s / sigma_t * (z - alpha_t * x0)
+
+
+def ancestral_step(
+    x0: jax.Array,
+    z: jax.Array,
+    logsnr_t: jax.Array,
+    logsnr_s: jax.Array,
+    gamma: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of `p(z_s | z_t)` (paper Eq. 6).
+
+    Args:
+      x0: `[B, H, W, C]`, the estimate at noise level t.
+      z: `[B, H, W, C]`, the noised picture at level t.
+      logsnr_t, logsnr_s: scalars, `logsnr_s >= logsnr_t`.
+      gamma: in [0, 1]; interpolates, in the logarithm, between the variance of
+        `q(z_s | z_t, x0)` and that of `q(z_t | z_s)`.
+    """
+    alpha_t, _ = alpha_sigma(logsnr_t)
+    alpha_s, _ = alpha_sigma(logsnr_s)
+    ratio = jnp.exp(logsnr_t - logsnr_s)
+    rest = -jnp.expm1(logsnr_t - logsnr_s)
+    mean = ratio * alpha_s / alpha_t * z + rest * alpha_s * x0
+    log_variance = (1 - gamma) * jax.nn.log_sigmoid(
+        -logsnr_s
+    ) + gamma * jax.nn.log_sigmoid(-logsnr_t)
+    return mean, jnp.sqrt(rest * jnp.exp(log_variance))

@@ -1,0 +1,117 @@
+"""The one training loss, for base and super-resolution stages alike."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from imagen_jax.batch import Batch, Cond, downsample, to_float
+from imagen_jax.config import StageConfig
+from imagen_jax.diffusion import gaussian
+from imagen_jax.diffusion.schedule import logsnr_schedule
+
+Denoiser = Callable[[jax.Array, jax.Array, Cond], jax.Array]
+
+
+@flax.struct.dataclass
+class NoisedBatch:
+    """A batch as the network sees it.
+
+    Attributes:
+      z: `[B, H, W, 3]` float32, the noised picture.
+      logsnr: `[B]` float32, its noise level.
+      cond: the conditioning, captions dropped and low-res augmented.
+      target: `[B, H, W, 3]` float32, what the network should answer.
+    """
+
+    z: jax.Array
+    logsnr: jax.Array
+    cond: Cond
+    target: jax.Array
+
+
+def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
+    """Draws all the randomness of one training step.
+
+    Everything random about an example depends on `key` and on its position in the
+    global batch, so it is the same on any mesh.
+
+    Args:
+      batch: `image` `[B, H, W, 3]` uint8 and text.
+      key: of this step.
+      cfg: schedule, prediction, caption dropout, low-res size.
+    """
+    size = batch.image.shape[0]
+    x0 = to_float(batch.image)
+    key_t, key_example = jax.random.split(key)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key_example, i))(jnp.arange(size))
+    key_eps, key_drop, key_level, key_aug = jax.vmap(
+        lambda k: jax.random.split(k, 4), out_axes=1
+    )(keys)
+
+    # Uniform in [0, 1) for each example and evenly spread over the batch, which
+    # lowers the variance of the loss. Source: VDM (arXiv 2107.00630) App. I.1.
+    t = (jax.random.uniform(key_t) + jnp.arange(size) / size) % 1.0
+    logsnr = logsnr_schedule(t, cfg.diffusion)
+    eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:]))(key_eps)
+
+    # Caption dropout: zeroed embeddings for a share of examples (paper 4.1).
+    keep = jax.vmap(jax.random.uniform)(key_drop) >= cfg.diffusion.text_dropout
+    text = jnp.where(keep[:, None, None], batch.text, 0)
+    mask = batch.mask & keep[:, None]
+
+    cond = Cond(text=text, mask=mask)
+    if cfg.lowres_size:
+        lowres = to_float(downsample(batch.image, cfg.train_lowres_size))
+        level = jax.vmap(jax.random.uniform)(key_level)
+        noise = jax.vmap(lambda k: jax.random.normal(k, lowres.shape[1:]))(key_aug)
+        cond = augment(cond, lowres, level, noise, cfg)
+    return NoisedBatch(
+        z=gaussian.diffuse(x0, logsnr, eps),
+        logsnr=logsnr,
+        cond=cond,
+        target=gaussian.prediction_target(x0, eps, logsnr, cfg.diffusion.prediction),
+    )
+
+
+def augment(
+    cond: Cond, lowres: jax.Array, level: jax.Array, noise: jax.Array, cfg: StageConfig
+) -> Cond:
+    """Noise-conditioning augmentation (paper Sec. 2.4, Fig. A.32).
+
+    The picture and the level that is told come from the same line, in training and
+    in sampling.
+
+    Args:
+      cond: text.
+      lowres: `[B, h, w, 3]` float32 in [-1, 1], clean.
+      level: `[B]` in [0, 1], the time of the stage's forward process.
+      noise: the shape of `lowres`, standard normal.
+      cfg: the stage's schedule.
+    """
+    logsnr = logsnr_schedule(level, cfg.diffusion)
+    noised = gaussian.diffuse(lowres, logsnr, noise)
+    return cond.replace(lowres=noised, aug_logsnr=logsnr)
+
+
+def loss(
+    denoise: Denoiser, batch: Batch, key: jax.Array, cfg: StageConfig
+) -> tuple[jax.Array, NoisedBatch]:
+    """Mean squared error of the network's answer, in the space of its prediction.
+
+    With "eps" this is the paper's loss (Eq. 3, App. A).
+
+    Args:
+      denoise: `(z [B, H, W, 3], logsnr [B], cond) -> [B, H, W, 3]`.
+      batch: a training batch.
+      key: of this step.
+      cfg: the stage.
+
+    Returns:
+      `[B]` float32 losses of the examples, and the batch as it was noised.
+    """
+    noised = noise_batch(batch, key, cfg)
+    output = denoise(noised.z, noised.logsnr, noised.cond)
+    error = jnp.square(output.astype(jnp.float32) - noised.target)
+    return error.mean((1, 2, 3)), noised

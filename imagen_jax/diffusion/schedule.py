@@ -1,0 +1,64 @@
+"""Noise schedules: log-SNR as a function of continuous time.
+
+Time runs from 0 (data) to 1 (noise). Every schedule is variance preserving, so the
+log-SNR says everything: `alpha**2 = sigmoid(logsnr)`, `sigma**2 = sigmoid(-logsnr)`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from imagen_jax.config import DiffusionConfig
+
+
+def logsnr_schedule(t: jax.Array, cfg: DiffusionConfig) -> jax.Array:
+    """Log-SNR `log(alpha**2 / sigma**2)` at time `t`.
+
+    Args:
+      t: any shape, in [0, 1].
+      cfg: schedule name and clip.
+
+    Returns:
+      The shape of `t`, falling from `cfg.logsnr_max` to `cfg.logsnr_min`.
+
+    >>> float(logsnr_schedule(jnp.array(0.5), DiffusionConfig(schedule="cosine")))
+    0.0
+    """
+    return {"cosine": _cosine, "linear": _linear}[cfg.schedule](
+        t, cfg.logsnr_min, cfg.logsnr_max
+    )
+
+
+def _cosine(t, lowest, highest):
+    """`alpha = cos(pi t / 2)`, its ends squeezed to the clip.
+
+    Source: improved DDPM (arXiv 2102.09672) Eq. 17, continuous and without its
+    offset, as in arXiv 2202.00512 App. A.
+    """
+    at_0 = math.atan(math.exp(-highest / 2))
+    at_1 = math.atan(math.exp(lowest / 2))
+    span = math.pi / 2 - at_0 - at_1
+    # Each half is computed from its own end: tan loses its digits near pi / 2.
+    return jnp.where(
+        t < 0.5,
+        -2 * jnp.log(jnp.tan(at_0 + span * t)),
+        2 * jnp.log(jnp.tan(at_1 + span * (1 - t))),
+    )
+
+
+def _linear(t, lowest, highest):
+    """DDPM's linear beta from 1e-4 to 0.02 in 1000 steps, made continuous.
+
+    `-log(alpha**2)` is the integral of `1000 * beta`: `0.1 t + 9.95 t**2`.
+    Source: paper F.3; arXiv 2006.11239 Sec. 4.
+    """
+    integral = 0.1 * t + 9.95 * t**2
+    # The clip keeps the logarithm finite at t = 0 in value and in gradient.
+    tiny = jnp.maximum(integral, math.exp(-highest) / 2)
+    return jnp.clip(-jnp.log(jnp.expm1(tiny)), lowest, highest)
+
+
+def uniform_times(steps: int) -> jax.Array:
+    """`[steps + 1]` float32 times from 1 to 0, evenly spaced (paper Sec. 2.4)."""
+    return jnp.linspace(1.0, 0.0, steps + 1)

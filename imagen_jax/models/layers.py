@@ -1,0 +1,141 @@
+"""Layers with logically partitioned parameters.
+
+Parameters are float32 and carry the axis names of `sharding.RULES`; `dtype` is the
+compute type. Normalisation statistics and attention logits are float32 always.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_lecun = nn.initializers.lecun_normal()
+_zeros = nn.initializers.zeros_init()
+
+
+def _parameter(init, *axes):
+    return nn.with_logical_partitioning(init, axes)
+
+
+def dense(features: int, dtype, *, zero: bool = False, name: str | None = None):
+    """`[..., C] -> [..., features]`; `zero` starts it at zero."""
+    return nn.Dense(
+        features,
+        dtype=dtype,
+        kernel_init=_parameter(_zeros if zero else _lecun, "in", "out"),
+        bias_init=_parameter(_zeros, "norm"),
+        name=name,
+    )
+
+
+def conv(
+    features: int,
+    dtype,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    zero: bool = False,
+    name: str | None = None,
+):
+    """`[B, H, W, C] -> [B, H / stride, W / stride, features]`, zero padded."""
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        dtype=dtype,
+        kernel_init=_parameter(
+            _zeros if zero else _lecun, "kernel_h", "kernel_w", "in", "out"
+        ),
+        bias_init=_parameter(_zeros, "norm"),
+        name=name,
+    )
+
+
+def group_norm(channels: int, dtype, *, affine: bool = True, name: str | None = None):
+    """GroupNorm with 32 groups (fewer where 32 does not divide the channels)."""
+    return nn.GroupNorm(
+        num_groups=math.gcd(32, channels),
+        epsilon=1e-5,
+        dtype=dtype,
+        use_bias=affine,
+        use_scale=affine,
+        bias_init=_parameter(_zeros, "norm"),
+        scale_init=_parameter(nn.initializers.ones_init(), "norm"),
+        name=name,
+    )
+
+
+def layer_norm(dtype, *, name: str | None = None):
+    """LayerNorm over the last axis."""
+    return nn.LayerNorm(
+        epsilon=1e-5,
+        dtype=dtype,
+        bias_init=_parameter(_zeros, "norm"),
+        scale_init=_parameter(nn.initializers.ones_init(), "norm"),
+        name=name,
+    )
+
+
+def heads(num_heads: int, head_channels: int, dtype, *, name: str):
+    """`[B, T, C] -> [B, T, heads, head_channels]`."""
+    return nn.DenseGeneral(
+        (num_heads, head_channels),
+        dtype=dtype,
+        kernel_init=_parameter(_lecun, "in", "heads", "head_dim"),
+        bias_init=_parameter(_zeros, "heads", "head_dim"),
+        name=name,
+    )
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention; a query that may attend to nothing gets zero.
+
+    Args:
+      q: `[B, T, N, D]`; k, v: `[B, S, N, D]`.
+      mask: `[B, S]` bool, True where a key is real.
+
+    Returns:
+      `[B, T, N * D]`.
+    """
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+    out = jnp.where(mask.any(1)[:, None, None, None], out, 0)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def noise_features(logsnr: jax.Array, channels: int) -> jax.Array:
+    """`[B]` log-SNR to `[B, channels]` float32 sines and cosines.
+
+    The log-SNR is first mapped to (0, 1) by the inverse of the cosine schedule, then
+    embedded like a time step in [0, 1000] (arXiv 2006.11239; the mapping as in
+    arXiv 2202.00512).
+    """
+    t = jnp.arctan(jnp.exp(-logsnr / 2)) / (math.pi / 2)
+    half = channels // 2
+    frequencies = jnp.exp(-math.log(10_000) * jnp.arange(half) / half)
+    angles = 1000 * t[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+def space_to_depth(x: jax.Array, p: int) -> jax.Array:
+    """`[B, H, W, C] -> [B, H / p, W / p, p * p * C]`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // p, p, w // p, p, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // p, w // p, p * p * c)
+
+
+def depth_to_space(x: jax.Array, p: int) -> jax.Array:
+    """Inverts `space_to_depth`."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, p, p, c // (p * p))
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * p, w * p, c // (p * p))
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest neighbour, twice the height and width."""
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def downsample(x: jax.Array) -> jax.Array:
+    """Mean of 2 x 2, half the height and width."""
+    return nn.avg_pool(x, (2, 2), strides=(2, 2))

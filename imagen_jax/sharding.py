@@ -1,0 +1,106 @@
+"""The device mesh, and which mesh axis each logical axis of an array lies on."""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imagen_jax.config import MeshConfig
+from imagen_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# Parameters are declared with these names; `None` is replicated. Weights are split
+# along their input over fsdp and along their output over tensor.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("kernel_h", None),
+    ("kernel_w", None),
+    ("in", "fsdp"),
+    ("out", "tensor"),
+    ("heads", "tensor"),
+    ("head_dim", None),
+    ("norm", None),
+    ("vocab", "tensor"),
+    ("buckets", None),
+)
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `cfg` over `devices` (default: all of them).
+
+    Raises:
+      UserError: when the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(cfg, axis) for axis in AXES]
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(
+            f"config.mesh is {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and at most "
+            "one of them is -1 (all devices that are left)"
+        )
+    fixed = math.prod(s for s in sizes if s > 0)
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        raise UserError(
+            f"config.mesh is {dict(zip(AXES, sizes, strict=True))}, which does not divide the "
+            f"{len(devices)} devices here; the product must be {len(devices)}, and "
+            f"an axis can be one of {_divisors(len(devices))}"
+        )
+    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
+    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data and fsdp; valid for an array of any rank."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
+    """Raises `UserError` unless the batch divides over the mesh's data and fsdp."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % ways:
+        near = max(ways, batch_size // ways * ways)
+        raise UserError(
+            f"config.{name} is {batch_size}, which does not divide over {ways} shards "
+            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); "
+            f"use a multiple of {ways}, for example {near}"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(abstract_state, mesh: Mesh):
+    """A `NamedSharding` for every leaf of a tree of (boxed) abstract arrays.
+
+    Leaves are `nn.LogicallyPartitioned` boxes or plain arrays; plain ones are
+    replicated. A dimension that its mesh axis does not divide is replicated too.
+    """
+
+    def one(leaf):
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return replicated(mesh)
+        shape = leaf.value.shape
+        if len(leaf.names) != len(shape):
+            # Adafactor's factored moments lack an axis of their parameter; they are
+            # vectors, small enough to replicate.
+            return replicated(mesh)
+        spec = nn.logical_to_mesh_axes(leaf.names, RULES)
+        fits = [
+            axis if axis is None or size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*fits))
+
+    return jax.tree.map(
+        one, abstract_state, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )

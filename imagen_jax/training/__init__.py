@@ -1,0 +1,1 @@
+"""State, optimizer, step, checkpoint and loop: the same lines for every stage."""

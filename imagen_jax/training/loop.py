@@ -1,0 +1,262 @@
+"""The loop: one for all stages."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from imagen_jax import config as config_lib
+from imagen_jax import pictures
+from imagen_jax.batch import Batch, downsample
+from imagen_jax.config import StageConfig
+from imagen_jax.diffusion.cascade import Stage, sample_cascade
+from imagen_jax.errors import Stopped, UserError
+from imagen_jax.models import network
+from imagen_jax.sharding import check_batch_size
+from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.metrics import MetricWriter
+from imagen_jax.training.state import TrainState, create_state
+from imagen_jax.training.step import compile_train_step
+
+# What a resumed run may change: how long, how often, where; not what is learned.
+_FREE = (
+    "training.steps",
+    "training.log_every_steps",
+    "training.sample_every_steps",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+    "training.preview_images",
+    "data.records",
+    "sampler.",
+    "mesh.",
+)
+
+
+class BatchIterator(Protocol):
+    """What the loop needs of a data source."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> bytes: ...
+
+    def set_state(self, state: bytes) -> None: ...
+
+
+def check_workdir(cfg: StageConfig, workdir: str) -> None:
+    """Claims `workdir` for `cfg`, or says why it cannot be.
+
+    Raises:
+      UserError: when the folder holds a run of another config.
+    """
+    folder = Path(workdir)
+    path = folder / "config.json"
+    if path.exists():
+        old = config_lib.from_json(path.read_text(), str(path))
+        lines = [
+            line
+            for line in config_lib.difference(old, cfg)
+            if not line.startswith(_FREE)
+        ]
+        if lines:
+            raise UserError(
+                f"{workdir} holds a run of another config; give a new --workdir, or "
+                "the old values. It differs in (there -> here):\n  "
+                + "\n  ".join(lines)
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"{workdir} is not empty and holds no config.json: it is not a workdir of "
+            "this program; give another --workdir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(config_lib.to_json(cfg))
+    partial.rename(path)
+
+
+def train(
+    cfg: StageConfig,
+    workdir: str,
+    batches: BatchIterator,
+    mesh: Mesh,
+    preview: tuple[Batch, list[str]] | None = None,
+) -> TrainState:
+    """Trains from the newest checkpoint of `workdir` (or scratch) to the last step.
+
+    Args:
+      cfg: the stage, resolved.
+      workdir: gets config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/
+        and events.jsonl.
+      batches: yields global batches placed on `mesh`.
+      mesh: of all devices.
+      preview: examples (and their captions) that are sampled as training goes.
+
+    Returns:
+      The last state.
+
+    Raises:
+      UserError: for a workdir of another config, or a batch that does not divide.
+      Stopped: on SIGINT or SIGTERM, after saving.
+    """
+    check_batch_size(cfg.training.batch_size, mesh, "training.batch_size")
+    check_workdir(cfg, workdir)
+    checkpointer = Checkpointer(workdir, cfg.training.keep_checkpoints)
+    writer = MetricWriter(workdir)
+    try:
+        if checkpointer.latest_step() is None:
+            state = create_state(cfg, mesh)
+        else:
+            state, position = checkpointer.restore(cfg, mesh)
+            batches.set_state(position)
+        return _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer)
+    finally:
+        checkpointer.close()
+        writer.close()
+
+
+def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
+    first = int(state.step)
+    last = cfg.training.steps
+    step_fn = compile_train_step(cfg, mesh)
+    writer.event("start", first, devices=jax.device_count())
+    log = _Log(cfg, writer)
+    bar = tqdm(
+        total=last,
+        initial=first,
+        desc=f"train {cfg.name}",
+        unit="step",
+        mininterval=1.0,
+        disable=jax.process_index() != 0,
+    )
+    with bar, _signals() as stopped:
+        for step in range(first + 1, last + 1):
+            batch = next(batches)
+            state, metrics = step_fn(state, batch)
+            bar.update()
+            log.add(step, metrics, bar)
+            if step % cfg.training.checkpoint_every_steps == 0 or step == last:
+                checkpointer.save(state, cfg, batches.get_state())
+                writer.event("checkpoint", step)
+            every = cfg.training.sample_every_steps
+            if preview and every and (step % every == 0 or step == last):
+                _preview(cfg, workdir, state, preview, mesh, step, writer)
+                log.restart_clock()
+            if stopped():
+                checkpointer.save(state, cfg, batches.get_state())
+                writer.event("stop", step)
+                raise Stopped(f"stopped on a signal at step {step}, saved in {workdir}")
+        log.flush(last, bar)
+    writer.event("done", last)
+    return state
+
+
+class _Log:
+    """Averages metrics on the host without holding up the device.
+
+    An interval is fetched when the next one has been handed to the device, so the
+    queue never runs empty.
+    """
+
+    def __init__(self, cfg: StageConfig, writer: MetricWriter):
+        self.cfg, self.writer = cfg, writer
+        self.open: list = []
+        self.closed: tuple[int, list] | None = None
+        self.clock: float | None = None
+
+    def restart_clock(self) -> None:
+        """Leaves an interval that was not all training out of the rate."""
+        self.clock = None
+
+    def add(self, step: int, metrics, bar) -> None:
+        self.open.append(metrics)
+        if step % self.cfg.training.log_every_steps == 0:
+            self._write(bar)
+            self.closed, self.open = (step, self.open), []
+
+    def flush(self, step: int, bar) -> None:
+        self._write(bar)
+        if self.open:
+            self.closed, self.open = (step, self.open), []
+            self._write(bar)
+
+    def _write(self, bar) -> None:
+        if self.closed is None:
+            return
+        step, rows = self.closed
+        self.closed = None
+        rows = jax.device_get(rows)
+        means = {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
+        now = time.perf_counter()
+        if self.clock is not None:
+            rate = len(rows) / (now - self.clock)
+            means["steps_per_second"] = rate
+            means["images_per_second"] = rate * self.cfg.training.batch_size
+        self.clock = now
+        self.writer.scalars(step, means)
+        bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+
+
+@contextlib.contextmanager
+def _signals():
+    """Yields a function that tells whether SIGINT or SIGTERM has come.
+
+    The second signal meets the handlers that were there before.
+    """
+    came = []
+    before = {}
+
+    def handler(number, frame):
+        came.append(number)
+        restore()
+
+    def restore():
+        for number, old in before.items():
+            signal.signal(number, old)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
+    try:
+        yield lambda: bool(came)
+    finally:
+        restore()
+
+
+def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:
+    """A grid of samples, and under each the picture that it was trained towards."""
+    batch, captions = preview
+    truth = np.asarray(batch.image)
+    lowres = None
+    if cfg.lowres_size:
+        lowres = downsample(truth, cfg.train_lowres_size)
+    # A stage that trains on crops is shown at the size of its crops.
+    cfg = dataclasses.replace(
+        cfg,
+        image_size=cfg.train_size,
+        lowres_size=cfg.train_lowres_size,
+        crop_size=0,
+    )
+    stage = Stage(params=state.ema, cfg=cfg, apply=network.apply)
+    made = sample_cascade(
+        [stage],
+        np.asarray(batch.text),
+        np.asarray(batch.mask),
+        np.arange(len(truth)),
+        mesh,
+        lowres,
+    )[-1]
+    if jax.process_index() == 0:
+        both = np.concatenate([made, truth], axis=1)
+        sheet = pictures.grid(both, min(8, len(both)), captions)
+        folder = Path(workdir) / "samples"
+        folder.mkdir(exist_ok=True)
+        pictures.save(folder / f"{step:08d}.png", sheet)
+        writer.image(step, "samples", sheet)

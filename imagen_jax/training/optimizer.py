@@ -1,0 +1,29 @@
+"""The optimizer of a config."""
+
+import optax
+
+from imagen_jax.config import OptimizerConfig
+
+
+def learning_rate(cfg: OptimizerConfig) -> optax.Schedule:
+    """Linear warm-up to the peak, then a cosine to 0 (or the peak, for ever).
+
+    The paper prints an end value of 2500000 (App. F), plainly a slip; ours is 0.
+    """
+    if cfg.decay_steps:
+        return optax.warmup_cosine_decay_schedule(
+            0.0, cfg.learning_rate, cfg.warmup_steps, cfg.decay_steps
+        )
+    return optax.schedules.warmup_constant_schedule(
+        0.0, cfg.learning_rate, cfg.warmup_steps
+    )
+
+
+def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping by the global norm, then Adam or Adafactor (paper App. F)."""
+    rate = learning_rate(cfg)
+    rule = {
+        "adam": lambda: optax.adam(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        "adafactor": lambda: optax.adafactor(rate),
+    }[cfg.name]()
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule)

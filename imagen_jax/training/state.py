@@ -1,0 +1,66 @@
+"""Everything that a training step reads and writes."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from imagen_jax.config import StageConfig
+from imagen_jax.models import network
+from imagen_jax.sharding import state_shardings
+from imagen_jax.training.optimizer import make_optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a run, sharded over the mesh.
+
+    Attributes:
+      step: scalar int32, steps done.
+      params: float32 parameters.
+      ema: their exponential moving average: what is sampled.
+      opt_state: of the optimizer.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: optax.OptState
+
+
+def _init(cfg: StageConfig, key: jax.Array) -> TrainState:
+    params = network.init(cfg, key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        # A copy of its own: both are donated to the step.
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=make_optimizer(cfg.optimizer).init(params),
+    )
+
+
+def abstract_state(cfg: StageConfig, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state; computes nothing."""
+    boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
+    shardings = state_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        nn.unbox(boxed),
+        shardings,
+    )
+
+
+def create_state(cfg: StageConfig, mesh: Mesh) -> TrainState:
+    """A fresh state, made where it lives; the same values on any mesh."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
+
+    def init(key):
+        return nn.unbox(_init(cfg, key))
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.training.seed))
