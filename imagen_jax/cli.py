@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from absl import flags
 
-from imagen_jax.errors import UserError
+from imagen_jax.errors import Stopped, UserError
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -16,7 +16,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     doors can import each other.
 
     Exits with 0 when done, 1 after a `UserError` (printed as one line), 2 for flags
-    that are wrong, 3 when interrupted.
+    that are wrong, 3 when stopped by a signal.
     """
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-help", "-h", "--helpfull", "-?"} & set(argv[1:]):
@@ -32,6 +32,8 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         main()
     except UserError as error:
         _exit(1, str(error))
+    except Stopped as stopped:
+        _exit(3, str(stopped))
     except KeyboardInterrupt:
         _exit(3, "interrupted")
     sys.exit(0)

@@ -8,6 +8,7 @@ without TensorFlow. --source=shapes:N draws N captioned scenes.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import io
@@ -25,35 +26,21 @@ from absl import flags
 from PIL import Image
 
 from imagen_jax import cli
-from imagen_jax.data import folder, memory, shapes, text
+from imagen_jax.data import folder, memory, originals, text
 from imagen_jax.data import manifest as manifests
-from imagen_jax.data.source import import_tensorflow
-from imagen_jax.errors import UserError, did_you_mean
+from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.errors import UserError
 
 _NAMED_SKIPS = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class _Example:
-    id: int
-    name: str
-    caption: str
-    read: Callable[[], bytes]
-    # What stands for the picture in the source's hash; its bytes when empty.
-    stamp: bytes = b""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    count: int
-    examples: Iterable[_Example]
-    problems: list[tuple[str, str]]
+# Pictures that wait in memory for their turn.
+_READ_AHEAD = 64
 
 
 @dataclasses.dataclass
 class _Tally:
     """What happened to the examples so far."""
 
+    total: int
     skipped: list[tuple[str, str]]
     digest: Any = dataclasses.field(default_factory=hashlib.sha256)
     reencoded: int = 0
@@ -108,10 +95,12 @@ def prepare(
     ):
         if value < 1:
             raise UserError(f"--{name} is {value}; it must be above zero")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; it must not be negative")
     if not output:
         raise UserError("--output is empty: give a folder to be, or FILE.npz")
     encode = text.load_encoder(encoder, encoder_weights)
-    pictures = _open_source(source, image_size, seed)
+    source_now = originals.open_originals(source, image_size, seed)
     settings = {
         "source": source,
         "text_length": text_length,
@@ -120,16 +109,19 @@ def prepare(
         "seed": seed,
     }
     path = pathlib.Path(output)
-    old = _finished(path, settings, encode.identity, pictures)
+    old = _finished(path, settings, encode.identity, source_now)
     if old:
         if progress:
             print(f"already prepared: {old.examples} examples in {output}")
         return old
     npz = path.suffix == ".npz"
     if not npz:
-        import_tensorflow()
-    tally = _Tally(list(pictures.problems))
-    bar = tqdm.tqdm(pictures.examples, total=pictures.count, disable=not progress)
+        # Before the bar, which its start would interrupt.
+        start_tensorflow()
+    tally = _Tally(
+        source_now.count + len(source_now.problems), list(source_now.problems)
+    )
+    bar = tqdm.tqdm(source_now.examples, total=source_now.count, disable=not progress)
     usable = _verified(bar, tally, smallest=image_size if npz else 1)
     shards = (
         _embedded(chunk, tally, encode, text_length)
@@ -138,79 +130,15 @@ def prepare(
     partial = path.with_name(path.name + manifests.PARTIAL)
     _remove(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
-
-    def finish(written: list[dict[str, Any]]) -> manifests.Manifest:
-        _check_tally(tally, pictures, source)
-        return manifests.Manifest(
-            settings=settings,
-            source_sha256=tally.digest.hexdigest(),
-            encoder=encode.identity,
-            text_dim=encode.dim,
-            examples=len(tally.tokens),
-            tokens_max=max(tally.tokens),
-            tokens_mean=round(sum(tally.tokens) / len(tally.tokens), 2),
-            cut_captions=tally.cut,
-            reencoded=tally.reencoded,
-            skipped=len(tally.skipped),
-            skipped_files=[
-                {"file": file, "reason": reason}
-                for file, reason in tally.skipped[:_NAMED_SKIPS]
-            ],
-            shards=written,
-        )
-
     try:
-        if npz:
-            manifest = _write_npz(partial, shards, image_size, finish)
-        else:
-            manifest = _write_folder(partial, shards, finish)
+        write = _write_npz if npz else _write_folder
+        manifest = write(partial, shards, settings, encode, tally)
         os.replace(partial, path)
     finally:
         _remove(partial)
     if progress:
         print(_summary(manifest, output))
     return manifest
-
-
-def _open_source(source: str, image_size: int, seed: int) -> _Source:
-    kind, _, argument = source.partition(":")
-    kinds = {"folder": _open_folder, "shapes": _open_shapes}
-    if kind not in kinds or not argument:
-        raise UserError(
-            f"--source is {source!r}{did_you_mean(kind, kinds)}; it is folder:DIR or "
-            "shapes:N"
-        )
-    return kinds[kind](argument, image_size, seed)
-
-
-def _open_folder(argument: str, image_size: int, seed: int) -> _Source:
-    listing = folder.list_folder(argument)
-    root = pathlib.Path(argument)
-    examples = [
-        _Example(i, name, caption, (root / name).read_bytes)
-        for i, (name, caption) in enumerate(listing.pairs)
-    ]
-    # Neighbours in a folder are alike; a shuffle buffer in training may be too small
-    # to part them.
-    order = np.random.default_rng(seed).permutation(len(examples))
-    return _Source(len(examples), [examples[i] for i in order], listing.problems)
-
-
-def _open_shapes(argument: str, image_size: int, seed: int) -> _Source:
-    if not argument.isdecimal() or int(argument) < 1:
-        raise UserError(f"--source is 'shapes:{argument}'; give a number above zero")
-
-    def examples() -> Iterator[_Example]:
-        for i, scene in enumerate(shapes.generate(int(argument), seed)):
-            yield _Example(
-                i,
-                f"scene {i}",
-                shapes.caption(scene),
-                lambda scene=scene: folder.encode_png(shapes.draw(scene, image_size)),
-                repr(scene).encode(),
-            )
-
-    return _Source(int(argument), examples(), [])
 
 
 def _finished(path, settings, encoder, source) -> manifests.Manifest | None:
@@ -234,7 +162,7 @@ def _finished(path, settings, encoder, source) -> manifests.Manifest | None:
     if not differs:
         digest = hashlib.sha256()
         for example in source.examples:
-            _update(digest, example, example.stamp or example.read())
+            _update(digest, example, b"" if example.stamp else example.read())
         if digest.hexdigest() != old.source_sha256:
             differs.append("other pictures or captions")
     if differs:
@@ -245,26 +173,43 @@ def _finished(path, settings, encoder, source) -> manifests.Manifest | None:
     return old
 
 
-def _update(digest, example: _Example, content: bytes) -> None:
+def _update(digest, example: originals.Example, content: bytes) -> None:
+    content = example.stamp.encode() or content
     head = [example.name, example.caption, len(content)]
     digest.update(json.dumps(head).encode() + content)
 
 
-def _verified(examples, tally, smallest) -> Iterator[tuple[_Example, folder.Picture]]:
-    for example in examples:
+def _verified(examples, tally, smallest):
+    """Yields the (example, picture) that can be used, in order; counts the others."""
+
+    def read(example):
         data = example.read()
-        _update(tally.digest, example, example.stamp or data)
         try:
-            picture = folder.verify(data)
+            return example, data, folder.verify(data), ""
         except folder.BrokenPicture as error:
-            tally.skipped.append((example.name, str(error)))
-            continue
-        if picture.side < smallest:
+            return example, data, None, str(error)
+
+    for example, data, picture, reason in _parallel(read, examples):
+        _update(tally.digest, example, data)
+        if picture and picture.side < smallest:
             reason = f"its shorter side has {picture.side} of {smallest} pixels"
+        if reason:
             tally.skipped.append((example.name, reason))
-            continue
-        tally.reencoded += picture.reencoded
-        yield example, picture
+        else:
+            tally.reencoded += picture.reencoded
+            yield example, picture
+
+
+def _parallel(function: Callable, items: Iterable) -> Iterator:
+    # Executor.map would read all items ahead.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        waiting = collections.deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[list]:
@@ -284,74 +229,81 @@ def _embedded(chunk, tally, encode, text_length) -> list[_Row]:
     ]
 
 
-def _check_tally(tally: _Tally, source: _Source, name: str) -> None:
-    total = source.count + len(source.problems)
-    if 2 * len(tally.skipped) > total or not tally.tokens:
-        file, reason = tally.skipped[0]
-        raise UserError(
-            f"{len(tally.skipped)} of {total} examples of {name!r} cannot be used, "
-            f"first {file!r}: {reason}; nothing was written"
-        )
-
-
-def _write_folder(partial, shards, finish) -> manifests.Manifest:
+def _write_folder(partial, shards, settings, encode, tally) -> manifests.Manifest:
     from imagen_jax.data import tasks
 
     partial.mkdir()
     written = []
     for number, rows in enumerate(shards):
         file = f"records-{number:05d}.tfrecord"
-        tasks.write_shard(
-            partial / file,
-            (
-                {
-                    "id": row.id,
-                    "image": row.picture.data,
-                    "caption": row.caption.encode(),
-                    "text": text.to_bytes(row.text),
-                    "side": row.picture.side,
-                }
-                for row in rows
-            ),
+        fields = (
+            {
+                "id": row.id,
+                "image": row.picture.data,
+                "caption": row.caption.encode(),
+                "text": text.to_bytes(row.text),
+                "side": row.picture.side,
+            }
+            for row in rows
         )
-        sides = collections.Counter(row.picture.side for row in rows)
+        tasks.write_shard(partial / file, fields)
         with open(partial / file, "rb") as data:
             sha256 = hashlib.file_digest(data, "sha256").hexdigest()
-        written.append(
-            {
-                "file": file,
-                "examples": len(rows),
-                "sha256": sha256,
-                "sides": {str(side): sides[side] for side in sorted(sides)},
-            }
-        )
-    manifest = finish(written)
+        sides = [row.picture.side for row in rows]
+        written.append(_shard(file, sha256, sides))
+    manifest = _manifest(settings, encode, tally, written)
     (partial / manifests.FILE_NAME).write_text(manifests.to_json(manifest), "utf8")
     return manifest
 
 
-def _write_npz(partial, shards, image_size, finish) -> manifests.Manifest:
-    images, embeddings, ids, captions = [], [], [], []
-    for row in itertools.chain.from_iterable(shards):
-        images.append(_pixels(row.picture.data, image_size))
-        embeddings.append(row.text)
-        ids.append(row.id)
-        captions.append(row.caption)
-    if not ids:
-        finish([])
-    values = memory.arrays(images, embeddings, ids)
-    manifest = finish(
-        [
-            {
-                "file": "arrays",
-                "examples": len(ids),
-                "sha256": memory.sha256(values),
-                "sides": {str(image_size): len(ids)},
-            }
-        ]
+def _write_npz(partial, shards, settings, encode, tally) -> manifests.Manifest:
+    rows = list(itertools.chain.from_iterable(shards))
+    _check_tally(settings, tally)
+    size = settings["image_size"]
+    values = memory.arrays(
+        [_pixels(row.picture.data, size) for row in rows],
+        [row.text for row in rows],
+        [row.id for row in rows],
     )
-    memory.write(partial, values, captions, manifest)
+    written = [_shard("arrays", memory.sha256(values), [size] * len(rows))]
+    manifest = _manifest(settings, encode, tally, written)
+    memory.write(partial, values, [row.caption for row in rows], manifest)
     return manifest
+
+
+def _shard(file: str, sha256: str, sides: list[int]) -> dict[str, Any]:
+    counts = {str(side): n for side, n in sorted(collections.Counter(sides).items())}
+    return {"file": file, "examples": len(sides), "sha256": sha256, "sides": counts}
+
+
+def _check_tally(settings, tally: _Tally) -> None:
+    if 2 * len(tally.skipped) > tally.total or not tally.tokens:
+        file, reason = tally.skipped[0]
+        raise UserError(
+            f"{len(tally.skipped)} of {tally.total} examples of {settings['source']!r} "
+            f"cannot be used, first {file!r}: {reason}; nothing was written"
+        )
+
+
+def _manifest(settings, encode, tally, written) -> manifests.Manifest:
+    _check_tally(settings, tally)
+    return manifests.Manifest(
+        settings=settings,
+        source_sha256=tally.digest.hexdigest(),
+        encoder=encode.identity,
+        text_dim=encode.dim,
+        examples=len(tally.tokens),
+        tokens_max=max(tally.tokens),
+        tokens_mean=round(sum(tally.tokens) / len(tally.tokens), 2),
+        cut_captions=tally.cut,
+        reencoded=tally.reencoded,
+        skipped=len(tally.skipped),
+        skipped_files=[
+            {"file": file, "reason": reason}
+            for file, reason in tally.skipped[:_NAMED_SKIPS]
+        ],
+        shards=written,
+    )
 
 
 def _pixels(data: bytes, image_size: int) -> np.ndarray:
@@ -359,7 +311,7 @@ def _pixels(data: bytes, image_size: int) -> np.ndarray:
     # Decoders agree about PNG only; drawn scenes need no TensorFlow.
     if image.format == "PNG" and image.size == (image_size, image_size):
         return np.asarray(image.convert("RGB"))
-    import_tensorflow()
+    start_tensorflow()
     from imagen_jax.data import preprocess
 
     return preprocess.picture(data, image_size).numpy()

@@ -6,7 +6,7 @@ import json
 import pathlib
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from imagen_jax.errors import UserError
 
@@ -162,6 +162,9 @@ def verify(data: bytes) -> Picture:
         )
         if not plain:
             data = _rgb_png(image)
+    except UnidentifiedImageError:
+        # PIL's text names an address in memory.
+        raise BrokenPicture("it is no picture of a known format") from None
     # PIL's decoders raise almost anything on damaged input.
     except Exception as error:  # noqa: BLE001
         raise BrokenPicture(f"{type(error).__name__}: {error}") from None

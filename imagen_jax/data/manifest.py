@@ -132,8 +132,8 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
     missing = [s["file"] for s in manifest.shards if not (path / s["file"]).is_file()]
     if missing:
         raise UserError(
-            f"{str(path)!r} lacks {len(missing)} of its {len(manifest.shards)} files of "
-            f"records, first {missing[0]!r}: copy it again or prepare again"
+            f"{str(path)!r} lacks {len(missing)} of its {len(manifest.shards)} files, "
+            f"first {missing[0]!r}: copy it again or prepare again"
         )
     return manifest
 

@@ -80,7 +80,7 @@ def make_memory(
         picture size that does not halve to the stage's.
     """
     manifest = manifests.read_manifest(cfg.data.records)
-    manifests.check_encoder(cfg, manifest)
+    stream.check_text(cfg, manifest)
     local = stream.local_batch_size(cfg, mesh, process_count)
     with np.load(pathlib.Path(cfg.data.records), allow_pickle=False) as file:
         image, text, offset, ids = (
@@ -110,7 +110,9 @@ def make_memory(
         epoch, place = np.divmod(np.arange(first, first + local), len(ids))
         rows = np.empty(local, np.int64)
         for e in np.unique(epoch):
-            order = np.random.default_rng((cfg.data.seed, int(e))).permutation(len(ids))
+            order = np.random.default_rng((cfg.data.seed % 2**32, int(e))).permutation(
+                len(ids)
+            )
             rows[epoch == e] = order[place[epoch == e]]
         pictures = image[rows]
         if cfg.crop_size:

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import stream, tasks
-from imagen_jax.data.manifest import Manifest, check_encoder, read_manifest
+from imagen_jax.data.manifest import Manifest, read_manifest
+from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -41,18 +42,10 @@ def make_pipeline(
       UserError: when the records are missing, incomplete, of another text encoder,
         or too small.
     """
-    # TensorFlow would otherwise take all memory of the accelerator for itself.
-    if tf.config.get_visible_devices("GPU"):
-        tf.config.set_visible_devices([], "GPU")
+    start_tensorflow()
     manifest = read_manifest(cfg.data.records)
-    check_encoder(cfg, manifest)
+    stream.check_text(cfg, manifest)
     usable = sum(check_sizes(cfg, manifest))
-    if manifest.tokens_max > cfg.text.length:
-        log.warning(
-            "the longest caption has %d tokens; config.text.length cuts it to %d",
-            manifest.tokens_max,
-            cfg.text.length,
-        )
     batch_size = stream.local_batch_size(cfg, mesh, process_count)
     own = examples_of_host(cfg, manifest, process_index, process_count)
     if not own:
@@ -132,7 +125,7 @@ def _examples_from(
     def one_epoch(epoch):
         dataset = task.get_dataset(
             shuffle_buffer_size=cfg.data.shuffle_examples,
-            seed=cfg.data.seed * 1_000_003 + epoch,
+            seed=cfg.data.seed % 2**32 * 1_000_003 + epoch,
             shard_info=shard,
             trim_output_features=False,
             try_in_mem_cache=False,

@@ -1,14 +1,13 @@
 """From a config to its batches, whatever the records are."""
 
-import os
 import pathlib
-import sys
 
 import jax
 from jax.sharding import Mesh
 
 from imagen_jax.config import StageConfig
 from imagen_jax.data.manifest import read_manifest
+from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.data.stream import Stream
 
 
@@ -29,27 +28,7 @@ def open_records(cfg: StageConfig, mesh: Mesh) -> Stream:
         from imagen_jax.data.memory import make_memory
 
         return make_memory(cfg, mesh, **hosts)
-    import_tensorflow()
+    start_tensorflow()
     from imagen_jax.data.pipeline import make_pipeline
 
     return make_pipeline(cfg, mesh, **hosts)
-
-
-def import_tensorflow() -> None:
-    """Imports TensorFlow without the notes that it prints on starting.
-
-    They come from C++ before its log level is read, so stderr itself is shut
-    meanwhile. With TF_CPP_MIN_LOG_LEVEL set by the user, all is shown that they ask.
-    """
-    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
-        return
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as null:
-        os.dup2(null.fileno(), 2)
-    try:
-        import tensorflow  # noqa: F401
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from imagen_jax import sharding
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
+from imagen_jax.data.manifest import Manifest, check_encoder
 from imagen_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,17 @@ class Stream:
                 self._hosts,
             )
         self._seek(batches)
+
+
+def check_text(cfg: StageConfig, manifest: Manifest) -> None:
+    """Raises `UserError` for text of another encoder; logs when captions are cut."""
+    check_encoder(cfg, manifest)
+    if manifest.tokens_max > cfg.text.length:
+        log.warning(
+            "the longest caption has %d tokens; config.text.length cuts it to %d",
+            manifest.tokens_max,
+            cfg.text.length,
+        )
 
 
 def local_batch_size(cfg: StageConfig, mesh: Mesh, process_count: int) -> int:

@@ -94,6 +94,7 @@ class StageFeatureConverter(seqio.FeatureConverter):
         self._cfg = cfg
 
     def get_model_feature_lengths(self, task_feature_lengths):
+        """Lengths of the `MODEL_FEATURES`, for seqio's checks."""
         lengths = {name: task_feature_lengths[name] for name in ("image", "text", "id")}
         return lengths | {"mask": task_feature_lengths["text"]}
 

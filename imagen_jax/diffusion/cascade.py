@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Cond, to_float, to_uint8
@@ -129,7 +130,8 @@ def sample_cascade(
                 apply=stage.apply,
                 cfg=stage.cfg,
             )
-            made.append(np.asarray(out)[: len(seeds) - start])
+            out = multihost_utils.process_allgather(out, tiled=True)
+            made.append(out[: len(seeds) - start])
             report(len(made[-1]))
         before = np.concatenate(made)
         pictures.append(before)

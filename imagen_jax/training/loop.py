@@ -87,7 +87,7 @@ def train(
     workdir: str,
     batches: BatchIterator,
     mesh: Mesh,
-    preview: tuple[Batch, list[str]] | None = None,
+    preview: Batch | None = None,
 ) -> TrainState:
     """Trains from the newest checkpoint of `workdir` (or scratch) to the last step.
 
@@ -97,7 +97,8 @@ def train(
         and events.jsonl.
       batches: yields global batches placed on `mesh`.
       mesh: of all devices.
-      preview: examples (and their captions) that are sampled as training goes.
+      preview: examples on the host that are sampled, over and over, as training
+        goes; None for none.
 
     Returns:
       The last state.
@@ -146,7 +147,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
                 checkpointer.save(state, cfg, batches.get_state())
                 writer.event("checkpoint", step)
             every = cfg.training.sample_every_steps
-            if preview and every and (step % every == 0 or step == last):
+            if preview is not None and every and (step % every == 0 or step == last):
                 _preview(cfg, workdir, state, preview, mesh, step, writer)
                 log.restart_clock()
             if stopped():
@@ -232,8 +233,7 @@ def _signals():
 
 def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:
     """A grid of samples, and under each the picture that it was trained towards."""
-    batch, captions = preview
-    truth = np.asarray(batch.image)
+    truth = preview.image
     lowres = None
     if cfg.lowres_size:
         lowres = downsample(truth, cfg.train_lowres_size)
@@ -247,15 +247,15 @@ def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:
     stage = Stage(params=state.ema, cfg=cfg, apply=network.apply)
     made = sample_cascade(
         [stage],
-        np.asarray(batch.text),
-        np.asarray(batch.mask),
+        preview.text,
+        preview.mask,
         np.arange(len(truth)),
         mesh,
         lowres,
     )[-1]
     if jax.process_index() == 0:
         both = np.concatenate([made, truth], axis=1)
-        sheet = pictures.grid(both, min(8, len(both)), captions)
+        sheet = pictures.grid(both, min(8, len(both)))
         folder = Path(workdir) / "samples"
         folder.mkdir(exist_ok=True)
         pictures.save(folder / f"{step:08d}.png", sheet)

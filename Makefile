@@ -1,0 +1,24 @@
+# Each target makes its own virtual environment in $(VENV); nothing else is needed
+# than Python 3.11 or newer.
+
+PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
+VENV ?= .venv
+
+.PHONY: demo test lint
+
+# Prepares captioned shapes, trains a small cascade and samples it, in demo/.
+demo: $(VENV)/installed
+	$(VENV)/bin/python -m imagen_jax.demo --output=demo $(if $(SECONDS),--seconds=$(SECONDS))
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	@touch $@

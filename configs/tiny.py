@@ -1,0 +1,74 @@
+"""A cascade that a laptop trains in minutes: captioned shapes, 16 to 64 pixels.
+
+python -m imagen_jax.prepare --source=shapes:20000 --output=runs/shapes --encoder=tiny
+python -m imagen_jax.train --config=configs/tiny.py:base --workdir=runs/base \
+    --config.data.records=runs/shapes
+python -m imagen_jax.train --config=configs/tiny.py:sr --workdir=runs/sr \
+    --config.data.records=runs/shapes
+
+The values are ours, chosen by measurement on two CPU cores (benchmarks/README.md).
+"""
+
+from configs import common
+
+
+def get_config(variant: str = ""):
+    """`variant` is "base" or "sr"."""
+    return common.pick({"base": base, "sr": sr}, variant)
+
+
+def base():
+    """Text to 16 pixels."""
+    cfg = _shared()
+    cfg.name = "base"
+    cfg.image_size = 16
+    cfg.model.update(
+        architecture="unet",
+        channels=(64, 96),
+        num_res_blocks=(1, 1),
+        self_attention=(False, True),
+        text_attention=(True, True),
+        patch_size=2,
+    )
+    cfg.training.steps = 4000
+    cfg.optimizer.decay_steps = 4000
+    cfg.optimizer.learning_rate = 3e-3
+    cfg.sampler.update(guidance=2.0)
+    return cfg
+
+
+def sr():
+    """16 to 64 pixels."""
+    cfg = _shared()
+    cfg.name = "sr"
+    cfg.image_size = 64
+    cfg.lowres_size = 16
+    cfg.model.update(
+        architecture="efficient_unet",
+        channels=(32, 64),
+        num_res_blocks=(1, 2),
+        self_attention=(False, False),
+        text_attention=(False, True),
+        patch_size=4,
+    )
+    cfg.training.steps = 1000
+    cfg.optimizer.decay_steps = 1000
+    return cfg
+
+
+def _shared():
+    cfg = common.get_config()
+    cfg.model.head_channels = 32
+    cfg.model.dtype = "float32"
+    cfg.diffusion.prediction = "v"
+    cfg.text.length = 16
+    cfg.text.dim = 64
+    cfg.optimizer.update(warmup_steps=100, learning_rate=2e-3, b2=0.99, ema_decay=0.995)
+    cfg.training.update(
+        batch_size=32,
+        log_every_steps=50,
+        sample_every_steps=1000,
+        checkpoint_every_steps=1000,
+    )
+    cfg.sampler.update(name="ddim", steps=32, threshold="static", aug_level=0.1)
+    return cfg

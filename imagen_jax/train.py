@@ -1,0 +1,81 @@
+"""Trains one stage of a cascade; run again, it resumes.
+
+python -m imagen_jax.train --config=configs/tiny.py:base --workdir=DIR \
+    --config.data.records=RECORDS --config.optimizer.learning_rate=3e-4
+
+The workdir gets config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/ and
+events.jsonl. Ctrl-C saves and leaves with status 3.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import config_flags
+
+from imagen_jax import cli
+from imagen_jax.batch import Batch
+from imagen_jax.config import StageConfig, from_dict
+from imagen_jax.data.manifest import read_manifest, with_text
+from imagen_jax.data.source import open_records
+from imagen_jax.sharding import check_batch_size, make_mesh
+from imagen_jax.training.loop import BatchIterator, check_workdir, train
+from imagen_jax.training.state import TrainState
+
+
+def resolve(values: Mapping[str, Any]) -> StageConfig:
+    """A config's values, completed by what its records say of their text.
+
+    Raises:
+      UserError: for values or records that are not right.
+    """
+    cfg = from_dict(values)
+    return with_text(cfg, read_manifest(cfg.data.records))
+
+
+def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
+    """Trains the stage `cfg` in `workdir`, from its newest checkpoint or from scratch.
+
+    Raises:
+      UserError: for records, a mesh or a workdir that do not fit.
+      Stopped: on SIGINT or SIGTERM, after saving.
+    """
+    mesh = make_mesh(cfg.mesh)
+    check_batch_size(cfg.training.batch_size, mesh, "training.batch_size")
+    check_workdir(cfg, workdir)
+    batches = open_records(cfg, mesh)
+    preview = None
+    if cfg.training.sample_every_steps:
+        preview = _peek(batches, cfg.training.preview_images)
+    return train(cfg, workdir, batches, mesh, preview)
+
+
+def _peek(batches: BatchIterator, count: int) -> Batch:
+    """The first examples, on every host; the iterator stays where it is."""
+    state = batches.get_state()
+    batch = next(batches)
+    batches.set_state(state)
+    return jax.tree.map(
+        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))[:count],
+        batch,
+    )
+
+
+def define_flags() -> None:
+    """Defines this door's flags; main() reads them."""
+    config_flags.DEFINE_config_file("config", None, "FILE.py[:variant]")
+    flags.DEFINE_string("workdir", None, "folder of this run")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    """Trains what the flags ask for."""
+    train_stage(resolve(flags.FLAGS.config.to_dict()), flags.FLAGS.workdir)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

@@ -1,0 +1,49 @@
+"""Packaging. What the tools need beside it is in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "imagen_jax/__init__.py").read_text(), re.M
+)[1]
+
+# Lower bounds are the releases that the tests have run with.
+setup(
+    name="imagen-jax",
+    version=VERSION,
+    description="Train and sample Imagen cascades with JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["imagen_jax", "imagen_jax.*"]),
+    install_requires=[
+        "absl-py>=2.1",
+        "etils[epath]>=1.9",
+        "flax>=0.12",
+        "jax>=0.10",
+        "ml-collections>=1.0",
+        "ml-dtypes>=0.5",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "pillow>=11.0",
+        "tensorboardX>=2.6",
+        "tqdm>=4.66",
+        # Only imagen_jax/data imports these.
+        "seqio>=0.0.20",
+        "tensorflow>=2.21",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+        # Reads T5X checkpoints. It has no release on PyPI.
+        "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
+        # Makes the references that tests/references holds.
+        "parity": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.36"],
+        # Formatting changes between minor releases of ruff.
+        "test": ["pytest>=8.0", "ruff==0.17.*"],
+    },
+)

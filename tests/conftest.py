@@ -1,0 +1,14 @@
+"""Tests run on eight virtual CPU devices, so that meshes are real.
+
+A test that wants one device takes `jax.devices()[:1]`.
+"""
+
+import os
+
+# Before jax is imported: it reads these once. Subprocesses of tests inherit them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+# TensorFlow's start-up messages would bury a failing subprocess's own.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

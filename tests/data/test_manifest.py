@@ -1,0 +1,108 @@
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from imagen_jax.data import manifest as manifests
+from imagen_jax.data.manifest import read_manifest, with_text
+from imagen_jax.data.source import open_records
+from imagen_jax.errors import UserError
+
+
+@pytest.fixture
+def copy(records, tmp_path):
+    return pathlib.Path(shutil.copytree(records, tmp_path / "copy"))
+
+
+def _edit(folder, **changes):
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_says_what_was_prepared(records, npz):
+    manifest = read_manifest(records)
+    assert (manifest.examples, manifest.skipped) == (21, 0)
+    assert (manifest.encoder, manifest.text_dim) == ("tiny@v1-seed0-2x64", 64)
+    # "picture 3, so so so" and the end; "picture 0," and the end.
+    assert (manifest.tokens_max, manifest.cut_captions) == (8, 0)
+    assert manifest.tokens_mean == round((21 * 4 + 40) / 21, 2)
+    assert [shard["examples"] for shard in manifest.shards] == [5, 5, 5, 5, 1]
+    assert sum(manifest.large_enough(32)) == 15 and sum(manifest.large_enough(31)) == 18
+    small = read_manifest(npz)
+    assert (small.examples, small.skipped) == (15, 6)
+    assert small.skipped_files[0]["reason"].endswith("of 32 pixels")
+
+
+def test_content_hash_is_of_the_content(records, copy):
+    assert read_manifest(copy).content_sha256 == read_manifest(records).content_sha256
+    _edit(copy, encoder="tiny@v2")
+    assert read_manifest(copy).content_sha256 != read_manifest(records).content_sha256
+
+
+def test_with_text(records, stage):
+    cfg = stage(records)
+    assert cfg.text.encoder == "tiny@v1-seed0-2x64" and cfg.text.dim == 64
+    blank = dataclasses.replace(cfg.text, encoder="", dim=9)
+    cfg = dataclasses.replace(cfg, text=blank)
+    assert with_text(cfg, read_manifest(records)).text.dim == 64
+    cfg = dataclasses.replace(cfg, text=dataclasses.replace(blank, encoder="other@1"))
+    with pytest.raises(UserError, match="encoder 'tiny.*is 'other@1'"):
+        with_text(cfg, read_manifest(records))
+
+
+def test_round_trip(records):
+    manifest = read_manifest(records)
+    assert manifests.from_json(manifests.to_json(manifest), "x") == manifest
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda f: shutil.rmtree(f), "there is no '.*prepare"),
+        (lambda f: (f / "records-00002.tfrecord").unlink(), "lacks 1 of its 5 files"),
+        (lambda f: _truncate(f / "manifest.json"), "is not valid JSON"),
+        (lambda f: _edit(f, format=0), "no manifest of format 1"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "no manifest of format 1"),
+        (lambda f: _edit(f, colour="red"), r"damaged: \['colour'\]"),
+    ],
+)
+def test_damaged_folders(copy, damage, message):
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        read_manifest(copy)
+
+
+def test_half_written_folder(copy):
+    partial = copy.rename(f"{copy}.partial")
+    with pytest.raises(UserError, match="half-written"):
+        read_manifest(partial)
+
+
+def test_no_records(stage, records, mesh):
+    cfg = stage(records)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, records=""))
+    with pytest.raises(UserError, match="config.data.records is empty"):
+        open_records(cfg, mesh)
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated", "other", "pickle"])
+def test_damaged_npz(npz, tmp_path, kind):
+    path = tmp_path / "x.npz"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "truncated":
+        path.write_bytes(pathlib.Path(npz).read_bytes()[:-200])
+    elif kind == "other":
+        np.savez(path, a=np.zeros(3))
+    else:
+        np.savez(path, manifest=np.array([{"a": 1}], object))
+    with pytest.raises(UserError, match="is no .npz file of `prepare`, or is damaged"):
+        read_manifest(path)

@@ -1,0 +1,271 @@
+import dataclasses
+import itertools
+import json
+import logging
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax import config, sharding
+from imagen_jax.batch import batch_spec, check_batch, downsample
+from imagen_jax.data import text
+from imagen_jax.data.manifest import read_manifest
+from imagen_jax.data.memory import make_memory
+from imagen_jax.data.source import open_records
+from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.errors import UserError
+
+start_tensorflow()
+from imagen_jax.data import tasks  # noqa: E402
+from imagen_jax.data.pipeline import examples_of_host, make_pipeline  # noqa: E402
+
+
+def _take(stream, n):
+    return [jax.tree.map(np.asarray, b) for b in itertools.islice(stream, n)]
+
+
+def _ids(batches):
+    return np.concatenate([batch.id for batch in batches]).tolist()
+
+
+def _assert_equal(have, want):
+    assert len(have) == len(want)
+    jax.tree.map(np.testing.assert_array_equal, have, want)
+
+
+def test_batches_are_what_was_prepared(stage, records, pictures, mesh):
+    cfg = stage(records, batch_size=7)
+    stream = make_pipeline(cfg, mesh)
+    check_batch(next(stream), batch_spec(cfg))
+    lines = [
+        json.loads(line) for line in (pictures / "metadata.jsonl").open().readlines()
+    ]
+    encoder = text.load_encoder("tiny")
+    for batch in _take(stream, 2):
+        for image, row, mask, id in zip(batch.image, batch.text, batch.mask, batch.id):
+            assert lines[id]["file_name"].startswith(f"{id:02d}")
+            want, want_mask = text.embed(encoder, [lines[id]["text"]], 8)
+            np.testing.assert_array_equal(row, want[0])
+            np.testing.assert_array_equal(mask, want_mask[0])
+            pixels = np.asarray(Image.open(pictures / lines[id]["file_name"]), float)
+            h, w, _ = pixels.shape
+            side = min(h, w)
+            top, left = (h - side) // 2, (w - side) // 2
+            square = pixels[top : top + side, left : left + side]
+            # Every step keeps the mean but for its rounding, at most a half.
+            gap = np.abs(image.mean((0, 1)) - square.mean((0, 1)))
+            assert gap.max() < 2, lines[id]
+
+
+def test_an_epoch_has_every_example_once_in_another_order(stage, records, mesh):
+    first, second, third = (
+        _ids(_take(make_pipeline(stage(records, batch_size=7), mesh), 9)[i : i + 3])
+        for i in (0, 3, 6)
+    )
+    for ids in (first, second, third):
+        assert sorted(ids) == list(range(21))
+    assert first != second and second != third and first != third
+
+
+def test_equal_seeds_make_equal_batches(stage, records, mesh):
+    cfg = stage(records)
+    a, b = _take(make_pipeline(cfg, mesh), 8), _take(make_pipeline(cfg, mesh), 8)
+    _assert_equal(a, b)
+    other = make_pipeline(stage(records, data={"seed": 1}), mesh)
+    assert _ids(_take(other, 5)) != _ids(a[:5])
+
+
+@pytest.mark.parametrize("crop", [{}, {"lowres_size": 4, "crop_size": 8}])
+@pytest.mark.parametrize("consumed", [0, 2, 7, 11])
+def test_resuming_equals_never_stopping(stage, records, mesh, consumed, crop):
+    """In the first epoch and in later ones (21 examples, batches of 4)."""
+    cfg = stage(records, **crop)
+    whole = make_pipeline(cfg, mesh)
+    _take(whole, consumed)
+    state = whole.get_state()
+    resumed = make_pipeline(cfg, mesh)
+    next(resumed)
+    resumed.set_state(state)
+    assert resumed.get_state() == state
+    _assert_equal(_take(resumed, 3), _take(whole, 3))
+    assert resumed.get_state() == whole.get_state() and len(state) < 400
+
+
+def test_crops_change_from_epoch_to_epoch(stage, records, mesh):
+    cfg = stage(records, batch_size=7, lowres_size=4, crop_size=8)
+    whole = {
+        b.id[i]: b.image[i]
+        for b in _take(make_pipeline(stage(records), mesh), 6)
+        for i in range(4)
+    }
+    crops = {}
+    for batch in _take(make_pipeline(cfg, mesh), 12):
+        assert batch.image.shape == (7, 8, 8, 3)
+        for id, image in zip(batch.id, batch.image):
+            crops.setdefault(id, set()).add(image.tobytes())
+            places = {
+                whole[id][top : top + 8, left : left + 8].tobytes()
+                for top in (0, 4, 8)
+                for left in (0, 4, 8)
+            }
+            assert image.tobytes() in places
+    assert all(len(seen) > 1 for seen in crops.values())
+
+
+@pytest.mark.parametrize("hosts", [2, 7])
+def test_hosts_share_the_examples(stage, records, mesh, hosts):
+    """Two hosts have files of their own, seven share all of the five files."""
+    cfg = stage(records, batch_size=hosts)
+    manifest = read_manifest(records)
+    epochs = [[], []]
+    for host in range(hosts):
+        own = examples_of_host(cfg, manifest, host, hosts)
+        ids = _ids(_take(make_pipeline(cfg, mesh, host, hosts), 2 * own))
+        epochs[0] += ids[:own]
+        epochs[1] += ids[own:]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(21))
+    assert epochs[0] != epochs[1]
+
+
+def test_a_batch_lies_over_the_mesh(stage, records):
+    mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    cfg = stage(records, batch_size=8)
+    batch = next(make_pipeline(cfg, mesh))
+    assert batch.image.sharding == sharding.batch_sharding(mesh)
+    assert {s.data.shape for s in batch.image.addressable_shards} == {(2, 16, 16, 3)}
+    one = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+    _assert_equal(_take([batch], 1), _take(make_pipeline(cfg, one), 1))
+
+
+@pytest.mark.parametrize(
+    "size, crop", [(32, {}), (16, {}), (32, {"lowres_size": 8, "crop_size": 16})]
+)
+def test_memory_has_the_same_batches(stage, records, npz, mesh, size, crop):
+    """The same content for the same id, crops of the same epoch included."""
+    cfg = stage(records, size, batch_size=3, **crop)
+    batches = _take(make_pipeline(cfg, mesh), 15 // 3 if size == 32 else 21 // 3)
+    disk = {id: (b, i) for b in batches for i, id in enumerate(b.id)}
+    stream = make_memory(stage(npz, size, batch_size=3, **crop), mesh)
+    for batch in _take(stream, 5):
+        for i, id in enumerate(batch.id):
+            other, j = disk[id]
+            for field in ("image", "text", "mask"):
+                np.testing.assert_array_equal(
+                    getattr(batch, field)[i], getattr(other, field)[j]
+                )
+    if size == 32:
+        assert set(_ids(batches)) == {b for b in range(21) if b % 7 not in (4, 6)}
+
+
+def test_stages_share_their_pictures(stage, records, mesh):
+    base, sr = (
+        {
+            id: image
+            for b in _take(make_pipeline(stage(records, size, 3), mesh), 5)
+            for id, image in zip(b.id, b.image)
+        }
+        for size in (8, 32)
+    )
+    shared = set(base) & set(sr)
+    assert len(shared) >= 10
+    for id in shared:
+        np.testing.assert_array_equal(base[id], downsample(sr[id], 8))
+
+
+def test_small_pictures_are_left_out_and_counted(stage, records, mesh, caplog):
+    cfg = stage(records, 32, batch_size=5)
+    with caplog.at_level(logging.WARNING):
+        ids = _ids(_take(make_pipeline(cfg, mesh), 3))
+    assert sorted(ids) == [i for i in range(21) if i % 7 not in (4, 6)]
+    assert "6 of 21 pictures" in caplog.text and "image_size 32" in caplog.text
+    assert "longest caption has 8 tokens" not in caplog.text
+    with pytest.raises(UserError, match="all 21 pictures in .* largest has 131 pixels"):
+        make_pipeline(stage(records, 256), mesh)
+
+
+@pytest.mark.parametrize("kind", ["records", "npz"])
+def test_cut_captions_are_announced(stage, kind, mesh, caplog, request):
+    cfg = stage(request.getfixturevalue(kind), text={"length": 5, "dim": 64})
+    with caplog.at_level(logging.WARNING):
+        batch = next(open_records(cfg, mesh))
+    assert batch.mask.shape == (4, 5)
+    assert "config.text.length cuts it to 5" in caplog.text
+
+
+def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
+    """Pictures of garbage are passed by when they lie before the position."""
+    manifest = read_manifest(records)
+    shard = manifest.shards[0]["file"]
+    task = tasks.make_task(pathlib.Path(records), manifest, 16)
+    rows = list(task.source.get_dataset(shuffle=False).as_numpy_iterator())[:12]
+    for row in rows[:8]:
+        row["image"] = b"no picture"
+    tasks.write_shard(tmp_path / shard, rows)
+    values = json.loads((pathlib.Path(records) / "manifest.json").read_text())
+    values["shards"] = [values["shards"][0] | {"examples": 12, "sides": {"64": 12}}]
+    (tmp_path / "manifest.json").write_text(json.dumps(values | {"examples": 12}))
+    cfg = stage(str(tmp_path), data={"shuffle_examples": 1})
+    stream = make_pipeline(cfg, mesh)
+    state = json.loads(stream.get_state()) | {"batches": 2}
+    stream.set_state(json.dumps(state).encode())
+    stream._batches_from(2).__next__()
+    with pytest.raises(Exception, match="Unknown image file format|decode"):
+        next(make_pipeline(cfg, mesh))
+
+
+class TestRefusals:
+    def test_another_encoder(self, stage, records, mesh):
+        cfg = stage(records)
+        cfg = dataclasses.replace(cfg, text=config.TextConfig(8, 64, "t5_1_1_xxl@1"))
+        for make in (make_pipeline, open_records):
+            with pytest.raises(UserError, match="'tiny@.*is 't5_1_1_xxl@1'"):
+                make(cfg, mesh)
+
+    def test_another_width(self, stage, records, mesh):
+        cfg = dataclasses.replace(stage(records), text=config.TextConfig(8, 32))
+        with pytest.raises(UserError, match="width 64 .* config.text.dim is 32"):
+            make_pipeline(cfg, mesh)
+
+    def test_batches_that_do_not_divide(self, stage, records):
+        mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:4])
+        with pytest.raises(UserError, match="batch_size is 6.*4 shards"):
+            make_pipeline(stage(records, batch_size=6), mesh)
+        mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
+        with pytest.raises(UserError, match="batch_size is 4.*3 hosts"):
+            make_pipeline(stage(records), mesh, 0, 3)
+
+    def test_a_host_without_examples(self, stage, records, mesh):
+        with pytest.raises(UserError, match="host 30 of 32 gets none of the 21"):
+            make_pipeline(stage(records, batch_size=32), mesh, 30, 32)
+
+    @pytest.mark.parametrize(
+        "change, message",
+        [
+            ({"data": {"seed": 5}}, "data.seed 0, this run has 5"),
+            ({"batch_size": 8}, "training.batch_size 4, this run has 8"),
+            ({"data": {"shuffle_examples": 9}}, "shuffle_examples 4, this run has 9"),
+            ({"image_size": 32}, "examples 21, this run has 15"),
+        ],
+    )
+    def test_a_state_of_another_run(self, stage, records, mesh, change, message):
+        state = make_pipeline(stage(records), mesh).get_state()
+        with pytest.raises(UserError, match=message):
+            make_pipeline(stage(records, **change), mesh).set_state(state)
+
+    def test_a_state_of_other_records(self, stage, records, npz, mesh):
+        state = make_pipeline(stage(records), mesh).get_state()
+        with pytest.raises(UserError, match="records '.*same data"):
+            make_memory(stage(npz), mesh).set_state(state)
+
+    @pytest.mark.parametrize("state", [b"", b"\xff", b"{}", b"[1]", b"3"])
+    def test_a_damaged_state(self, stage, records, mesh, state):
+        with pytest.raises(UserError, match="data position is damaged"):
+            make_pipeline(stage(records), mesh).set_state(state)
+
+    def test_another_number_of_hosts_is_announced(self, stage, records, mesh, caplog):
+        state = make_pipeline(stage(records), mesh, 0, 2).get_state()
+        make_pipeline(stage(records), mesh).set_state(state)
+        assert "written by 2 hosts, this run has 1" in caplog.text

@@ -1,0 +1,238 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from imagen_jax import cli, prepare
+from imagen_jax.data.manifest import read_manifest
+from imagen_jax.errors import UserError
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Five pictures with captions beside them."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        pixels = rng.integers(0, 256, (20 + i, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"noise {i}" + " more" * 3 * i)
+    return folder
+
+
+def _prepare(source, output, **options):
+    return prepare.prepare(str(source), str(output), progress=False, **options)
+
+
+def _bytes(path):
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+@pytest.mark.parametrize("source", ["folder", "shapes:5"])
+def test_equal_input_makes_equal_bytes(pictures, tmp_path, name, source):
+    source = f"folder:{pictures}" if source == "folder" else source
+    (tmp_path / "again").mkdir()
+    outputs = [tmp_path / name, tmp_path / "again" / name]
+    for output in outputs:
+        _prepare(source, output, image_size=16, shard_examples=2)
+    assert _bytes(outputs[0]) == _bytes(outputs[1])
+    manifest = read_manifest(outputs[0])
+    assert manifest.examples == 5
+    assert len(manifest.shards) == (1 if name.endswith("npz") else 3)
+    other = tmp_path / f"seed-{name}"
+    _prepare(source, other, image_size=16, shard_examples=2, seed=1)
+    assert read_manifest(other).content_sha256 != manifest.content_sha256
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_what_is_prepared_already_is_kept(pictures, tmp_path, name, capsys):
+    source, output = f"folder:{pictures}", tmp_path / name
+    first = _prepare(source, output, image_size=16)
+    before = {file: os.stat(file).st_mtime_ns for file in [output]}
+    assert prepare.prepare(source, str(output), image_size=16) == first
+    assert "already prepared: 5 examples" in capsys.readouterr().out
+    assert before == {file: os.stat(file).st_mtime_ns for file in [output]}
+    with pytest.raises(UserError, match="was prepared with text_length 128, not 64"):
+        _prepare(source, output, image_size=16, text_length=64)
+    Image.new("RGB", (30, 30)).save(pictures / "3.png")
+    with pytest.raises(UserError, match="prepared with other pictures or captions"):
+        _prepare(source, output, image_size=16)
+    assert read_manifest(output) == first
+
+
+def test_outputs_that_hold_something_else(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    _prepare("shapes:2", tmp_path / "empty")
+    output = tmp_path / "full"
+    output.mkdir()
+    (output / "thesis.tex").write_text("...")
+    with pytest.raises(UserError, match="exists and was not written by `prepare`"):
+        _prepare(f"folder:{pictures}", output)
+    assert _bytes(output) == {"thesis.tex": b"..."}
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "records-00000.tfrecord").write_bytes(b"half")
+    _prepare("shapes:2", tmp_path / "out")
+    assert not partial.exists() and read_manifest(tmp_path / "out").examples == 2
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_broken_pictures_are_skipped_and_named(pictures, tmp_path, name, capsys):
+    broken = pictures / "2.png"
+    broken.write_bytes(broken.read_bytes()[:-500])
+    (pictures / "4.txt").unlink()
+    output = tmp_path / name
+    manifest = prepare.prepare(f"folder:{pictures}", str(output), image_size=16)
+    assert (manifest.examples, manifest.skipped) == (3, 2)
+    reasons = {skip["file"]: skip["reason"] for skip in manifest.skipped_files}
+    assert reasons["4.png"] == "has no .txt file beside it"
+    assert "truncated" in reasons["2.png"].lower()
+    out = capsys.readouterr().out
+    assert "skipped: 2 examples" in out and "2.png: " in out
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_mostly_broken_sources_write_nothing(pictures, tmp_path, name):
+    for i in range(3):
+        (pictures / f"{i}.png").write_bytes(b"?")
+    message = "3 of 5 examples .* '[012].png': it is no picture of a known format; noth"
+    with pytest.raises(UserError, match=message):
+        _prepare(f"folder:{pictures}", tmp_path / name, image_size=16)
+    for i in range(3, 5):
+        (pictures / f"{i}.png").write_bytes(b"?")
+    with pytest.raises(UserError, match="5 of 5 examples"):
+        _prepare(f"folder:{pictures}", tmp_path / name, image_size=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_an_interrupt_leaves_nothing(pictures, tmp_path, monkeypatch):
+    def interrupt(data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare.folder, "verify", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _prepare(f"folder:{pictures}", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_pictures_smaller_than_a_npz(pictures, tmp_path):
+    manifest = _prepare(f"folder:{pictures}", tmp_path / "out.npz", image_size=22)
+    assert (manifest.examples, manifest.skipped) == (3, 2)
+    reasons = {skip["file"]: skip["reason"] for skip in manifest.skipped_files}
+    assert reasons["0.png"] == "its shorter side has 20 of 22 pixels"
+
+
+def test_cut_captions_are_counted(pictures, tmp_path, capsys):
+    # 3, 6, 9, 12 and 15 tokens with the end.
+    manifest = prepare.prepare(f"folder:{pictures}", str(tmp_path / "o"), text_length=9)
+    assert (manifest.cut_captions, manifest.tokens_max) == (2, 9)
+    assert manifest.tokens_mean == (3 + 6 + 9 + 9 + 9) / 5
+    assert "cut: 2 captions" in capsys.readouterr().out
+
+
+def test_shapes_are_the_scenes_of_their_captions(tmp_path):
+    from imagen_jax.data import shapes
+
+    _prepare("shapes:4", tmp_path / "s.npz", image_size=32, seed=3)
+    with np.load(tmp_path / "s.npz") as file:
+        images, captions = file["image"], file["caption"]
+    for scene, image, caption in zip(shapes.generate(4, 3), images, captions):
+        assert shapes.caption(scene) == caption
+        np.testing.assert_array_equal(shapes.draw(scene, 32), image)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"source": "foldr:x"},
+            r"'foldr:x' \(did you mean 'folder'\?\); it is folder:",
+        ),
+        ({"source": "folder:"}, "it is folder:DIR or shapes:N"),
+        ({"source": "shapes:many"}, "give a number above zero"),
+        ({"source": "folder:/no/where"}, "there is no folder '/no/where'"),
+        ({"output": ""}, "--output is empty"),
+        ({"encoder": "tny"}, "did you mean 'tiny'"),
+        ({"text_length": 0}, "--text_length is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"shard_examples": -1}, "--shard_examples is -1"),
+    ],
+)
+def test_wrong_arguments(tmp_path, options, message):
+    arguments = {"source": "shapes:3", "output": str(tmp_path / "out")} | options
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(**arguments, progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+def _run(*arguments):
+    command = [sys.executable, "-m", "imagen_jax.prepare", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_door(pictures, tmp_path):
+    output = tmp_path / "out"
+    done = _run(f"--source=folder:{pictures}", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    assert "prepared 5 examples" in done.stdout
+    # The bar and nothing of TensorFlow's.
+    assert "5/5" in done.stderr and "oneDNN" not in done.stderr
+    lines = json.loads((output / "manifest.json").read_text())
+    assert lines["examples"] == 5
+
+
+def test_the_door_refuses(tmp_path):
+    wrong = _run("--source=shapes:0", f"--output={tmp_path / 'out'}")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr.startswith("error: --source") and wrong.stderr.count("\n") == 1
+
+
+class TestCli:
+    @pytest.fixture(autouse=True)
+    def _flags(self, monkeypatch):
+        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+        flags.DEFINE_integer("number", None, "x", flag_values=flags.FLAGS)
+        flags.mark_flag_as_required("number", flag_values=flags.FLAGS)
+
+    def _exit(self, main, *argv):
+        with pytest.raises(SystemExit) as error:
+            cli.run(main, ["door", *argv])
+        return error.value.code
+
+    @pytest.mark.parametrize(
+        "argv, message",
+        [
+            (["--numbr=3"], "Unknown command line flag 'numbr'. Did you mean: number"),
+            (["--number=x"], "flag --number=x"),
+            ([], "--number must have a value"),
+            (["--number=3", "rest"], "'rest' is no flag"),
+        ],
+    )
+    def test_usage(self, argv, message, capsys):
+        assert self._exit(lambda: None, *argv) == 2
+        assert message in capsys.readouterr().err
+
+    def test_statuses(self, capsys):
+        def user_error():
+            raise UserError("it is wrong")
+
+        def interrupt():
+            raise KeyboardInterrupt
+
+        assert self._exit(lambda: None, "--number=3") == 0
+        assert self._exit(user_error, "--number=3") == 1
+        assert capsys.readouterr().err == "error: it is wrong\n"
+        assert self._exit(interrupt, "--number=3") == 3
+        assert self._exit(user_error, "--help") == 0
+        assert "usage" not in capsys.readouterr().err
