@@ -30,8 +30,8 @@ def base():
         text_attention=(True, True),
         patch_size=2,
     )
-    cfg.training.steps = 4000
-    cfg.optimizer.decay_steps = 4000
+    cfg.training.steps = 3500
+    cfg.optimizer.decay_steps = 3500
     cfg.optimizer.learning_rate = 3e-3
     cfg.sampler.update(guidance=2.0)
     return cfg
@@ -45,14 +45,15 @@ def sr():
     cfg.lowres_size = 16
     cfg.model.update(
         architecture="efficient_unet",
-        channels=(32, 64),
-        num_res_blocks=(1, 2),
-        self_attention=(False, False),
-        text_attention=(False, True),
+        channels=(64, 96),
+        num_res_blocks=(1, 1),
+        self_attention=(False, True),
+        text_attention=(True, True),
         patch_size=4,
     )
-    cfg.training.steps = 1000
-    cfg.optimizer.decay_steps = 1000
+    cfg.training.steps = 900
+    cfg.optimizer.decay_steps = 900
+    cfg.sampler.update(steps=16, guidance=2.0, aug_level=0.2)
     return cfg
 
 

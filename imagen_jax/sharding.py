@@ -37,15 +37,16 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(cfg, axis) for axis in AXES]
+    given = dict(zip(AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(
-            f"config.mesh is {dict(zip(AXES, sizes, strict=True))}: sizes are positive, and at most "
+            f"config.mesh is {given}: sizes are positive, and at most "
             "one of them is -1 (all devices that are left)"
         )
     fixed = math.prod(s for s in sizes if s > 0)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise UserError(
-            f"config.mesh is {dict(zip(AXES, sizes, strict=True))}, which does not divide the "
+            f"config.mesh is {given}, which does not divide the "
             f"{len(devices)} devices here; the product must be {len(devices)}, and "
             f"an axis can be one of {_divisors(len(devices))}"
         )

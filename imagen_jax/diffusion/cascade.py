@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Cond, to_float, to_uint8
+from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import augment
 from imagen_jax.diffusion.sampler import sample
@@ -35,8 +36,16 @@ class Stage:
     apply: Callable[..., jax.Array] = flax.struct.field(pytree_node=False)
 
 
-@functools.partial(jax.jit, static_argnames=("apply", "cfg"))
-def sample_stage(params, seeds, text, mask, lowres, *, apply, cfg: StageConfig):
+def sample_stage(
+    params: Any,
+    seeds: jax.Array,
+    text: jax.Array,
+    mask: jax.Array,
+    lowres: jax.Array | None,
+    *,
+    apply: Callable[..., jax.Array],
+    cfg: StageConfig,
+) -> jax.Array:
     """One batch of one stage.
 
     Args:
@@ -66,6 +75,17 @@ def sample_stage(params, seeds, text, mask, lowres, *, apply, cfg: StageConfig):
     denoise = functools.partial(apply, cfg.model, params)
     x0 = sample(denoise, key_sample, cond, shape, cfg.diffusion, cfg.sampler)
     return to_uint8(x0)
+
+
+@functools.cache
+def compile_sampler(
+    apply: Callable[..., jax.Array], cfg: StageConfig, mesh: Mesh
+) -> Callable[..., jax.Array]:
+    """The jitted `sample_stage` of a stage; one program for all batches of it."""
+    return jax.jit(
+        functools.partial(sample_stage, apply=apply, cfg=cfg),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def check_order(configs: Sequence[StageConfig]) -> None:
@@ -118,17 +138,16 @@ def sample_cascade(
     before = lowres
     for stage in stages:
         size = -(-stage.cfg.sampler.batch_size // rows) * rows
+        run = compile_sampler(stage.apply, stage.cfg, mesh)
         made = []
         for start in range(0, len(seeds), size):
             take = np.arange(start, start + size) % len(seeds)
-            out = sample_stage(
+            out = run(
                 stage.params,
                 place(seeds[take].astype(np.uint32)),
                 place(text[take]),
                 place(mask[take]),
                 None if before is None else place(before[take]),
-                apply=stage.apply,
-                cfg=stage.cfg,
             )
             out = multihost_utils.process_allgather(out, tiled=True)
             made.append(out[: len(seeds) - start])

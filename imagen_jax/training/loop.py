@@ -45,9 +45,11 @@ class BatchIterator(Protocol):
 
     def __next__(self) -> Batch: ...
 
-    def get_state(self) -> bytes: ...
+    def get_state(self) -> bytes:
+        """Where the source stands; `set_state` takes it back."""
 
-    def set_state(self, state: bytes) -> None: ...
+    def set_state(self, state: bytes) -> None:
+        """Continues as if the batches before `state` had been taken."""
 
 
 def check_workdir(cfg: StageConfig, workdir: str) -> None:
@@ -243,6 +245,7 @@ def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:
         image_size=cfg.train_size,
         lowres_size=cfg.train_lowres_size,
         crop_size=0,
+        sampler=dataclasses.replace(cfg.sampler, batch_size=len(preview.image)),
     )
     stage = Stage(params=state.ema, cfg=cfg, apply=network.apply)
     made = sample_cascade(

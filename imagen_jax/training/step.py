@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch, batch_spec, check_batch
+from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import loss
 from imagen_jax.models import network
@@ -84,4 +85,5 @@ def compile_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
