@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from imagen_jax.checks import check_stage
 from imagen_jax.errors import UserError, did_you_mean
 
 
@@ -210,7 +211,7 @@ class StageConfig:
     sampler: SamplerConfig = SamplerConfig()
 
     def __post_init__(self):
-        _check(self)
+        check_stage(self)
 
     @property
     def train_size(self) -> int:
@@ -221,113 +222,6 @@ class StageConfig:
     def train_lowres_size(self) -> int:
         """Side of the low-resolution input in training; 0 for a base."""
         return self.train_size * self.lowres_size // self.image_size
-
-
-_CHOICES = {
-    "model.architecture": ("unet", "efficient_unet"),
-    "model.dtype": ("bfloat16", "float32"),
-    "diffusion.schedule": ("cosine", "linear"),
-    "diffusion.prediction": ("eps", "x0", "v"),
-    "optimizer.name": ("adam", "adafactor"),
-    "sampler.name": ("ddpm", "ddim"),
-    "sampler.threshold": ("none", "static", "dynamic"),
-}
-_POSITIVE = (
-    "image_size",
-    "model.head_channels",
-    "model.patch_size",
-    "data.shuffle_examples",
-    "text.length",
-    "text.dim",
-    "optimizer.learning_rate",
-    "optimizer.clip_norm",
-    "training.batch_size",
-    "training.steps",
-    "training.log_every_steps",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.preview_images",
-    "sampler.steps",
-    "sampler.batch_size",
-)
-_UNIT_INTERVAL = (
-    "model.dropout",
-    "diffusion.text_dropout",
-    "optimizer.b1",
-    "optimizer.b2",
-    "optimizer.ema_decay",
-    "sampler.gamma",
-    "sampler.aug_level",
-)
-
-
-def _get(cfg: StageConfig, path: str) -> Any:
-    for name in path.split("."):
-        cfg = getattr(cfg, name)
-    return cfg
-
-
-def _check(cfg: StageConfig) -> None:
-    for path, allowed in _CHOICES.items():
-        value = _get(cfg, path)
-        if value not in allowed:
-            hint = did_you_mean(str(value), allowed)
-            raise UserError(
-                f"config.{path} is {value!r}; it takes one of {list(allowed)}{hint}"
-            )
-    for path in _POSITIVE:
-        if not _get(cfg, path) > 0:
-            raise UserError(
-                f"config.{path} is {_get(cfg, path)}; it must be above zero"
-            )
-    for path in _UNIT_INTERVAL:
-        if not 0 <= _get(cfg, path) <= 1:
-            raise UserError(f"config.{path} is {_get(cfg, path)}; it must be in [0, 1]")
-    if not 0 < cfg.sampler.percentile <= 100:
-        raise UserError(
-            f"config.sampler.percentile is {cfg.sampler.percentile}; "
-            "it must be in (0, 100] (the paper's is 99.5)"
-        )
-    model = cfg.model
-    levels = len(model.channels)
-    for name in ("num_res_blocks", "self_attention", "text_attention"):
-        if len(getattr(model, name)) != levels:
-            raise UserError(
-                f"config.model.{name} has {len(getattr(model, name))} entries, "
-                f"config.model.channels has {levels}: give one per level"
-            )
-    for level, channels in enumerate(model.channels):
-        attends = model.self_attention[level] or model.text_attention[level]
-        if attends and channels % model.head_channels:
-            raise UserError(
-                f"config.model.channels has a level of {channels} with attention; "
-                f"it must be a multiple of head_channels={model.head_channels}"
-            )
-    downs = levels if model.architecture == "efficient_unet" else levels - 1
-    multiple = model.patch_size * 2**downs
-    for name, size in (("image_size", cfg.image_size), ("crop_size", cfg.crop_size)):
-        if size % multiple:
-            raise UserError(
-                f"config.{name} is {size}; this network needs a multiple of {multiple} "
-                f"(patch_size {model.patch_size} x {downs} halvings)"
-            )
-    if cfg.crop_size > cfg.image_size:
-        raise UserError(
-            f"config.crop_size is {cfg.crop_size}, larger than image_size "
-            f"{cfg.image_size}; use 0 to train on whole pictures"
-        )
-    if cfg.lowres_size:
-        ratio, rest = divmod(cfg.image_size, cfg.lowres_size)
-        if rest or ratio < 2 or ratio & (ratio - 1):
-            raise UserError(
-                f"config.lowres_size is {cfg.lowres_size} and image_size "
-                f"{cfg.image_size}; their ratio must be 2, 4, 8, ..."
-            )
-        if cfg.crop_size % ratio:
-            raise UserError(
-                f"config.crop_size is {cfg.crop_size}; it must be a multiple of "
-                f"image_size / lowres_size = {ratio}"
-            )
 
 
 def from_dict(values: Mapping[str, Any]) -> StageConfig:
