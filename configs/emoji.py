@@ -25,9 +25,9 @@ def base():
         text_attention=(True, True),
         patch_size=4,
     )
-    cfg.training.steps = 6500
-    cfg.optimizer.decay_steps = 6500
-    cfg.sampler.update(steps=64, guidance=2.0)
+    cfg.training.steps = 5000
+    cfg.optimizer.decay_steps = 5000
+    cfg.sampler.update(name="ddpm", steps=64, guidance=2.0)
     return cfg
 
 
@@ -39,14 +39,15 @@ def sr():
     cfg.lowres_size = 32
     cfg.model.update(
         architecture="efficient_unet",
-        channels=(64, 96),
-        num_res_blocks=(2, 2),
+        channels=(32, 64),
+        num_res_blocks=(1, 2),
         self_attention=(False, True),
-        text_attention=(True, True),
-        patch_size=4,
+        text_attention=(False, True),
     )
-    cfg.training.steps = 8000
-    cfg.optimizer.decay_steps = 8000
+    # See configs/tiny.py.
+    cfg.diffusion.prediction = "x0"
+    cfg.training.update(steps=2500, batch_size=16)
+    cfg.optimizer.decay_steps = 2500
     cfg.sampler.update(steps=32, aug_level=0.1)
     return cfg
 

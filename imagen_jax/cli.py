@@ -1,5 +1,6 @@
 """What all doors share: flags in, one clear line and an exit status out."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -25,7 +26,10 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     try:
         rest = flags.FLAGS(argv)[1:]
     except flags.Error as error:
-        _exit(2, f"{error} (see --help)")
+        _exit(2, f"{_brief(error)} (see --help)")
+    except (AttributeError, KeyError) as error:
+        # ml_collections lets these through for a key that a config does not have.
+        _exit(2, _unknown_key(str(error), argv))
     if rest:
         _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
     try:
@@ -42,6 +46,26 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
 def _print_help() -> None:
     print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
     print(flags.FLAGS.main_module_help())
+
+
+def _brief(error: flags.Error) -> str:
+    """The error without the traceback that ml_collections puts into its text."""
+    first, _, rest = str(error).partition("\n")
+    if "Traceback" not in rest:
+        return str(error)
+    last = rest.strip().splitlines()[-1]
+    return f"{first.split(': ')[0]}: {last.partition(': ')[2] or last}"
+
+
+def _unknown_key(message: str, argv: Sequence[str]) -> str:
+    """Names the override that a config has no key for, and the nearest right key."""
+    quoted = re.findall(r"'(\w+)", message)
+    key = quoted[0] if quoted else ""
+    overrides = [a.split("=")[0] for a in argv if "." in a.split("=")[0]]
+    given = [a for a in overrides if key in a.split(".")] or overrides
+    hint = re.search(r'Did you mean "(.+?)"', message)
+    near = f" (did you mean {hint[1]!r}?)" if hint else ""
+    return f"{given[0] if given else 'an override'}: there is no {key!r}{near}"
 
 
 def _exit(status: int, message: str) -> NoReturn:

@@ -54,10 +54,16 @@ def _stage_config(name: str, share: float, records: pathlib.Path) -> StageConfig
     return resolve(config.to_dict())
 
 
+def _kind(scene: shapes.Scene) -> str:
+    if len(scene.items) == 1:
+        return "one object"
+    return "two in a relation" if scene.relation else "two or three alike"
+
+
 def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The share of pictures that are right, by what was asked."""
+    """The number of pictures, and the share that is right in each respect."""
     names = [field.name for field in dataclasses.fields(Verdict)]
-    return {
+    return {"judged_pictures": len(verdicts)} | {
         f"{name}_accuracy": float(np.mean([getattr(v, name) for v in verdicts]))
         for name in names
     }
@@ -92,32 +98,42 @@ def demo(output: str, seconds: float) -> dict:
     marker.write_text("This folder is replaced by the next demo.\n")
 
     records = folder / "records"
-    prepare(f"shapes:{_EXAMPLES}", str(records), text_length=16)
+    prepare(f"shapes:{_EXAMPLES}", str(records), text_length=16, image_size=32)
     workdirs = [str(folder / name) for name in ("base", "sr")]
     for workdir, name in zip(workdirs, ("base", "sr"), strict=True):
         train_stage(_stage_config(name, seconds / _SECONDS, records), workdir)
 
     mesh = make_mesh(MeshConfig())
     trained = load_stages(workdirs, mesh)
-    prompts = [shapes.caption(scene) for scene in shapes.heldout(_JUDGED, seed=1)]
+    scenes = list(shapes.heldout(_JUDGED, seed=1))
+    prompts = [shapes.caption(scene) for scene in scenes]
     seeds = np.arange(_JUDGED)
-    weight = trained[0].stage.cfg.sampler.guidance
+    own = [one.stage.cfg.sampler.guidance for one in trained]
     results = {}
-    for label, guidance in (("off", 1.0), ("on", weight)):
+    for label, weights in (("guidance off", [1.0]), ("guidance on", own)):
         made = sample_prompts(
-            with_sampler(trained, guidance=[guidance]), prompts, seeds, mesh
+            with_sampler(trained, guidance=weights), prompts, seeds, mesh
         )
         verdicts = [judge(p, c) for p, c in zip(made[-1], prompts, strict=True)]
-        results[label] = {"guidance": guidance} | summarise(verdicts)
+        results[label] = summarise(verdicts)
+    overall = results["guidance on"]
+    for kind in dict.fromkeys(map(_kind, scenes)):
+        of_kind = [
+            v for v, scene in zip(verdicts, scenes, strict=True) if _kind(scene) == kind
+        ]
+        results[f"of these, {kind}"] = summarise(of_kind)
 
     write(str(folder / "samples"), trained, prompts, seeds, made)
-    pictures.save(folder / "samples.png", pictures.grid(made[-1], 8, prompts))
+    pictures.save(
+        folder / "samples.png",
+        pictures.grid(pictures.enlarge(made[-1], 96), 8, prompts),
+    )
     report = {
         "seconds": time.perf_counter() - started,
         "peak_memory_gib": peak_memory_gib(),
-        "judged_pictures": _JUDGED,
-        **{k: v for k, v in results["on"].items() if k != "guidance"},
-        "guidance": results,
+        **overall,
+        "accuracy": results,
+        "guidance": dict(zip(("base", "sr"), own, strict=True)),
         "training_steps": {t.stage.cfg.name: t.step for t in trained},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -134,12 +150,12 @@ def demo(output: str, seconds: float) -> dict:
 def table(report: dict) -> str:
     """The report's accuracies as lines of text."""
     names = [field.name for field in dataclasses.fields(Verdict)]
-    lines = ["held-out captions".ljust(26) + "".join(n.rjust(10) for n in names)]
-    for label, row in report["guidance"].items():
+    head = ("pictures", *names)
+    lines = ["held-out captions".ljust(30) + "".join(n.rjust(10) for n in head)]
+    for label, row in report["accuracy"].items():
         cells = (f"{row[f'{name}_accuracy']:.0%}".rjust(10) for name in names)
-        lines.append(
-            f"guidance {label} (w = {row['guidance']:g})".ljust(26) + "".join(cells)
-        )
+        count = str(row["judged_pictures"]).rjust(10)
+        lines.append(label.ljust(30) + count + "".join(cells))
     return "\n".join(lines)
 
 

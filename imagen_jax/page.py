@@ -62,12 +62,13 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
     names = [n for n in next(iter(rows.values())) if n.endswith("_accuracy")]
     head = "".join(f"<th>{n.removesuffix('_accuracy')}</th>" for n in names)
     body = "".join(
-        f"<tr><td>guidance {label} (w = {row['guidance']:g})</td>"
+        f"<tr><td>{html.escape(label)}</td><td>{row['judged_pictures']}</td>"
         + "".join(f"<td>{row[n]:.0%}</td>" for n in names)
         + "</tr>"
         for label, row in rows.items()
     )
-    return f"<table><tr><th>held-out captions</th>{head}</tr>{body}</table>"
+    head = f"<tr><th>held-out captions</th><th>pictures</th>{head}</tr>"
+    return f"<table>{head}{body}</table>"
 
 
 def render(
@@ -85,6 +86,7 @@ def render(
       curves: points of each stage's loss.
     """
     steps = ", ".join(f"{k} {v} steps" for k, v in report["training_steps"].items())
+    guidance = ", ".join(f"{w:g} for {k}" for k, w in report["guidance"].items())
     figures = "".join(
         _figure(i, p, v) for i, (p, v) in enumerate(zip(prompts, verdicts, strict=True))
     )
@@ -92,14 +94,14 @@ def render(
 <html lang="en"><meta charset="utf-8"><title>imagen-jax demo</title>
 <style>{_STYLE}</style>
 <h1>imagen-jax demo</h1>
-<p>A base stage (text to 16 pixels) and a super-resolution stage (16 to 64 pixels),
+<p>A base stage (text to 16 pixels) and a super-resolution stage (16 to 32 pixels),
 trained just now ({html.escape(steps)}) on drawn scenes and sampled with captions whose
 combinations of colour and shape were never trained on. {report["seconds"]:.0f} seconds
 in all, at most {report["peak_memory_gib"]:.1f} GiB of memory.</p>
 <h2>Judged by a program that looks only at the picture and the caption</h2>
-{_table(report["guidance"])}
+{_table(report["accuracy"])}
 <h2>Pictures</h2>
-<p>With guidance. What the judge finds wrong is in red.</p>
+<p>With guidance (w = {guidance}). What the judge finds wrong is in red.</p>
 <div class="pictures">{figures}</div>
 <h2>Loss</h2>
 <div class="curves">{"".join(_curve(k, v) for k, v in curves.items())}</div>

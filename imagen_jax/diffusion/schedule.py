@@ -20,7 +20,8 @@ def logsnr_schedule(t: jax.Array, cfg: DiffusionConfig) -> jax.Array:
       cfg: schedule name and clip.
 
     Returns:
-      The shape of `t`, falling from `cfg.logsnr_max` to `cfg.logsnr_min`.
+      The shape of `t`, falling from `cfg.logsnr_max` to `cfg.logsnr_min` ("linear" at
+      most to the -10.05 of its own end).
 
     >>> float(logsnr_schedule(jnp.array(0.5), DiffusionConfig(schedule="cosine")))
     0.0

@@ -115,7 +115,7 @@ class AttentionPool(nn.Module):
 
     @nn.compact
     def __call__(self, text: jax.Array, mask: jax.Array) -> jax.Array:
-        """`[B, L, D]` and `[B, L]` to `[B, features]`; zero for the null text."""
+        """`[B, L, D]` and `[B, L]` to `[B, features]`; the null text gives a bias."""
         shape = (max(1, self.features // self.head_channels), self.head_channels)
         text = layers.layer_norm(self.dtype, name="norm")(text)
         weights = mask[..., None].astype(text.dtype)

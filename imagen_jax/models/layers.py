@@ -53,9 +53,14 @@ def conv(
 
 
 def group_norm(channels: int, dtype, *, affine: bool = True, name: str | None = None):
-    """GroupNorm with 32 groups (fewer where 32 does not divide the channels)."""
+    """GroupNorm with 32 groups, fewer where they would have less than 4 channels.
+
+    With one channel to a group each picture would lose its channels' means, and with
+    them its colours.
+    """
+    most = max(1, min(32, channels // 4))
     return nn.GroupNorm(
-        num_groups=math.gcd(32, channels),
+        num_groups=next(g for g in range(most, 0, -1) if channels % g == 0),
         epsilon=1e-5,
         dtype=dtype,
         use_bias=affine,

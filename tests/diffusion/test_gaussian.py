@@ -109,9 +109,9 @@ def test_ddim_step_keeps_the_noise():
     """With the true x0 it lands on the same eps at the other level."""
     x0, eps = _draw(2)
     for t, s in [(-20, -3), (-1, 1), (3, 20)]:
-        z = gaussian.diffuse(x0, jnp.full(len(x0), t), eps)
+        z = gaussian.diffuse(x0, jnp.full(len(x0), float(t)), eps)
         have = gaussian.ddim_step(x0, z, jnp.float32(t), jnp.float32(s))
-        want = gaussian.diffuse(x0, jnp.full(len(x0), s), eps)
+        want = gaussian.diffuse(x0, jnp.full(len(x0), float(s)), eps)
         # The rounding of z grows by sigma_s / sigma_t < 1.
         assert (np.abs(have - want) <= 12 * EPS * (np.abs(x0) + np.abs(eps))).all()
 

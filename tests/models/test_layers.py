@@ -1,0 +1,162 @@
+"""Layers against closed forms in float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.batch import Cond
+from imagen_jax.config import DiffusionConfig, ModelConfig
+from imagen_jax.diffusion.schedule import logsnr_schedule
+from imagen_jax.models import blocks, layers
+
+EPS = np.finfo(np.float32).eps
+KEY = np.array([0, 1], np.uint32)
+
+
+def _normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(48, 16), (64, 32), (6, 2)])
+def test_group_norm(channels, groups):
+    # Off centre and out of scale, so that both are seen to go.
+    x = 3 + 5 * _normal(2, 4, 5, channels)
+    scale, bias = _normal(2, channels, seed=1)
+    norm = layers.group_norm(channels, jnp.float32)
+    have = norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+    grouped = x.astype(np.float64).reshape(2, 20, groups, channels // groups)
+    mean = grouped.mean((1, 3), keepdims=True)
+    variance = grouped.var((1, 3), keepdims=True)
+    want = ((grouped - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape)
+    # Statistics of values up to 25 with a deviation of 5; 60 terms in a sum.
+    np.testing.assert_allclose(have, want * scale + bias, atol=60 * 5 * EPS)
+
+
+def test_group_norm_has_float32_statistics():
+    """bfloat16 cannot tell 257 from 256, a mean in it would be of no use."""
+    x = jnp.asarray(256 + 8 * _normal(1, 16, 16, 32), jnp.bfloat16)
+    norm = layers.group_norm(32, jnp.bfloat16, affine=False)
+    have = norm.apply({}, x)
+    assert have.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    want = (exact - exact.mean((1, 2))) / exact.std((1, 2))
+    # The result's own rounding; a fast variance, E[x**2] - E[x]**2, loses 10 bits.
+    error = np.abs(np.asarray(have, np.float64) - want)
+    assert (error <= 2**-8 * np.abs(want) + 2 * 2**10 * EPS * 4).all()
+
+
+def test_layer_norm():
+    x = 3 + 5 * _normal(2, 3, 16)
+    scale, bias = _normal(2, 16, seed=1)
+    norm = layers.layer_norm(jnp.float32)
+    have = norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+    exact = x.astype(np.float64)
+    variance = exact.var(-1, keepdims=True)
+    want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-5)
+    np.testing.assert_allclose(have, want * scale + bias, atol=16 * 5 * EPS)
+
+
+def _attend_exactly(q, k, v, mask):
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    logits = np.einsum("btnd,bsnd->bnts", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max(-1, keepdims=True)) * mask[:, None, None]
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("bnts,bsnd->btnd", weights, v).reshape(*q.shape[:2], -1)
+
+
+def test_attend_is_a_masked_softmax():
+    q, k, v = _normal(3, 6, 2, 8), _normal(3, 5, 2, 8), _normal(3, 5, 2, 8, seed=1)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1]], bool)
+    have = layers.attend(q, k, v, mask)
+    want = _attend_exactly(q, k, v, mask)
+    assert have.shape == (3, 6, 16)
+    # Logits of a few units, sums of 8 and 5 terms.
+    np.testing.assert_allclose(have, want, atol=13 * 8 * EPS)
+
+
+def test_attending_to_nothing_is_zero():
+    q, k, v = _normal(2, 6, 2, 8), _normal(2, 5, 2, 8), 1e30 * _normal(2, 5, 2, 8)
+    mask = np.array([[0] * 5, [1] * 5], bool)
+    have = np.asarray(layers.attend(q, k, v, mask))
+    assert (have[0] == 0).all() and (have[1] != 0).all()
+
+    def total(q, k, v):
+        return layers.attend(q, k, v, mask)[0].sum()
+
+    for gradient in jax.grad(total, (0, 1, 2))(q, k, v):
+        assert (gradient == 0).all()
+
+
+def test_noise_features_are_those_of_a_time_step():
+    """Sines and cosines of 1000 t, t that of the cosine schedule."""
+    t = np.linspace(0.05, 0.95, 19)
+    logsnr = logsnr_schedule(jnp.asarray(t), DiffusionConfig())
+    have = layers.noise_features(logsnr, 8)
+    angles = 1000 * t[:, None] * 10_000.0 ** (-np.arange(4) / 4)
+    want = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    # The schedule squeezes its ends by 2.9e-5 of t, and float32 keeps 1000 t to 1e-4.
+    np.testing.assert_allclose(have, want, atol=1000 * 3e-5 + 2e-3)
+    assert have.dtype == jnp.float32
+
+
+def test_space_to_depth():
+    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    folded = np.asarray(layers.space_to_depth(x, 2))
+    assert folded.shape == (2, 2, 3, 12)
+    # One position's channels are its square of pixels, row by row.
+    np.testing.assert_array_equal(folded[1, 1, 2], x[1, 2:4, 4:6].ravel())
+    np.testing.assert_array_equal(layers.depth_to_space(folded, 2), x)
+    np.testing.assert_array_equal(layers.space_to_depth(x, 1), x)
+
+
+def test_resampling():
+    x = _normal(2, 4, 6, 3)
+    up = layers.upsample(x)
+    np.testing.assert_array_equal(up, np.kron(x, np.ones((1, 2, 2, 1))))
+    np.testing.assert_allclose(layers.downsample(up), x, rtol=4 * EPS)
+    want = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
+    np.testing.assert_allclose(layers.downsample(x), want, atol=8 * EPS)
+
+
+@pytest.mark.parametrize(("resample", "scale"), [(None, 0.5), ("up", 1), ("down", 1)])
+def test_a_new_residual_block_only_resamples(resample, scale):
+    x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
+    block = blocks.ResBlock(32, jnp.float32, resample=resample, skip_scale=scale)
+    have, _ = block.init_with_output(KEY, x, emb)
+    change = getattr(layers, f"{resample}sample") if resample else lambda x: x
+    np.testing.assert_array_equal(have, change(x) * np.float32(scale))
+
+
+def test_dropout_is_before_the_second_convolution():
+    """With everything dropped, only that convolution's bias is added."""
+    x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
+    block = blocks.ResBlock(32, jnp.float32, dropout=1.0)
+    params = block.init(KEY, x, emb)["params"]
+    params["conv_2"] = {"kernel": jnp.ones((3, 3, 32, 32)), "bias": jnp.full(32, 3.0)}
+    dropped = block.apply({"params": params}, x, emb, rngs={"dropout": KEY})
+    np.testing.assert_array_equal(dropped, x + 3)
+    without = block.apply({"params": params}, x, emb)
+    assert np.abs(without - (x + 3)).max() > 1
+
+
+def test_a_new_attention_block_only_scales():
+    x = _normal(2, 4, 4, 32)
+    cond = Cond(text=_normal(2, 3, 8), mask=np.ones((2, 3), bool))
+    block = blocks.AttentionBlock(16, jnp.float32, True, True, 2, skip_scale=0.5)
+    have, _ = block.init_with_output(KEY, x, cond)
+    np.testing.assert_array_equal(have, x * np.float32(0.5))
+
+
+def test_network_input_puts_the_enlarged_picture_beside_the_noised_one():
+    z = _normal(2, 8, 8, 3)
+    cfg = ModelConfig(dtype="float32", patch_size=2)
+    flat = np.full((2, 4, 4, 3), [1, 2, 3], np.float32)  # stays flat when enlarged
+    cond = Cond(text=np.zeros((2, 1, 1)), mask=np.zeros((2, 1), bool), lowres=flat)
+    folded = blocks.network_input(z, cond, cfg)
+    have = np.asarray(layers.depth_to_space(folded, 2))
+    np.testing.assert_array_equal(have[..., :3], z)
+    want = np.broadcast_to(np.float32([1, 2, 3]), z.shape)
+    np.testing.assert_allclose(have[..., 3:], want, rtol=8 * EPS)
+    alone = blocks.network_input(z, cond.replace(lowres=None), cfg)
+    np.testing.assert_array_equal(layers.depth_to_space(alone, 2), z)

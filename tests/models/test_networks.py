@@ -1,0 +1,244 @@
+"""What moves the networks' answers, and what must not.
+
+The networks start as constants, so their parameters are drawn first.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax import config
+from imagen_jax.batch import Cond, null_text
+from imagen_jax.models import network
+
+EPS = np.finfo(np.float32).eps
+ROWS, LENGTH, DIM = 3, 4, 16
+# Most of the time goes to compiling.
+QUICK = {"xla_backend_optimization_level": 0}
+
+# Levels that attend to the text alone, to pixels alone, and to both at once.
+UNET = {
+    "image_size": 8,
+    "model": {
+        "architecture": "unet",
+        "channels": (48, 48, 96),
+        "num_res_blocks": (1, 1, 1),
+        "self_attention": (False, True, True),
+        "text_attention": (True, False, True),
+    },
+}
+EFFICIENT = {
+    "image_size": 16,
+    "lowres_size": 4,
+    "model": {
+        "architecture": "efficient_unet",
+        "channels": (48, 96),
+        "num_res_blocks": (1, 2),
+        "self_attention": (False, True),
+        "text_attention": (True, True),
+        "patch_size": 2,
+    },
+}
+
+
+class Network:
+    """A network with drawn parameters, and inputs for it.
+
+    Attributes:
+      cfg: its stage.
+      params: float32.
+      inputs: `z`, `logsnr`, `cond`; captions of 4, 2 and no tokens.
+    """
+
+    def __init__(self, values):
+        model = {"head_channels": 24, "dtype": "float32", **values["model"]}
+        text = {"length": LENGTH, "dim": DIM}
+        self.cfg = config.from_dict({**values, "model": model, "text": text})
+        rng = np.random.default_rng(0)
+
+        def draw(shape):
+            # Of the scale that keeps activations near one.
+            return rng.normal(size=shape).astype("f4") / np.prod(shape) ** 0.25
+
+        shapes = jax.eval_shape(lambda: network.init(self.cfg, jax.random.key(0)))
+        self.params = jax.tree.map(lambda leaf: draw(leaf.shape), nn.unbox(shapes))
+        size, low = self.cfg.image_size, self.cfg.lowres_size
+        mask = np.arange(LENGTH) < np.array([4, 2, 0])[:, None]
+
+        def normal(*shape):
+            return jnp.asarray(rng.normal(size=(ROWS, *shape)), jnp.float32)
+
+        self.inputs = {
+            "z": normal(size, size, 3),
+            "logsnr": normal(),
+            "cond": Cond(
+                text=normal(LENGTH, DIM) * mask[..., None],
+                mask=jnp.asarray(mask),
+                lowres=normal(low, low, 3) if low else None,
+                aug_logsnr=normal() if low else None,
+            ),
+        }
+        self._run = jax.jit(network.apply, static_argnums=0, compiler_options=QUICK)
+
+    def __call__(self, params=None, dtype="float32", **changes):
+        """The answer, with other parameters or some fields of the inputs changed."""
+        params = self.params if params is None else params
+        inputs = {
+            name: changes.pop(name, self.inputs[name]) for name in ("z", "logsnr")
+        }
+        cond = self.inputs["cond"].replace(**changes)
+        cfg = dataclasses.replace(self.cfg.model, dtype=dtype)
+        return np.asarray(self._run(cfg, params, **inputs, cond=cond))
+
+
+@pytest.fixture(scope="module", params=[UNET, EFFICIENT], ids=["unet", "efficient"])
+def net(request):
+    return Network(request.param)
+
+
+def _field(net, name):
+    inputs = net.inputs
+    return inputs[name] if name in inputs else getattr(inputs["cond"], name)
+
+
+def _moved(a, b):
+    """How far each row moved, relative to the answer's size."""
+    return np.abs(a - b).max((1, 2, 3)) / np.abs(a).max()
+
+
+def test_every_input_moves_its_row_alone(net):
+    names = ["z", "logsnr", "text"]
+    if net.cfg.lowres_size:
+        names += ["lowres", "aug_logsnr"]
+    for name in names:
+        value = _field(net, name)
+        moved = _moved(net(), net(**{name: value.at[1].multiply(-0.5)}))
+        assert moved[1] > 1e-3, name
+        # Rows of one program do not meet: not a bit changes.
+        assert moved[0] == moved[2] == 0, name
+
+
+def test_a_longer_mask_shows_the_token(net):
+    cond = net.inputs["cond"]
+    text = cond.text.at[1, 2].set(1.0)
+    shown = net(text=text, mask=cond.mask.at[1, 2].set(True))
+    assert _moved(net(text=text), shown)[1] > 1e-3
+
+
+def test_what_is_under_the_padding_is_not_seen(net):
+    cond = net.inputs["cond"]
+    text = jnp.where(cond.mask[..., None], cond.text, 1e4)
+    np.testing.assert_array_equal(net(text=text), net())
+
+
+def test_the_length_of_the_padding_changes_only_roundings(net):
+    cond = net.inputs["cond"]
+    more = ((0, 0), (0, 7))
+    longer = net(
+        text=jnp.pad(cond.text, (*more, (0, 0))), mask=jnp.pad(cond.mask, more)
+    )
+    # Some 40 layers after one another, each of sums of up to 9 * 192 terms that keep
+    # their order: the root of their number.
+    assert _moved(net(), longer).max() < 40 * (9 * 192) ** 0.5 * EPS
+
+
+def test_the_text_reaches_the_answer_by_every_path(net):
+    """By pooling, and by each attention over it: cutting all others leaves one."""
+    text = net.inputs["cond"].text.at[0].multiply(-0.5)
+    paths = [name for name, block in net.params.items() if "text_norm" in block]
+    # Down, up and up on each of the unet's two levels and in its middle.
+    assert len(paths) == (7 if net.cfg.model.architecture == "unet" else 4)
+    for path in [*paths, "pool"]:
+        params = _cut_text(net.params, keep=path)
+        assert _moved(net(params), net(params, text=text))[0] > 1e-4, path
+    params = _cut_text(net.params, keep=None)
+    np.testing.assert_array_equal(net(params), net(params, text=text))
+
+
+def _cut_text(params, keep):
+    """All tokens look alike after their normalisation, but for one path."""
+
+    def cut(path, leaf):
+        keys = [entry.key for entry in path]
+        of_text = keys[-2] == "text_norm" or keys[-3:-1] == ["pool", "norm"]
+        return leaf * (not of_text or keep in keys or keys[-1] == "bias")
+
+    return jax.tree_util.tree_map_with_path(cut, params)
+
+
+def _unseen(params):
+    """Biases that are added to all logits of a query, which a softmax ignores."""
+    yield "embedding/pool/key/bias"
+    for name, block in params.items():
+        keys = {"key", "text_key"} & block.keys()
+        if len(keys) == 1:
+            yield f"{name}/{keys.pop()}/bias"
+
+
+def test_every_parameter_is_learned(net):
+    model = net.cfg.model
+
+    def loss(params, cond):
+        out = network.apply(model, params, net.inputs["z"], net.inputs["logsnr"], cond)
+        return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape))
+
+    gradient = jax.jit(jax.grad(loss, (0, 1), allow_int=True), compiler_options=QUICK)
+    of_params, of_cond = gradient(net.params, net.inputs["cond"])
+    # The last row has the null text: its gradients are finite, and zero for the text.
+    assert np.isfinite(of_cond.text).all()
+    assert (of_cond.text[2] == 0).all() and (of_cond.text[1, 2:] == 0).all()
+    assert (of_cond.text[0] != 0).any(-1).all()
+    # Of a matrix, the output channel that learns the least.
+    sizes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): float(
+            jnp.abs(g).max(tuple(range(g.ndim - 1)) or None).min()
+        )
+        for path, g in jax.tree_util.tree_leaves_with_path(of_params)
+    }
+    largest = max(sizes.values())
+    assert np.isfinite(largest)
+    # Roundings are some EPS of the largest; what is learned is far above them.
+    unlearned = {name for name, size in sizes.items() if not size > 1e-6 * largest}
+    assert unlearned == set(_unseen(net.params))
+
+
+def test_the_null_text_gives_a_finite_answer(net):
+    cond = net.inputs["cond"]
+    text, mask = null_text(cond.text, cond.mask)
+    out = net(text=text, mask=mask)
+    assert np.isfinite(out).all()
+    # The last row's caption was null already.
+    np.testing.assert_array_equal(out[2], net()[2])
+    assert _moved(net(), out)[:2].min() > 1e-3
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(net):
+    half = dataclasses.replace(net.cfg.model, dtype="bfloat16")
+    stage = dataclasses.replace(net.cfg, model=half)
+    shapes = jax.eval_shape(lambda: network.init(stage, jax.random.key(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    # The text of the data is bfloat16.
+    text = net.inputs["cond"].text.astype(jnp.bfloat16)
+    out = net(dtype="bfloat16", text=text)
+    want = net(text=text.astype(jnp.float32))
+    assert out.dtype == np.float32 and np.isfinite(out).all()
+    # Some 40 layers after one another round by 2**-9 each, as a random walk.
+    error = np.sqrt(np.square(out - want).mean() / np.square(want).mean())
+    assert 1e-5 < error < 3 * 40**0.5 * 2**-9
+
+
+def test_dropout_needs_its_key(net):
+    cfg = dataclasses.replace(net.cfg.model, dropout=0.5)
+
+    def draws(key):
+        """Whether the traced network draws random numbers."""
+        trace = jax.make_jaxpr(
+            lambda: network.apply(cfg, net.params, **net.inputs, dropout_key=key)
+        )
+        return "random_bits" in str(trace())
+
+    assert draws(jax.random.key(0)) and not draws(None)

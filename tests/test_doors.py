@@ -1,0 +1,198 @@
+"""The doors as a user meets them: real processes, from shapes to pictures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+# A cascade that trains in seconds: two steps of the smallest networks.
+TINY = [
+    "--config.model.channels=(8,16)",
+    "--config.model.head_channels=8",
+    "--config.training.batch_size=4",
+    "--config.training.steps=2",
+    "--config.training.sample_every_steps=2",
+    "--config.training.preview_images=4",
+    "--config.sampler.steps=2",
+    "--config.sampler.batch_size=4",
+]
+
+
+def environment() -> dict[str, str]:
+    """One device, as a laptop has it."""
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def door(verb: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"imagen_jax.{verb}", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(variant: str, workdir: Path, records: Path, *more: str):
+    return door(
+        "train",
+        f"--config=configs/tiny.py:{variant}",
+        f"--workdir={workdir}",
+        f"--config.data.records={records}",
+        *TINY,
+        *more,
+    )
+
+
+def error(done: subprocess.CompletedProcess) -> str:
+    """The one message of a failed door; a traceback is a fault."""
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    found = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(found) == 1, done.stderr[-3000:]
+    return done.stderr[done.stderr.index("error: ") :]
+
+
+@pytest.fixture(scope="module")
+def cascade(tmp_path_factory):
+    """Records and two trained stages: `(records, base, sr)`."""
+    folder = tmp_path_factory.mktemp("cascade")
+    records, base, sr = folder / "records", folder / "base", folder / "sr"
+    done = door(
+        "prepare", "--source=shapes:40", f"--output={records}", "--text_length=16"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for variant, workdir in (("base", base), ("sr", sr)):
+        done = train(variant, workdir, records)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return records, base, sr
+
+
+@pytest.mark.slow
+def test_a_cascade_from_shapes_to_pictures(cascade, tmp_path):
+    """Each picture of samples.json can be made again, alone, from its seed."""
+    _, base, sr = cascade
+    stages = [f"--stage={base}", f"--stage={sr}"]
+    prompts = ["a red circle", "two blue squares", "a small green ring"]
+    done = door(
+        "sample",
+        *stages,
+        *(f"--prompt={p}" for p in prompts),
+        f"--output={tmp_path / 'all'}",
+        "--seed=5",
+        "--guidance=2",
+        "--guidance=1",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    described = json.loads((tmp_path / "all" / "samples.json").read_text())
+    assert [p["prompt"] for p in described["pictures"]] == prompts
+    assert [p["seed"] for p in described["pictures"]] == [5, 6, 7]
+    guidance = [s["config"]["sampler"]["guidance"] for s in described["stages"]]
+    assert guidance == [2.0, 1.0]
+    last = described["pictures"][2]
+    done = door(
+        "sample",
+        *stages,
+        f"--prompt={last['prompt']}",
+        f"--seed={last['seed']}",
+        f"--output={tmp_path / 'one'}",
+        *(f"--guidance={w}" for w in guidance),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for size, name in ((64, "0000.png"), (16, "0000_16px.png")):
+        again = np.asarray(Image.open(tmp_path / "one" / name))
+        first = np.asarray(Image.open(tmp_path / "all" / name.replace("0000", "0002")))
+        assert again.shape == (size, size, 3)
+        # The same program on the same row values, in another row of the batch: the
+        # last bit of a float may differ, and so a rounding to 8 bits.
+        assert np.abs(again.astype(int) - first).max() <= 1
+    assert (tmp_path / "all" / "grid.png").is_file()
+
+
+@pytest.mark.slow
+def test_stages_that_do_not_fit_are_refused(cascade, tmp_path):
+    records, base, sr = cascade
+    output = tmp_path / "samples"
+    ask = ["--prompt=a red circle", f"--output={output}"]
+    wrong_order = door("sample", f"--stage={sr}", f"--stage={base}", *ask)
+    assert wrong_order.returncode == 1
+    assert "in order, base first" in error(wrong_order)
+    nowhere = door("sample", f"--stage={tmp_path / 'none'}", *ask)
+    assert nowhere.returncode == 1
+    assert "no training workdir" in error(nowhere)
+    assert not output.exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_not_continued_with_what_differs(cascade, tmp_path):
+    """Another config, and the same records embedded by another encoder."""
+    records, base, _ = cascade
+    before = sorted(path.name for path in base.rglob("*"))
+    other = train("base", base, records, "--config.optimizer.learning_rate=0.5")
+    assert other.returncode == 1
+    assert "optimizer.learning_rate: 0.003 -> 0.5" in error(other)
+    copy = tmp_path / "records"
+    copy.mkdir()
+    for path in records.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["encoder"] = "tiny@v0"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    encoder = train("base", base, copy)
+    assert encoder.returncode == 1
+    assert "text.encoder: 'tiny@v1-seed0-2x64' -> 'tiny@v0'" in error(encoder)
+    assert sorted(path.name for path in base.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_bad_calls_of_train(tmp_path):
+    records = tmp_path / "none"
+    missing = train("base", tmp_path / "run", records)
+    assert missing.returncode == 1 and "there is no" in error(missing)
+    misspelt = train(
+        "base", tmp_path / "run", records, "--config.optimizer.learning_rat=1.0"
+    )
+    assert misspelt.returncode == 2
+    assert "learning_rate" in error(misspelt).replace("learning_rat ", "")
+    variant = train("bose", tmp_path / "run", records)
+    assert variant.returncode == 2 and ":base or :sr" in error(variant)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
+    records, _, _ = cascade
+    workdir = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "imagen_jax.train",
+        "--config=configs/tiny.py:base",
+        f"--workdir={workdir}",
+        f"--config.data.records={records}",
+        *TINY,
+        "--config.training.steps=1000000",
+        "--config.training.log_every_steps=1",
+        "--config.training.sample_every_steps=0",
+    ]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        metrics = workdir / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 3, stderr[-3000:]
+    assert "saved in" in stderr
+    assert list((workdir / "checkpoints").iterdir())

@@ -1,0 +1,132 @@
+"""Meshes of eight devices, and where parameters lie on them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from imagen_jax import config, sharding
+from imagen_jax.config import MeshConfig
+from imagen_jax.errors import UserError
+from imagen_jax.models import network
+
+
+def _mesh(**axes):
+    return sharding.make_mesh(MeshConfig(**axes))
+
+
+@pytest.mark.parametrize(
+    ("axes", "want"),
+    [
+        ({}, (8, 1, 1)),
+        ({"data": 8}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
+    ],
+)
+def test_the_mesh_takes_all_devices(axes, want):
+    mesh = _mesh(**axes)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert tuple(mesh.shape.values()) == want
+    assert list(mesh.devices.flat) == jax.devices()
+
+
+def test_a_mesh_of_some_devices():
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[2:3])
+    assert list(mesh.devices.flat) == jax.devices()[2:3]
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"fsdp": -1}, "at most one of them is -1"),
+        ({"fsdp": 0}, "sizes are positive"),
+        ({"tensor": -2}, "sizes are positive"),
+        ({"fsdp": 3}, r"'fsdp': 3.* 8 devices here; .* one of \[1, 2, 4, 8\]"),
+        ({"data": 4}, "the product must be 8"),
+        ({"data": 8, "fsdp": 2}, "does not divide the 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(axes, message):
+    with pytest.raises(UserError, match=message):
+        _mesh(**axes)
+
+
+def test_check_batch_size():
+    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    sharding.check_batch_size(12, mesh, "training.batch_size")
+    for size, near in [(13, 12), (3, 4)]:
+        with pytest.raises(UserError) as error:
+            sharding.check_batch_size(size, mesh, "training.batch_size")
+        assert f"config.training.batch_size is {size}" in str(error.value)
+        assert f"a multiple of 4, for example {near}" in str(error.value)
+
+
+def test_rows_of_a_batch_lie_on_data_and_fsdp():
+    mesh = _mesh(data=2, fsdp=2, tensor=2)
+    for shape in [(8,), (8, 3), (8, 4, 4, 3)]:
+        array = jax.device_put(np.zeros(shape), sharding.batch_sharding(mesh))
+        assert {s.data.shape for s in array.addressable_shards} == {(2, *shape[1:])}
+
+
+def _leaf(shape, *names):
+    return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "want"),
+    [
+        ((16, 8), ("in", "out"), ("fsdp", "tensor")),
+        ((3, 3, 16, 8), ("kernel_h", "kernel_w", "in", "out"), (2, "fsdp", "tensor")),
+        ((16, 2, 8), ("in", "heads", "head_dim"), ("fsdp", "tensor", None)),
+        ((8,), ("norm",), (None,)),
+        ((10, 6), ("vocab", "in"), ("tensor", None)),  # 6 is no multiple of 4
+        ((6, 8), ("in", "out"), (None, "tensor")),
+        ((16, 7), ("in", "out"), ("fsdp", None)),
+    ],
+)
+def test_parameters_lie_as_the_rules_say(shape, names, want):
+    want = (None, None, *want[1:]) if want[0] == 2 else want
+    mesh = _mesh(data=1, fsdp=4, tensor=2)
+    made = sharding.state_shardings({"leaf": _leaf(shape, *names)}, mesh)["leaf"]
+    assert made.mesh == mesh
+    assert tuple(made.spec) == want
+    array = jax.device_put(np.zeros(shape, np.float32), made)
+    ways = {"fsdp": 4, "tensor": 2, None: 1}
+    local = tuple(n // ways[axis] for n, axis in zip(shape, want))
+    assert {s.data.shape for s in array.addressable_shards} == {local}
+
+
+def test_plain_and_factored_leaves_are_replicated():
+    mesh = _mesh(data=1, fsdp=4, tensor=2)
+    plain = jax.ShapeDtypeStruct((16, 8), jnp.float32)
+    tree = {"plain": plain, "row": _leaf((16,), "in", "out"), "step": plain}
+    made = sharding.state_shardings(tree, mesh)
+    assert {s.spec for s in made.values()} == {PartitionSpec()}
+    assert sharding.replicated(mesh).spec == PartitionSpec()
+
+
+@pytest.mark.parametrize("architecture", ["unet", "efficient_unet"])
+def test_fsdp_and_tensor_divide_a_network(architecture):
+    """All but small vectors: each device holds little more than its share."""
+    cfg = config.from_dict(
+        {
+            "image_size": 64,
+            "lowres_size": 16,
+            "model": {"architecture": architecture, "channels": (128, 256, 256, 256)},
+            "text": {"dim": 64},
+        }
+    )
+    params = jax.eval_shape(lambda: network.init(cfg, jax.random.key(0)))
+    made = sharding.state_shardings(params, _mesh(data=1, fsdp=4, tensor=2))
+    leaves = jax.tree.leaves(nn.unbox(params))
+    assert len(jax.tree.leaves(made)) == len(leaves)
+    local = sum(
+        np.prod(one.shard_shape(leaf.shape))
+        for one, leaf in zip(jax.tree.leaves(made), leaves)
+    )
+    total = sum(np.prod(leaf.shape) for leaf in leaves)
+    assert total / 8 <= local < 1.03 * total / 8

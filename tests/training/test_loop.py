@@ -1,0 +1,135 @@
+"""The loop: resuming, stopping, and what lies in a workdir."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.config import MeshConfig
+from imagen_jax.errors import Stopped, UserError
+from imagen_jax.sharding import make_mesh
+from imagen_jax.training import loop
+from imagen_jax.training.checkpoint import Checkpointer
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def train(cfg, workdir, mesh, hook=None):
+    batches = tiny.Batches(cfg, mesh)
+    if hook:
+        batches.hook = hook
+    return jax.device_get(loop.train(cfg, str(workdir), batches, mesh))
+
+
+def assert_equal_states(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, mesh):
+    """Bitwise: parameters, average, optimizer, step, and the batches taken."""
+    cfg = tiny.stage()
+    whole = train(cfg, tmp_path / "whole", mesh)
+    train(tiny.with_steps(cfg, 2), tmp_path / "parts", mesh)
+    assert_equal_states(train(cfg, tmp_path / "parts", mesh), whole)
+
+
+def test_a_signal_saves_and_stops(tmp_path, mesh):
+    cfg = tiny.stage()
+
+    def interrupt(taken):
+        if taken == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped, match="step 3"):
+        train(cfg, tmp_path / "run", mesh, interrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert Checkpointer(str(tmp_path / "run")).latest_step() == 3
+    resumed = train(cfg, tmp_path / "run", mesh)
+    assert_equal_states(resumed, train(cfg, tmp_path / "whole", mesh))
+    events = [line["event"] for line in lines(tmp_path / "run" / "events.jsonl")]
+    assert events[0] == "start" and "stop" in events and events[-1] == "done"
+
+
+def test_the_workdir_holds_what_it_should(tmp_path, mesh):
+    cfg = tiny.sr_stage(training={"sample_every_steps": 4, "steps": 5})
+    batches = tiny.Batches(cfg, mesh)
+    preview = tiny.batch(cfg)
+    preview = jax.tree.map(lambda x: x[:3], preview)
+    loop.train(cfg, str(tmp_path), batches, mesh, preview)
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [2, 4, 5]
+    assert all(np.isfinite(row["loss"]) for row in metrics)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples",
+        "events.jsonl",
+    }
+    # A row of samples above the row of the pictures that they should become.
+    sheet = np.asarray(Image.open(tmp_path / "samples" / "00000004.png"))
+    truth = preview.image[0]
+    assert (sheet[4 + 16 : 4 + 32, 4 : 4 + 16] == truth).all()
+    assert Checkpointer(str(tmp_path)).stage() == cfg
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path, mesh):
+    cfg = tiny.stage(
+        training={"checkpoint_every_steps": 1, "keep_checkpoints": 2, "steps": 4}
+    )
+    train(cfg, tmp_path, mesh)
+    steps = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {3, 4}
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path):
+    cfg = tiny.stage()
+    loop.check_workdir(cfg, str(tmp_path / "run"))
+    free = dataclasses.replace(
+        cfg, mesh=MeshConfig(data=2), data=dataclasses.replace(cfg.data, records="x")
+    )
+    loop.check_workdir(tiny.with_steps(free, 9), str(tmp_path / "run"))
+    other = tiny.stage(optimizer={"learning_rate": 0.5})
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.5"):
+        loop.check_workdir(other, str(tmp_path / "run"))
+    encoder = tiny.stage(text={"encoder": "other@1"})
+    with pytest.raises(UserError, match=r"text\.encoder: 'fake@1' -> 'other@1'"):
+        loop.check_workdir(encoder, str(tmp_path / "run"))
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and holds no config.json"):
+        loop.check_workdir(tiny.stage(), str(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_sampling_an_untrained_workdir_is_refused(tmp_path):
+    loop.check_workdir(tiny.stage(), str(tmp_path))
+    with pytest.raises(UserError, match="train this stage first"):
+        Checkpointer(str(tmp_path)).stage()
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    cfg = tiny.stage(training={"batch_size": 12})
+    mesh = make_mesh(MeshConfig())
+    with pytest.raises(UserError, match="does not divide over 8 shards.*example 8"):
+        loop.train(cfg, str(tmp_path / "run"), tiny.Batches(cfg, mesh), mesh)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,144 @@
+"""One step: the same on any mesh, and the arithmetic of its parts."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from imagen_jax.config import MeshConfig, OptimizerConfig
+from imagen_jax.errors import UserError
+from imagen_jax.sharding import batch_sharding, make_mesh
+from imagen_jax.training import optimizer, step
+from imagen_jax.training.state import create_state
+from tests import tiny
+
+
+def run(cfg, mesh_cfg, devices, steps=3):
+    mesh = make_mesh(mesh_cfg, jax.devices()[:devices])
+    state = create_state(cfg, mesh)
+    train_step = step.compile_train_step(cfg, mesh)
+    losses = []
+    for i in range(steps):
+        batch = jax.device_put(tiny.batch(cfg, i), batch_sharding(mesh))
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+    return losses, jax.device_get(state)
+
+
+@pytest.mark.parametrize("make", [tiny.stage, tiny.sr_stage])
+def test_eight_devices_give_the_loss_of_one(make):
+    """Float32, so what differs is the order of sums: 1e-5 relative."""
+    cfg = make(optimizer={"b2": 0.9})
+    one, state_one = run(cfg, MeshConfig(), 1)
+    eight, state_eight = run(cfg, MeshConfig(), 8)
+    mixed, _ = run(cfg, MeshConfig(data=2, fsdp=2, tensor=2), 8)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    np.testing.assert_allclose(mixed, one, rtol=1e-5)
+    # Adam divides by the root of tiny second moments: parameters agree to the
+    # learning rate times the relative error of a gradient.
+    for a, b in zip(
+        jax.tree.leaves(state_eight.params),
+        jax.tree.leaves(state_one.params),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=3 * cfg.optimizer.learning_rate * 0.1)
+
+
+def test_the_loss_falls_on_one_batch():
+    cfg = tiny.stage(diffusion={"prediction": "x0"}, training={"steps": 1})
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = create_state(cfg, mesh)
+    train_step = step.compile_train_step(cfg, mesh)
+    batch = jax.device_put(tiny.batch(cfg), batch_sharding(mesh))
+    losses = []
+    for _ in range(40):
+        state, metrics = train_step(state, batch)
+        losses.append(float(metrics["loss"]))
+    # The pictures are uniform noise of variance 1/3 about 0: a mean of 0 is what the
+    # untrained network answers, less needs learning.
+    assert losses[0] == pytest.approx(1 / 3, rel=0.1)
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_one_step_against_optax_by_hand():
+    """Clipping, Adam, the average and the counter, on the step's own gradient."""
+    cfg = tiny.stage(optimizer={"warmup_steps": 1, "clip_norm": 0.01})
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    train_step = step.compile_train_step(cfg, mesh)
+    batch = jax.device_put(tiny.batch(cfg), batch_sharding(mesh))
+    first, _ = train_step(create_state(cfg, mesh), batch)
+    before = jax.device_get(first)
+    after, metrics = train_step(first, batch)
+    after = jax.device_get(after)
+
+    assert after.step == 2
+    # The gradient as Adam saw it, from its first moment: mu = b1 mu + (1 - b1) g.
+    adam_before, adam_after = (
+        next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
+        for state in (before, after)
+    )
+    b1 = cfg.optimizer.b1
+    gradient = jax.tree.map(
+        lambda new, old: (new - b1 * old) / (1 - b1), adam_after.mu, adam_before.mu
+    )
+    assert metrics["gradient_norm"] > cfg.optimizer.clip_norm
+    assert optax.global_norm(gradient) == pytest.approx(0.01, rel=1e-4)
+    rate = cfg.optimizer.learning_rate
+    assert metrics["learning_rate"] == pytest.approx(rate)
+    want = jax.tree.map(
+        lambda p, mu, nu: (
+            p - rate * (mu / (1 - b1**2)) / (np.sqrt(nu / (1 - 0.999**2)) + 1e-8)
+        ),
+        before.params,
+        adam_after.mu,
+        adam_after.nu,
+    )
+    decay = 2 / 11
+    want_ema = jax.tree.map(
+        lambda old, new: decay * old + (1 - decay) * new, before.ema, after.params
+    )
+    for found, wanted in ((after.params, want), (after.ema, want_ema)):
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def is_adam(state) -> bool:
+    return isinstance(state, optax.ScaleByAdamState)
+
+
+def test_ema_decay_warms_up():
+    assert float(step.ema_decay(np.float32(0), 0.999)) == pytest.approx(0.1)
+    assert float(step.ema_decay(np.float32(1e9), 0.999)) == pytest.approx(0.999)
+
+
+def test_learning_rate():
+    schedule = optimizer.learning_rate(
+        OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_steps=110)
+    )
+    assert float(schedule(5)) == pytest.approx(1.0)
+    assert float(schedule(10)) == pytest.approx(2.0)
+    assert float(schedule(60)) == pytest.approx(1.0)
+    assert float(schedule(110)) == pytest.approx(0.0, abs=1e-6)
+    constant = optimizer.learning_rate(
+        OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_steps=0)
+    )
+    assert float(constant(10**6)) == 2.0
+
+
+def test_adafactor_trains_sharded():
+    """Factored moments have fewer axes than their parameter; they must still fit."""
+    model = {"channels": (8, 128), "head_channels": 8}
+    cfg = tiny.stage(model=model, optimizer={"name": "adafactor"})
+    losses, _ = run(cfg, MeshConfig(data=2, fsdp=4), 8)
+    one, _ = run(cfg, MeshConfig(), 1)
+    np.testing.assert_allclose(losses, one, rtol=1e-5)
+
+
+def test_a_batch_of_another_shape_is_refused():
+    cfg = tiny.stage()
+    other = tiny.stage(text={"dim": 16})
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(UserError, match=r"batch\.text is bfloat16\[8, 4, 16\]"):
+        step.compile_train_step(cfg, mesh).lower(
+            create_state(cfg, mesh), tiny.batch(other)
+        )
