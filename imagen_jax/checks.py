@@ -31,11 +31,16 @@ _POSITIVE = (
     "sampler.steps",
     "sampler.batch_size",
 )
+_NOT_NEGATIVE = (
+    "lowres_size",
+    "crop_size",
+    "optimizer.warmup_steps",
+    "optimizer.decay_steps",
+    "training.sample_every_steps",
+)
+_BELOW_ONE = ("model.dropout", "optimizer.b1", "optimizer.b2")
 _UNIT_INTERVAL = (
-    "model.dropout",
     "diffusion.text_dropout",
-    "optimizer.b1",
-    "optimizer.b2",
     "optimizer.ema_decay",
     "sampler.gamma",
     "sampler.aug_level",
@@ -62,6 +67,12 @@ def check_stage(cfg: Any) -> None:
             raise UserError(
                 f"config.{path} is {_get(cfg, path)}; it must be above zero"
             )
+    for path in _NOT_NEGATIVE:
+        if _get(cfg, path) < 0:
+            raise UserError(f"config.{path} is {_get(cfg, path)}; 0 turns it off")
+    for path in _BELOW_ONE:
+        if not 0 <= _get(cfg, path) < 1:
+            raise UserError(f"config.{path} is {_get(cfg, path)}; it must be in [0, 1)")
     for path in _UNIT_INTERVAL:
         if not 0 <= _get(cfg, path) <= 1:
             raise UserError(f"config.{path} is {_get(cfg, path)}; it must be in [0, 1]")
@@ -70,8 +81,27 @@ def check_stage(cfg: Any) -> None:
             f"config.sampler.percentile is {cfg.sampler.percentile}; "
             "it must be in (0, 100] (the paper's is 99.5)"
         )
+    if cfg.diffusion.logsnr_min >= cfg.diffusion.logsnr_max:
+        raise UserError(
+            f"config.diffusion.logsnr_min is {cfg.diffusion.logsnr_min}; it must be "
+            f"below logsnr_max, which is {cfg.diffusion.logsnr_max}"
+        )
+    if 0 < cfg.optimizer.decay_steps <= cfg.optimizer.warmup_steps:
+        raise UserError(
+            f"config.optimizer.decay_steps is {cfg.optimizer.decay_steps}; the rate "
+            f"warms up for {cfg.optimizer.warmup_steps} steps and decays after them"
+        )
     model = cfg.model
     levels = len(model.channels)
+    if (
+        not levels
+        or min(model.channels) < 1
+        or min(model.num_res_blocks, default=1) < 1
+    ):
+        raise UserError(
+            "config.model.channels and num_res_blocks need at least one level, and "
+            f"values above zero; they are {model.channels} and {model.num_res_blocks}"
+        )
     for name in ("num_res_blocks", "self_attention", "text_attention"):
         if len(getattr(model, name)) != levels:
             raise UserError(

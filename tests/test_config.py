@@ -91,8 +91,7 @@ COUNTS = (
     "training.preview_images sampler.steps sampler.batch_size"
 ).split()
 SHARES = (
-    "model.dropout diffusion.text_dropout optimizer.b1 optimizer.b2 "
-    "optimizer.ema_decay sampler.gamma sampler.aug_level"
+    "diffusion.text_dropout optimizer.ema_decay sampler.gamma sampler.aug_level"
 ).split()
 
 
@@ -129,6 +128,14 @@ def test_shares_are_in_the_unit_interval(path):
         _refused(_nest(path, value), wrong)
 
 
+@pytest.mark.parametrize("path", ["model.dropout", "optimizer.b1", "optimizer.b2"])
+def test_rates_are_below_one(path):
+    config.from_dict(_nest(path, 0.0))
+    for value in (-0.01, 1.0):
+        wrong = f"config.{path} is {value}; it must be in [0, 1)"
+        _refused(_nest(path, value), wrong)
+
+
 EFFICIENT = {"architecture": "efficient_unet"}
 
 
@@ -148,6 +155,17 @@ EFFICIENT = {"architecture": "efficient_unet"}
         ({"image_size": 60}, "config.image_size is 60; this network needs a multiple"),
         ({"image_size": 72, "model": EFFICIENT}, "of 16 (patch_size 1 x 4 halvings)"),
         ({"image_size": 72, "model": {"patch_size": 2}}, "16 (patch_size 2 x 3"),
+        ({"crop_size": -8}, "config.crop_size is -8; 0 turns it off"),
+        ({"optimizer": {"warmup_steps": -1}}, "warmup_steps is -1; 0 turns it off"),
+        (
+            {"optimizer": {"warmup_steps": 9, "decay_steps": 9}},
+            "decay_steps is 9; the rate warms up for 9 steps",
+        ),
+        ({"diffusion": {"logsnr_min": 20.0}}, "below logsnr_max, which is 20.0"),
+        (
+            {"model": {"num_res_blocks": (3, 3, 3, 0)}},
+            "values above zero; they are (512, 1024, 1536, 2048) and (3, 3, 3, 0)",
+        ),
         ({"crop_size": 12}, "config.crop_size is 12; this network needs a multiple"),
         ({"crop_size": 128}, "crop_size is 128, larger than image_size 64"),
         ({"lowres_size": 64}, "lowres_size is 64 and image_size 64; their ratio"),

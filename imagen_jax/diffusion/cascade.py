@@ -131,7 +131,12 @@ def sample_cascade(
 
     Returns:
       For each stage `[N, H, W, 3]` uint8.
+
+    Raises:
+      UserError: for no pictures at all.
     """
+    if not len(seeds):
+        raise UserError("there is nothing to sample: no captions were given")
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     place = functools.partial(jax.device_put, device=batch_sharding(mesh))
     pictures: list[np.ndarray] = []

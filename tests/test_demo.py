@@ -1,0 +1,92 @@
+"""The demo: its numbers, its page, and the whole of it in little."""
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+
+from imagen_jax import demo, page
+from imagen_jax.data import shapes
+from imagen_jax.data.judge import Verdict, judge
+from imagen_jax.errors import UserError
+from tests.test_doors import door, error
+
+
+def test_drawn_scenes_are_all_right_and_empty_ones_are_not():
+    scenes = list(shapes.heldout(20, seed=1))
+    captions = [shapes.caption(scene) for scene in scenes]
+    drawn = [shapes.draw(scene, 32) for scene in scenes]
+    right = demo.summarise([judge(*x) for x in zip(drawn, captions, strict=True)])
+    assert right.pop("judged_pictures") == 20
+    assert set(right.values()) == {1.0}
+    blank = np.full((32, 32, 3), 255, np.uint8)
+    wrong = demo.summarise([judge(blank, caption) for caption in captions])
+    assert wrong["colour_accuracy"] == wrong["shape_accuracy"] == 0
+
+
+def test_memory_is_what_was_held():
+    before = demo.peak_memory_gib()
+    held = np.ones(2**28, np.uint8)
+    assert held.sum() == 2**28
+    assert 0.05 < before < demo.peak_memory_gib() < 64
+
+
+def test_the_page_escapes_and_points_at_its_pictures(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n')
+    points = page.read_curve(metrics)
+    assert points == [(1, 2.0), (3, 1.0)]
+    row = {"judged_pictures": 2, "colour_accuracy": 0.5}
+    report = {
+        "seconds": 1.0,
+        "peak_memory_gib": 1.0,
+        "accuracy": {"guidance on": row},
+        "guidance": {"base": 3.0},
+        "training_steps": {"base": 3},
+    }
+    right = Verdict(True, True, True, True, True)
+    wrong = Verdict(False, True, True, True, True)
+    text = page.render(report, ["a <b>", "c"], [right, wrong], {"base": points})
+    assert "a &lt;b&gt;" in text and "50%" in text
+    assert text.count('class="wrong">colour<') == 1
+
+    seen = []
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            seen.append((tag, dict(attrs)))
+
+    Parser().feed(text)
+    sources = [attrs["src"] for tag, attrs in seen if tag == "img"]
+    assert sources == ["samples/0000.png", "samples/0001.png"]
+    (line,) = [attrs["points"] for tag, attrs in seen if tag == "polyline"]
+    heights = [float(point.split(",")[1]) for point in line.split()]
+    # A loss half as high is drawn half as high above the axis at 170.
+    assert (170 - heights[1]) * 2 == pytest.approx(170 - heights[0])
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and not of a demo"):
+        demo.demo(str(tmp_path), 1.0)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path):
+    output = tmp_path / "demo"
+    done = door("demo", f"--output={output}", "--seconds=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(output / "index.html") in done.stdout
+    report = json.loads((output / "report.json").read_text())
+    assert report["judged_pictures"] == 64
+    for name in ("colour_accuracy", "shape_accuracy"):
+        assert 0 <= report[name] <= 1
+        assert report[name] == report["accuracy"]["guidance on"][name]
+    assert report["seconds"] > 0 and report["peak_memory_gib"] < 4
+    text = (output / "index.html").read_text()
+    assert text.count("<img ") == 64 and text.count("<polyline ") == 2
+    assert len(list((output / "samples").glob("????.png"))) == 64
+    assert (output / "samples.png").is_file()
+    assert error(door("demo", f"--output={output}", "--seconds=0"))
