@@ -8,7 +8,14 @@ import os
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 ).strip()
+# The same small programs are compiled in many tests and in the doors' processes.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    os.path.join(os.path.dirname(__file__), os.pardir, ".pytest_cache", "jax"),
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # TensorFlow's start-up messages would bury a failing subprocess's own.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -68,7 +68,7 @@ def test_groups_and_tuples_are_asked_for():
 
 def test_an_int_passes_for_a_float_and_a_list_for_a_tuple():
     cfg = config.from_dict(
-        {"model": {"dropout": 1, "channels": [64, 64, 64, 64]}, "image_size": 64}
+        {"model": {"dropout": 0, "channels": [64, 64, 64, 64]}, "image_size": 64}
     )
     assert type(cfg.model.dropout) is float
     assert cfg.model.channels == (64, 64, 64, 64)

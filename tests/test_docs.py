@@ -90,16 +90,26 @@ def test_the_readme_draws_the_tree_as_it_is():
 
 
 PARSE = """
-import json, runpy, sys
+import json, os, runpy, sys, traceback
 from absl import flags
 from imagen_jax import cli
 
 def parse(main, argv=None):
+    # Each in a child: a config's overrides become flags that stay defined.
     for arguments in json.load(sys.stdin):
-        for name in flags.FLAGS:
-            flags.FLAGS[name].unparse()
-        rest = flags.FLAGS(["door", *arguments])[1:]
-        assert not rest, f"{rest} are no flags"
+        child = os.fork()
+        if not child:
+            sys.argv = ["door", *arguments]
+            try:
+                rest = flags.FLAGS(sys.argv)[1:]
+                assert not rest, f"{rest} are no flags"
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
 
 cli.run = parse
 runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)

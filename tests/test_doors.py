@@ -27,8 +27,9 @@ TINY = [
 
 
 def environment() -> dict[str, str]:
-    """One device, as a laptop has it."""
-    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    """One device, as a laptop has it; little time for the compiler."""
+    flags = "--xla_backend_optimization_level=0"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
 def door(verb: str, *arguments: str) -> subprocess.CompletedProcess:

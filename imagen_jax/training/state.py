@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
 from imagen_jax.models import network
 from imagen_jax.sharding import state_shardings
@@ -63,4 +64,6 @@ def create_state(cfg: StageConfig, mesh: Mesh) -> TrainState:
     def init(key):
         return nn.unbox(_init(cfg, key))
 
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.training.seed))
+    options = compiler_options(mesh, once=True)
+    run = jax.jit(init, out_shardings=shardings, compiler_options=options)
+    return run(jax.random.key(cfg.training.seed))

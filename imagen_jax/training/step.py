@@ -62,8 +62,8 @@ def train_step(
     decay = ema_decay(state.step, cfg.optimizer.ema_decay)
     metrics = {
         "loss": value,
-        "gradient_norm": optax.global_norm(gradients),
-        "parameter_norm": optax.global_norm(params),
+        "gradient_norm": optax.tree.norm(gradients),
+        "parameter_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.step)),
     }
     state = TrainState(
