@@ -286,9 +286,8 @@ before = state.create_state(cfg, mesh)
 after, metrics = step.compile_train_step(cfg, mesh)(before, examples)
 assert int(after.step) == 1
 assert np.isfinite(float(metrics["loss"]))
-pictures = cascade.sample_stage(
-    after.ema, np.arange(2, dtype="u4"), text, mask, None, apply=network.apply, cfg=cfg
-)
+sample = cascade.compile_sampler(network.apply, cfg, mesh)
+pictures = sample(after.ema, np.arange(2, dtype="u4"), text, mask, None)
 assert pictures.shape == (2, 8, 8, 3) and pictures.dtype == np.uint8
 """
 
