@@ -5,9 +5,10 @@ import functools
 import jax
 from jax.sharding import Mesh
 
-# Small convolutions and products run at half speed in the library that XLA hands
-# them to on CPUs (benchmarks/README.md).
-_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# Small convolutions run at half speed in the library that XLA hands them to on CPUs
+# (benchmarks/README.md). Products stay with it: without it XLA 0.10.2 fails to compile
+# attention with a single head.
+_CPU = {"xla_cpu_experimental_ynn_fusion_type": "INDIVIDUAL_DOT"}
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
 

@@ -11,7 +11,7 @@ from imagen_jax.data import shapes
 from imagen_jax.data.judge import judge, look
 from imagen_jax.errors import UserError
 
-SCENES = list(shapes.generate(500, seed=7))
+SCENES = list(shapes.generate(750, seed=7))
 
 
 def one(shape, colour="blue", radius=0.3, x=0.5, y=0.5):
