@@ -84,7 +84,7 @@ def compile_sampler(
     """The jitted `sample_stage` of a stage; one program for all batches of it."""
     return jax.jit(
         functools.partial(sample_stage, apply=apply, cfg=cfg),
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
     )
 
 
