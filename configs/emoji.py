@@ -19,14 +19,14 @@ def base():
     cfg.image_size = 32
     cfg.model.update(
         architecture="unet",
-        channels=(64, 128),
+        channels=(96, 192),
         num_res_blocks=(1, 1),
         self_attention=(False, True),
         text_attention=(True, True),
         patch_size=4,
     )
-    cfg.training.steps = 3000
-    cfg.optimizer.decay_steps = 3000
+    cfg.training.steps = 7000
+    cfg.optimizer.decay_steps = 7000
     cfg.sampler.update(steps=32, guidance=2.0)
     return cfg
 
@@ -44,8 +44,8 @@ def sr():
         self_attention=(False, True),
         text_attention=(False, True),
     )
-    cfg.training.update(steps=1200, batch_size=16)
-    cfg.optimizer.decay_steps = 1200
+    cfg.training.update(steps=4000, batch_size=16)
+    cfg.optimizer.decay_steps = 4000
     cfg.sampler.update(steps=32, aug_level=0.1)
     return cfg
 

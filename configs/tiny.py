@@ -31,8 +31,8 @@ def base():
         text_attention=(True, True),
         patch_size=2,
     )
-    cfg.training.steps = 3500
-    cfg.optimizer.decay_steps = 3500
+    cfg.training.steps = 3200
+    cfg.optimizer.decay_steps = 3200
     cfg.optimizer.learning_rate = 3e-3
     cfg.sampler.update(name="ddpm", steps=64, guidance=3.0)
     return cfg
@@ -54,8 +54,8 @@ def sr():
     # The network has no path around its 32 channels at 16 x 16 for the noise that eps
     # and v must reproduce; x0 needs none.
     cfg.diffusion.prediction = "x0"
-    cfg.training.update(steps=1500, batch_size=16)
-    cfg.optimizer.decay_steps = 1500
+    cfg.training.update(steps=1700, batch_size=16)
+    cfg.optimizer.decay_steps = 1700
     cfg.sampler.update(steps=16, guidance=1.0, aug_level=0.1)
     return cfg
 

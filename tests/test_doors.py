@@ -153,7 +153,7 @@ def test_a_run_is_not_continued_with_what_differs(cascade, tmp_path):
     (copy / "manifest.json").write_text(json.dumps(manifest))
     encoder = train("base", base, copy)
     assert encoder.returncode == 1
-    assert "text.encoder: 'tiny@v1-seed0-2x64' -> 'tiny@v0'" in error(encoder)
+    assert "text.encoder: 'tiny@v2-seed0-2x64' -> 'tiny@v0'" in error(encoder)
     assert sorted(path.name for path in base.rglob("*")) == before
 
 

@@ -25,7 +25,7 @@ def _edit(folder, **changes):
 def test_says_what_was_prepared(records, npz):
     manifest = read_manifest(records)
     assert (manifest.examples, manifest.skipped) == (21, 0)
-    assert (manifest.encoder, manifest.text_dim) == ("tiny@v1-seed0-2x64", 64)
+    assert (manifest.encoder, manifest.text_dim) == ("tiny@v2-seed0-2x64", 64)
     # "picture 3, so so so" and the end; "picture 0," and the end.
     assert (manifest.tokens_max, manifest.cut_captions) == (8, 0)
     assert manifest.tokens_mean == round((21 * 4 + 40) / 21, 2)
@@ -44,7 +44,7 @@ def test_content_hash_is_of_the_content(records, copy):
 
 def test_with_text(records, stage):
     cfg = stage(records)
-    assert cfg.text.encoder == "tiny@v1-seed0-2x64" and cfg.text.dim == 64
+    assert cfg.text.encoder == "tiny@v2-seed0-2x64" and cfg.text.dim == 64
     blank = dataclasses.replace(cfg.text, encoder="", dim=9)
     cfg = dataclasses.replace(cfg, text=blank)
     assert with_text(cfg, read_manifest(records)).text.dim == 64

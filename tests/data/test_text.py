@@ -23,7 +23,7 @@ def test_weights_are_what_the_identity_says():
     digest = hashlib.sha256()
     for path, leaf in leaves:
         digest.update(jax.tree_util.keystr(path).encode() + leaf.tobytes())
-    assert ENCODER.identity == "tiny@v1-seed0-2x64"
+    assert ENCODER.identity == "tiny@v2-seed0-2x64"
     assert digest.hexdigest()[:16] == "ab4b0a5d71e3787e"
 
 
@@ -114,7 +114,7 @@ def test_load_encoder():
     assert text.load_encoder(ENCODER.identity).dim == 64
     with pytest.raises(UserError, match=r"'tinny' \(did you mean 'tiny'\?\); there is"):
         text.load_encoder("tinny")
-    with pytest.raises(UserError, match="tiny@v0.*has 'tiny@v1"):
+    with pytest.raises(UserError, match="tiny@v0.*has 'tiny@v2"):
         text.load_encoder("tiny@v0")
     with pytest.raises(UserError, match="built-in weights; leave out .*x.npz"):
         text.load_encoder("tiny", "x.npz")
