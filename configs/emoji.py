@@ -41,6 +41,7 @@ def sr():
         architecture="efficient_unet",
         channels=(32, 64),
         num_res_blocks=(1, 2),
+        skip_scale=0.5**0.5,
         self_attention=(False, True),
         text_attention=(False, True),
     )

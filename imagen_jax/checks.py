@@ -6,7 +6,15 @@ from imagen_jax.errors import UserError, did_you_mean
 
 _CHOICES = {
     "model.architecture": ("unet", "efficient_unet"),
+    "model.text_conditioning": (
+        "concatenate",
+        "cross",
+        "attention_pool",
+        "mean_pool",
+    ),
+    "model.skips": ("every_block", "last_block"),
     "model.dtype": ("bfloat16", "float32"),
+    "model.remat": ("none", "activations", "blocks"),
     "diffusion.schedule": ("cosine", "linear"),
     "diffusion.prediction": ("eps", "x0", "v"),
     "optimizer.name": ("adam", "adafactor"),
@@ -17,6 +25,7 @@ _POSITIVE = (
     "image_size",
     "model.head_channels",
     "model.patch_size",
+    "model.skip_scale",
     "data.shuffle_examples",
     "text.length",
     "text.dim",
@@ -34,6 +43,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "lowres_size",
     "crop_size",
+    "model.text_features",
     "optimizer.warmup_steps",
     "optimizer.decay_steps",
     "training.sample_every_steps",
@@ -115,6 +125,11 @@ def check_stage(cfg: Any) -> None:
                 f"config.model.channels has a level of {channels} with attention; "
                 f"it must be a multiple of head_channels={model.head_channels}"
             )
+    if model.architecture == "unet" and model.skips != "every_block":
+        raise UserError(
+            f"config.model.skips is {model.skips!r}; only the efficient_unet can do "
+            "with one skip per level"
+        )
     downs = levels if model.architecture == "efficient_unet" else levels - 1
     multiple = model.patch_size * 2**downs
     for name, size in (("image_size", cfg.image_size), ("crop_size", cfg.crop_size)):
@@ -129,6 +144,12 @@ def check_stage(cfg: Any) -> None:
             f"{cfg.image_size}; use 0 to train on whole pictures"
         )
     if cfg.lowres_size:
+        if cfg.sampler.aug_level and not cfg.diffusion.lowres_augmentation:
+            raise UserError(
+                f"config.sampler.aug_level is {cfg.sampler.aug_level}, but with "
+                "config.diffusion.lowres_augmentation off the stage learns from clean "
+                "low-resolution pictures; set the level to 0"
+            )
         ratio, rest = divmod(cfg.image_size, cfg.lowres_size)
         if rest or ratio < 2 or ratio & (ratio - 1):
             raise UserError(

@@ -24,14 +24,26 @@ class ModelConfig:
       channels: width of each level.
       num_res_blocks: residual blocks of each level.
       self_attention: whether a level attends over its own pixels.
-      text_attention: whether a level attends to the text. Together with
-        self-attention the text is concatenated to its keys and values (D.3.1);
-        alone it is cross-attention.
+      text_attention: whether a level attends to the text.
+      text_conditioning: how (paper D.3.1): "concatenate" puts the text's keys and
+        values beside those of self-attention, "cross" has a cross-attention after
+        it; where a level has no self-attention the two are the same.
+        "attention_pool" and "mean_pool" do without either: the text is only added to
+        the time embedding, pooled. The first three pool by attention.
+      text_features: width that the text is projected to first; 0 leaves it.
+      text_norm: whether the text is layer-normalised in attention and pooling.
       head_channels: channels of one attention head.
+      skip_scale: factor on the sums of residual and attention blocks; the paper's
+        1 / sqrt(2) (B.1) is 0.5**0.5.
+      skips: what a level of the Efficient U-Net hands to the way up: "every_block",
+        each residual block's output to one of its own, or "last_block" (Fig. A.29).
       patch_size: pixels of a p x p square folded into channels before the first
         convolution (space-to-depth); 1 is the paper's network.
       dropout: rate inside residual blocks.
       dtype: compute type, "bfloat16" or "float32"; parameters are float32.
+      remat: what the way back recomputes instead of keeping: "none", "activations"
+        (all but convolutions and products) or "blocks" (all but each block's input).
+      scan_blocks: whether equal blocks are one loop: compiles faster.
     """
 
     architecture: str = "unet"
@@ -39,10 +51,17 @@ class ModelConfig:
     num_res_blocks: tuple[int, ...] = (3, 3, 3, 3)
     self_attention: tuple[bool, ...] = (False, True, True, True)
     text_attention: tuple[bool, ...] = (False, True, True, True)
+    text_conditioning: str = "concatenate"
+    text_features: int = 0
+    text_norm: bool = True
     head_channels: int = 64
+    skip_scale: float = 1.0
+    skips: str = "every_block"
     patch_size: int = 1
     dropout: float = 0.0
     dtype: str = "bfloat16"
+    remat: str = "none"
+    scan_blocks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +74,8 @@ class DiffusionConfig:
       logsnr_min: lower clip of the schedule's log-SNR.
       logsnr_max: upper clip of the schedule's log-SNR.
       text_dropout: share of captions replaced by the null text (paper 4.1: 0.1).
+      lowres_augmentation: whether a super-resolution stage's input is noised, and
+        the network told how much (paper 2.4).
     """
 
     schedule: str = "cosine"
@@ -62,6 +83,7 @@ class DiffusionConfig:
     logsnr_min: float = -20.0
     logsnr_max: float = 20.0
     text_dropout: float = 0.1
+    lowres_augmentation: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +128,8 @@ class OptimizerConfig:
       warmup_steps: linear from 0 to the peak.
       decay_steps: the step at which a cosine has brought it to 0; 0 keeps the peak.
       b1, b2, eps: Adam's.
+      parameter_scale: whether Adafactor's steps are multiplied by the parameter's
+        root mean square (at least 1e-3), optax's default.
       clip_norm: global gradient norm above which gradients are scaled down.
       ema_decay: of the averaged parameters, reached after a warm-up.
     """
@@ -117,6 +141,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    parameter_scale: bool = True
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
 

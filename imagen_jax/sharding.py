@@ -17,6 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 # along their input over fsdp and along their output over tensor.
 RULES = (
     ("batch", ("data", "fsdp")),
+    ("layers", None),
     ("kernel_h", None),
     ("kernel_w", None),
     ("in", "fsdp"),

@@ -166,6 +166,12 @@ EFFICIENT = {"architecture": "efficient_unet"}
             {"model": {"num_res_blocks": (3, 3, 3, 0)}},
             "values above zero; they are (512, 1024, 1536, 2048) and (3, 3, 3, 0)",
         ),
+        ({"model": {"skips": "last_block"}}, "skips is 'last_block'; only the eff"),
+        ({"model": {"remat": "block"}}, "remat is 'block'; it takes one of"),
+        (
+            {"lowres_size": 16, "diffusion": {"lowres_augmentation": False}},
+            "sampler.aug_level is 0.1, but with config.diffusion.lowres_augmentation",
+        ),
         ({"crop_size": 12}, "config.crop_size is 12; this network needs a multiple"),
         ({"crop_size": 128}, "crop_size is 128, larger than image_size 64"),
         ({"lowres_size": 64}, "lowres_size is 64 and image_size 64; their ratio"),

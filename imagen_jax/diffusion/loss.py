@@ -88,8 +88,11 @@ def augment(
       lowres: `[B, h, w, 3]` float32 in [-1, 1], clean.
       level: `[B]` in [0, 1], the time of the stage's forward process.
       noise: the shape of `lowres`, standard normal.
-      cfg: the stage's schedule.
+      cfg: the stage's schedule; without augmentation the picture stays clean, and
+        no level is told.
     """
+    if not cfg.diffusion.lowres_augmentation:
+        return cond.replace(lowres=lowres)
     logsnr = logsnr_schedule(level, cfg.diffusion)
     noised = gaussian.diffuse(lowres, logsnr, noise)
     return cond.replace(lowres=noised, aug_logsnr=logsnr)

@@ -51,7 +51,7 @@ class AttentionBlock(nn.Module):
     """Attention of pixels over themselves, the text, or both at once.
 
     Over both, the text's keys and values are concatenated to the pixels' (paper
-    D.3.1). The text is layer-normalised first (paper 2.5). A residual block.
+    D.3.1). A residual block.
 
     Attributes:
       head_channels: channels per head.
@@ -59,6 +59,7 @@ class AttentionBlock(nn.Module):
       over_pixels, over_text: what is attended to; at least one.
       expansion: width of queries, keys and values over that of the pixels.
       skip_scale: factor on the sum with the input.
+      text_norm: whether the text is layer-normalised first (paper 2.5).
     """
 
     head_channels: int
@@ -67,6 +68,7 @@ class AttentionBlock(nn.Module):
     over_text: bool
     expansion: int = 1
     skip_scale: float = 1.0
+    text_norm: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Cond) -> jax.Array:
@@ -86,7 +88,9 @@ class AttentionBlock(nn.Module):
             values.append(project("value", pixels))
             masks.append(jnp.ones(pixels.shape[:2], bool))
         if self.over_text:
-            text = layers.layer_norm(self.dtype, name="text_norm")(cond.text)
+            text = cond.text
+            if self.text_norm:
+                text = layers.layer_norm(self.dtype, name="text_norm")(text)
             keys.append(project("text_key", text))
             values.append(project("text_value", text))
             masks.append(cond.mask)
@@ -100,33 +104,39 @@ class AttentionBlock(nn.Module):
         return (x + out.reshape(x.shape)) * self.skip_scale
 
 
-class AttentionPool(nn.Module):
-    """Attention pooling of the text: one query, made of the tokens' mean.
+class TextPool(nn.Module):
+    """The whole text in one vector, by attention or as the mean of its tokens.
+
+    Attention has one query, made of the mean (paper 2.5 and D.3.1; how the paper pools
+    by attention is not printed).
 
     Attributes:
       features: width of the result.
-      head_channels: channels per head.
-      dtype: compute type.
+      cfg: the network.
     """
 
     features: int
-    head_channels: int
-    dtype: jnp.dtype
+    cfg: ModelConfig
 
     @nn.compact
     def __call__(self, text: jax.Array, mask: jax.Array) -> jax.Array:
         """`[B, L, D]` and `[B, L]` to `[B, features]`; the null text gives a bias."""
-        shape = (max(1, self.features // self.head_channels), self.head_channels)
-        text = layers.layer_norm(self.dtype, name="norm")(text)
-        weights = mask[..., None].astype(text.dtype)
+        dtype = jnp.dtype(self.cfg.dtype)
+        if self.cfg.text_norm:
+            text = layers.layer_norm(dtype, name="norm")(text)
+        weights = mask[..., None].astype(jnp.float32)
         mean = (text * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
-        pooled = layers.attend(
-            layers.heads(*shape, self.dtype, name="query")(mean[:, None]),
-            layers.heads(*shape, self.dtype, name="key")(text),
-            layers.heads(*shape, self.dtype, name="value")(text),
-            mask,
-        )
-        return layers.dense(self.features, self.dtype, name="out")(pooled[:, 0])
+        pooled = mean
+        if self.cfg.text_conditioning != "mean_pool":
+            width = self.cfg.head_channels
+            shape = (max(1, self.features // width), width)
+            pooled = layers.attend(
+                layers.heads(*shape, dtype, name="query")(mean[:, None]),
+                layers.heads(*shape, dtype, name="key")(text),
+                layers.heads(*shape, dtype, name="value")(text),
+                mask,
+            )[:, 0]
+        return layers.dense(self.features, dtype, name="out")(pooled)
 
 
 class Embedding(nn.Module):
@@ -151,11 +161,162 @@ class Embedding(nn.Module):
             return layers.dense(self.features, dtype, name=f"{name}_2")(nn.silu(h))
 
         emb = noise_level(logsnr, "time")
-        pool = AttentionPool(self.features, self.cfg.head_channels, dtype, name="pool")
+        pool = TextPool(self.features, self.cfg, name="pool")
         emb += pool(cond.text, cond.mask)
         if cond.aug_logsnr is not None:
             emb += noise_level(cond.aug_logsnr, "aug")
         return emb
+
+
+class LevelAttention(nn.Module):
+    """What a level attends to, by `text_conditioning`; maybe nothing.
+
+    Attributes:
+      cfg: the network.
+      level: counted from the finest.
+      expansion: see `AttentionBlock`.
+    """
+
+    cfg: ModelConfig
+    level: int
+    expansion: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cond: Cond) -> jax.Array:
+        """`[B, H, W, C] -> [B, H, W, C]`."""
+        cfg = self.cfg
+        over_pixels = cfg.self_attention[self.level]
+        over_text = cfg.text_attention[self.level] and cfg.text_conditioning in (
+            "concatenate",
+            "cross",
+        )
+        if cfg.text_conditioning == "cross" and over_pixels and over_text:
+            kinds = {"pixels": (True, False), "text": (False, True)}
+        else:
+            kinds = {"both": (over_pixels, over_text)}
+        for name, over in kinds.items():
+            if any(over):
+                block = checkpointed(AttentionBlock, cfg.remat)(
+                    cfg.head_channels,
+                    jnp.dtype(cfg.dtype),
+                    *over,
+                    expansion=self.expansion,
+                    skip_scale=cfg.skip_scale,
+                    text_norm=cfg.text_norm,
+                    name=name,
+                )
+                x = block(x, cond)
+        return x
+
+
+class Block(nn.Module):
+    """A residual block with the attention of its level.
+
+    Attributes:
+      features: output channels.
+      cfg: the network.
+      level: whose attention follows; None for none.
+      resample: None, "down" or "up".
+    """
+
+    features: int
+    cfg: ModelConfig
+    level: int | None = None
+    resample: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, skip: jax.Array | None, emb: jax.Array, cond: Cond
+    ) -> tuple[jax.Array, jax.Array]:
+        """`[B, H, W, C]` to `[B, H', W', features]`, twice: as a scan wants it.
+
+        Args:
+          x: what comes from the block before.
+          skip: what comes from the way down, put beside it; None on the way down.
+          emb: `[B, E]`.
+          cond: text.
+        """
+        if skip is not None:
+            x = jnp.concatenate([x, skip], -1)
+        residual = checkpointed(ResBlock, self.cfg.remat)(
+            self.features,
+            jnp.dtype(self.cfg.dtype),
+            self.cfg.dropout,
+            resample=self.resample,
+            skip_scale=self.cfg.skip_scale,
+            name="residual",
+        )
+        x = residual(x, emb)
+        if self.level is not None:
+            x = LevelAttention(self.cfg, self.level, name="attention")(x, cond)
+        return x, x
+
+
+def checkpointed(module: type[nn.Module], remat: str) -> type[nn.Module]:
+    """The module, recomputing on the way back what `ModelConfig.remat` says."""
+    if remat == "none":
+        return module
+
+    def is_product(primitive, *_, **__):
+        return primitive.name in ("conv_general_dilated", "dot_general")
+
+    policy = is_product if remat == "activations" else None
+    return nn.remat(module, policy=policy)
+
+
+class Chain(nn.Module):
+    """Equal blocks after one another.
+
+    With `cfg.scan_blocks` they are compiled once and their parameters are stacked.
+
+    Attributes:
+      count, features, cfg, level: how many, and of what kind; see `Block`.
+    """
+
+    count: int
+    features: int
+    cfg: ModelConfig
+    level: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, skips: list[jax.Array], emb: jax.Array, cond: Cond
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The last block's output, and those of all of them.
+
+        Args:
+          x: `[B, H, W, C]`.
+          skips: one for each block, or none at all.
+          emb: `[B, E]`.
+          cond: text.
+        """
+        if not self.cfg.scan_blocks:
+            outputs = []
+            for i in range(self.count):
+                block = Block(self.features, self.cfg, self.level, name=f"block_{i}")
+                x, _ = block(x, skips[i] if skips else None, emb, cond)
+                outputs.append(x)
+            return x, outputs
+        if not self.count:
+            return x, []
+        scanned = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=self.count,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(self.features, self.cfg, self.level, name="blocks")
+        x, outputs = scanned(x, jnp.stack(skips) if skips else None, emb, cond)
+        return x, list(outputs)
+
+
+def project_text(cond: Cond, cfg: ModelConfig) -> Cond:
+    """The text at the width `cfg.text_features`; inside a module."""
+    if not cfg.text_features:
+        return cond
+    project = layers.dense(cfg.text_features, jnp.dtype(cfg.dtype), name="text")
+    return cond.replace(text=project(cond.text))
 
 
 def network_input(z: jax.Array, cond: Cond, cfg: ModelConfig) -> jax.Array:

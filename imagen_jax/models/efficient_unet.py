@@ -14,8 +14,6 @@ class EfficientUNet(nn.Module):
 
     A level is halved before its residual blocks on the way down and doubled after
     them on the way up, so no residual block runs at the picture's own resolution.
-    Sums are scaled by 1 / sqrt(2) (B.1). Each residual block on the way down has its
-    own skip: only so the printed blocks come to the stated 600M parameters.
 
     Attributes:
       cfg: widths, depths, attention and compute type.
@@ -34,28 +32,18 @@ class EfficientUNet(nn.Module):
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
+        cond = blocks.project_text(cond, cfg)
         emb = blocks.Embedding(4 * cfg.channels[0], cfg, name="embedding")(logsnr, cond)
 
-        def res(x, channels, name):
-            block = blocks.ResBlock(
-                channels, dtype, cfg.dropout, skip_scale=0.5**0.5, name=name
-            )
-            return block(x, emb)
+        def chain(x, skips, level, name, left_out=0):
+            count, width = cfg.num_res_blocks[level] - left_out, cfg.channels[level]
+            chain = blocks.Chain(count, width, cfg, name=f"{name}_{level}_chain")
+            return chain(x, skips, emb, cond)
 
         def attention(x, level, name):
-            over = cfg.self_attention[level], cfg.text_attention[level]
-            if not any(over):
-                return x
             # Twice the channels inside attention: Fig. A.28.
-            block = blocks.AttentionBlock(
-                cfg.head_channels,
-                dtype,
-                *over,
-                expansion=2,
-                skip_scale=0.5**0.5,
-                name=name,
-            )
-            return block(x, cond)
+            name = f"{name}_{level}_attention"
+            return blocks.LevelAttention(cfg, level, expansion=2, name=name)(x, cond)
 
         levels = range(len(cfg.channels))
         x = blocks.network_input(z, cond, cfg)
@@ -64,16 +52,18 @@ class EfficientUNet(nn.Module):
         for level in levels:
             channels = cfg.channels[level]
             x = layers.conv(channels, dtype, stride=2, name=f"down_{level}_conv")(x)
-            for i in range(cfg.num_res_blocks[level]):
-                x = res(x, channels, f"down_{level}_res_{i}")
-                skips.append(x)
-            x = attention(x, level, f"down_{level}_attention")
+            x, outputs = chain(x, [], level, "down")
+            x = attention(x, level, "down")
+            skips.append(outputs if cfg.skips == "every_block" else [x])
 
         for level in reversed(levels):
-            for i in range(cfg.num_res_blocks[level]):
-                x = jnp.concatenate([x, skips.pop()], -1)
-                x = res(x, cfg.channels[level], f"up_{level}_res_{i}")
-            x = attention(x, level, f"up_{level}_attention")
+            if cfg.skips == "every_block":
+                x, _ = chain(x, skips[level][::-1], level, "up")
+            else:
+                first = blocks.Block(cfg.channels[level], cfg, name=f"up_{level}_first")
+                x, _ = first(x, skips[level][0], emb, cond)
+                x, _ = chain(x, [], level, "up", left_out=1)
+            x = attention(x, level, "up")
             channels = cfg.channels[max(0, level - 1)]
             x = layers.upsample(x)
             x = layers.conv(channels, dtype, name=f"up_{level}_conv")(x)

@@ -37,11 +37,12 @@ def apply(
 def init(cfg: StageConfig, key: jax.Array):
     """Fresh parameters of the stage's network, boxed with their logical axes."""
     b, size, low = 1, cfg.train_size, cfg.train_lowres_size
+    augmented = cfg.diffusion.lowres_augmentation
     cond = Cond(
         text=jnp.zeros((b, cfg.text.length, cfg.text.dim), jnp.bfloat16),
         mask=jnp.ones((b, cfg.text.length), bool),
         lowres=jnp.zeros((b, low, low, 3)) if low else None,
-        aug_logsnr=jnp.zeros((b,)) if low else None,
+        aug_logsnr=jnp.zeros((b,)) if low and augmented else None,
     )
     z = jnp.zeros((b, size, size, 3))
     model = _ARCHITECTURES[cfg.model.architecture](cfg.model)

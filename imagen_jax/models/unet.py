@@ -29,45 +29,43 @@ class UNet(nn.Module):
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
+        cond = blocks.project_text(cond, cfg)
         emb = blocks.Embedding(4 * cfg.channels[0], cfg, name="embedding")(logsnr, cond)
 
-        def res(x, channels, name, resample=None):
-            block = blocks.ResBlock(
-                channels, dtype, cfg.dropout, resample=resample, name=name
-            )
-            return block(x, emb)
-
-        def attention(x, level, name):
-            over = cfg.self_attention[level], cfg.text_attention[level]
-            if not any(over):
-                return x
-            block = blocks.AttentionBlock(cfg.head_channels, dtype, *over, name=name)
-            return block(x, cond)
+        def block(x, skip, features, name, **kwargs):
+            return blocks.Block(features, cfg, name=name, **kwargs)(x, skip, emb, cond)[
+                0
+            ]
 
         levels = range(len(cfg.channels))
         x = blocks.network_input(z, cond, cfg)
         x = layers.conv(cfg.channels[0], dtype, name="conv_in")(x)
         skips = [x]
-        for level in levels:
-            for i in range(cfg.num_res_blocks[level]):
-                x = res(x, cfg.channels[level], f"down_{level}_res_{i}")
-                x = attention(x, level, f"down_{level}_attention_{i}")
-                skips.append(x)
+        for level, features in enumerate(cfg.channels):
+            more = cfg.num_res_blocks[level] - 1
+            # The first takes another width, the others are equal.
+            x = block(x, None, features, f"down_{level}_first", level=level)
+            chain = blocks.Chain(more, features, cfg, level, name=f"down_{level}_chain")
+            skips.append(x)
+            x, outputs = chain(x, [], emb, cond)
+            skips += outputs
             if level != levels[-1]:
-                x = res(x, cfg.channels[level], f"down_{level}_resample", "down")
+                name = f"down_{level}_resample"
+                x = block(x, None, features, name, resample="down")
                 skips.append(x)
 
-        x = res(x, cfg.channels[-1], "middle_res_0")
-        x = attention(x, -1, "middle_attention")
-        x = res(x, cfg.channels[-1], "middle_res_1")
+        x = block(x, None, cfg.channels[-1], "middle_0", level=-1)
+        x = block(x, None, cfg.channels[-1], "middle_1")
 
         for level in reversed(levels):
-            for i in range(cfg.num_res_blocks[level] + 1):
-                x = jnp.concatenate([x, skips.pop()], -1)
-                x = res(x, cfg.channels[level], f"up_{level}_res_{i}")
-                x = attention(x, level, f"up_{level}_attention_{i}")
+            features = cfg.channels[level]
+            more = cfg.num_res_blocks[level] - 1
+            x = block(x, skips.pop(), features, f"up_{level}_first", level=level)
+            chain = blocks.Chain(more, features, cfg, level, name=f"up_{level}_chain")
+            x, _ = chain(x, [skips.pop() for _ in range(more)], emb, cond)
+            x = block(x, skips.pop(), features, f"up_{level}_last", level=level)
             if level:
-                x = res(x, cfg.channels[level], f"up_{level}_resample", "up")
+                x = block(x, None, features, f"up_{level}_resample", resample="up")
 
         x = nn.silu(layers.group_norm(x.shape[-1], dtype, name="norm_out")(x))
         features = 3 * cfg.patch_size**2

@@ -14,6 +14,9 @@ def learning_rate(cfg: OptimizerConfig) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(
             0.0, cfg.learning_rate, cfg.warmup_steps, cfg.decay_steps
         )
+    if not cfg.warmup_steps:
+        # A warm-up of no steps never leaves 0 in optax.
+        return optax.constant_schedule(cfg.learning_rate)
     return optax.schedules.warmup_constant_schedule(
         0.0, cfg.learning_rate, cfg.warmup_steps
     )
@@ -24,6 +27,8 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     rate = learning_rate(cfg)
     rule = {
         "adam": lambda: optax.adam(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
-        "adafactor": lambda: optax.adafactor(rate),
+        "adafactor": lambda: optax.adafactor(
+            rate, multiply_by_parameter_scale=cfg.parameter_scale
+        ),
     }[cfg.name]()
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule)

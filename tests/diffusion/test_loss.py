@@ -1,5 +1,6 @@
 """The randomness of a training step, and the loss for answers that are known."""
 
+import dataclasses
 import functools
 import math
 
@@ -208,6 +209,23 @@ def test_the_low_resolution_picture_is_that_of_the_base(crop_size):
     want = alpha.reshape(-1, 1, 1, 1) * (low[0] - low[1])
     assert a.cond.lowres.shape == want.shape
     np.testing.assert_allclose(a.cond.lowres - b.cond.lowres, want, atol=16 * EPS)
+
+
+def test_without_augmentation_the_low_resolution_picture_is_clean():
+    cfg = config.from_dict(
+        {
+            "image_size": 8,
+            "lowres_size": 4,
+            "diffusion": {"lowres_augmentation": False},
+            "sampler": {"aug_level": 0.0},
+            "model": dataclasses.asdict(_cfg().model),
+        }
+    )
+    batch = _batch(4)
+    noised = _noise(batch, 0, cfg)
+    clean = batches.to_float(batches.downsample(batch.image, 4))
+    np.testing.assert_array_equal(noised.cond.lowres, clean)
+    assert noised.cond.aug_logsnr is None
 
 
 def test_a_base_stage_has_no_low_resolution_picture():

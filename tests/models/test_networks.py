@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import base64, sr256, sr1024
 from imagen_jax import config
 from imagen_jax.batch import Cond, null_text
 from imagen_jax.models import network
@@ -43,6 +44,36 @@ EFFICIENT = {
         "patch_size": 2,
     },
 }
+# Each value of what the paper's ablations change, and loops over blocks.
+CROSS = {
+    **UNET,
+    "model": {
+        **UNET["model"],
+        "num_res_blocks": (1, 2, 3),
+        "text_conditioning": "cross",
+        "text_norm": False,
+        "scan_blocks": True,
+    },
+}
+LAST_SKIPS = {
+    **EFFICIENT,
+    "model": {
+        **EFFICIENT["model"],
+        "skips": "last_block",
+        "skip_scale": 0.5**0.5,
+        "text_features": 8,
+        "scan_blocks": True,
+    },
+}
+NETWORKS = {
+    "unet": UNET,
+    "efficient": EFFICIENT,
+    "cross": CROSS,
+    "last_skips": LAST_SKIPS,
+    "base64": base64.get_config("tiny").to_dict(),
+    "sr256": sr256.get_config("tiny").to_dict(),
+    "sr1024": sr1024.get_config("tiny").to_dict(),
+}
 
 
 class Network:
@@ -66,7 +97,7 @@ class Network:
 
         shapes = jax.eval_shape(lambda: network.init(self.cfg, jax.random.key(0)))
         self.params = jax.tree.map(lambda leaf: draw(leaf.shape), nn.unbox(shapes))
-        size, low = self.cfg.image_size, self.cfg.lowres_size
+        size, low = self.cfg.train_size, self.cfg.train_lowres_size
         mask = np.arange(LENGTH) < np.array([4, 2, 0])[:, None]
 
         def normal(*shape):
@@ -95,9 +126,9 @@ class Network:
         return np.asarray(self._run(cfg, params, **inputs, cond=cond))
 
 
-@pytest.fixture(scope="module", params=[UNET, EFFICIENT], ids=["unet", "efficient"])
+@pytest.fixture(scope="module", params=NETWORKS)
 def net(request):
-    return Network(request.param)
+    return Network(NETWORKS[request.param])
 
 
 def _field(net, name):
@@ -146,13 +177,32 @@ def test_the_length_of_the_padding_changes_only_roundings(net):
     assert _moved(net(), longer).max() < 40 * (9 * 192) ** 0.5 * EPS
 
 
+def _attentions(params):
+    """Paths of the attention blocks over text, and their parameters."""
+    for path, block in _subtrees(params):
+        if "text_key" in block:
+            yield path, block
+
+
+def _subtrees(params, path=()):
+    for name, value in params.items():
+        if isinstance(value, dict):
+            yield (*path, name), value
+            yield from _subtrees(value, (*path, name))
+
+
 def test_the_text_reaches_the_answer_by_every_path(net):
     """By pooling, and by each attention over it: cutting all others leaves one."""
     text = net.inputs["cond"].text.at[0].multiply(-0.5)
-    paths = [name for name, block in net.params.items() if "text_norm" in block]
-    # Down, up and up on each of the unet's two levels and in its middle.
-    assert len(paths) == (7 if net.cfg.model.architecture == "unet" else 4)
-    for path in [*paths, "pool"]:
+    paths = [path for path, _ in _attentions(net.params)]
+    model = net.cfg.model
+    if model.architecture == "efficient_unet":
+        assert len(paths) == 2 * sum(model.text_attention)
+    elif not model.scan_blocks:
+        blocks = zip(model.text_attention, model.num_res_blocks, strict=True)
+        in_middle = model.text_attention[-1]
+        assert len(paths) == sum(t * (2 * n + 1) for t, n in blocks) + in_middle
+    for path in [*paths, ("embedding", "pool")]:
         params = _cut_text(net.params, keep=path)
         assert _moved(net(params), net(params, text=text))[0] > 1e-4, path
     params = _cut_text(net.params, keep=None)
@@ -160,12 +210,13 @@ def test_the_text_reaches_the_answer_by_every_path(net):
 
 
 def _cut_text(params, keep):
-    """All tokens look alike after their normalisation, but for one path."""
+    """Text becomes zero where it enters, but for one path."""
 
     def cut(path, leaf):
-        keys = [entry.key for entry in path]
-        of_text = keys[-2] == "text_norm" or keys[-3:-1] == ["pool", "norm"]
-        return leaf * (not of_text or keep in keys or keys[-1] == "bias")
+        *block, layer, kind = (entry.key for entry in path)
+        enters = layer in ("text_key", "text_value")
+        enters |= block[-1:] == ["pool"] and layer in ("query", "key", "value")
+        return leaf * (not enters or tuple(block) == keep or kind == "bias")
 
     return jax.tree_util.tree_map_with_path(cut, params)
 
@@ -173,10 +224,72 @@ def _cut_text(params, keep):
 def _unseen(params):
     """Biases that are added to all logits of a query, which a softmax ignores."""
     yield "embedding/pool/key/bias"
-    for name, block in params.items():
+    for path, block in _subtrees(params):
         keys = {"key", "text_key"} & block.keys()
-        if len(keys) == 1:
-            yield f"{name}/{keys.pop()}/bias"
+        if len(keys) == 1 and path[-1] != "pool":
+            yield "/".join((*path, keys.pop(), "bias"))
+
+
+@pytest.mark.parametrize("kind", ["attention_pool", "mean_pool"])
+def test_text_can_enter_by_pooling_alone(kind):
+    """As sampling without any attention to text, but for the pooled vector."""
+    model = {**UNET["model"], "text_conditioning": kind}
+    net = Network({**UNET, "model": model})
+    assert not list(_attentions(net.params))
+    assert ("query" in net.params["embedding"]["pool"]) == (kind == "attention_pool")
+    cond = net.inputs["cond"]
+    moved = _moved(net(), net(text=cond.text.at[1].multiply(-0.5)))
+    assert moved[1] > 1e-3 and moved[0] == moved[2] == 0
+    text = jnp.where(cond.mask[..., None], cond.text, 1e4)
+    np.testing.assert_array_equal(net(text=text), net())
+
+
+@pytest.mark.parametrize("values", [CROSS, LAST_SKIPS], ids=["unet", "efficient"])
+def test_a_loop_over_blocks_computes_what_the_blocks_do(values):
+    looped = Network(values)
+    model = {**values["model"], "scan_blocks": False}
+    unrolled = Network({**values, "model": model})
+
+    def unstack(params):
+        """`{blocks: stacked}` as `{block_0: ..., block_1: ...}`."""
+        result = {}
+        for name, value in params.items():
+            if name == "blocks":
+                count = len(jax.tree.leaves(value)[0])
+                for i in range(count):
+                    result[f"block_{i}"] = jax.tree.map(lambda x, i=i: x[i], value)
+            else:
+                result[name] = unstack(value) if isinstance(value, dict) else value
+        return result
+
+    params = unstack(looped.params)
+    assert jax.tree.structure(params) == jax.tree.structure(unrolled.params)
+    # The same sums in programs that fuse differently.
+    assert _moved(looped(), unrolled(params)).max() < 40 * (9 * 192) ** 0.5 * EPS
+
+
+@pytest.mark.parametrize("remat", ["activations", "blocks"])
+def test_recomputing_changes_memory_and_not_gradients(remat):
+    net = Network(LAST_SKIPS)
+
+    def gradient(remat):
+        model = dataclasses.replace(net.cfg.model, remat=remat)
+
+        def loss(params):
+            inputs = (net.inputs[name] for name in ("z", "logsnr", "cond"))
+            return jnp.sum(jnp.sin(network.apply(model, params, *inputs)))
+
+        return jax.jit(jax.grad(loss)).lower(net.params).compile()
+
+    kept, recomputed = gradient("none"), gradient(remat)
+    leaves = [jax.tree.leaves(program(net.params)) for program in (kept, recomputed)]
+    # Some leaves are zero up to roundings, which are those of the largest.
+    largest = max(np.abs(leaf).max() for leaf in leaves[0])
+    for a, b in zip(*leaves, strict=True):
+        bound = 40 * (9 * 192) ** 0.5 * EPS * largest
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+    flops = [c.cost_analysis()["flops"] for c in (kept, recomputed)]
+    assert flops[1] > flops[0]
 
 
 def test_every_parameter_is_learned(net):

@@ -123,6 +123,29 @@ def test_learning_rate():
         OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_steps=0)
     )
     assert float(constant(10**6)) == 2.0
+    at_once = optimizer.learning_rate(
+        OptimizerConfig(learning_rate=2.0, warmup_steps=0, decay_steps=0)
+    )
+    assert float(at_once(0)) == 2.0
+
+
+@pytest.mark.parametrize(("scaled", "size"), [(True, 1e-3), (False, 1.0)])
+def test_adafactor_moves_a_parameter_of_zero(scaled, size):
+    """By the rate times 1e-3, the least size that optax takes a parameter for."""
+    cfg = OptimizerConfig(
+        name="adafactor",
+        learning_rate=0.1,
+        warmup_steps=0,
+        decay_steps=0,
+        parameter_scale=scaled,
+        clip_norm=1e9,
+    )
+    rule = optimizer.make_optimizer(cfg)
+    gradient = np.random.default_rng(0).normal(size=(9, 7)).astype("f4")
+    zeros = np.zeros_like(gradient)
+    update, _ = rule.update(gradient, rule.init(zeros), zeros)
+    # The first step divides each gradient by its own size.
+    np.testing.assert_allclose(update, -0.1 * size * np.sign(gradient), rtol=1e-3)
 
 
 def test_adafactor_trains_sharded():
