@@ -12,6 +12,34 @@ def get_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(dataclasses.asdict(StageConfig()))
 
 
+def paper() -> ml_collections.ConfigDict:
+    """What the paper's three stages share (arXiv 2205.11487, Sec. 4.1, App. F)."""
+    cfg = get_config()
+    cfg.model.dtype = "bfloat16"  # ours: precision is not stated
+    cfg.diffusion.update(prediction="eps", text_dropout=0.1)  # printed
+    # The encoder, T5-XXL, is printed; the length is ours, that of the peers.
+    cfg.text.update(length=128, dim=4096)
+    cfg.training.update(batch_size=2048, steps=2_500_000)  # printed
+    # Printed, but for the end value of 2500000, plainly a slip: ours is 0.
+    cfg.optimizer.update(learning_rate=1e-4, warmup_steps=10_000, decay_steps=2_500_000)
+    # Ours: EMA and clipping are not mentioned; 0.9999 is the family's.
+    cfg.optimizer.update(ema_decay=0.9999, clip_norm=1.0)
+    # Dynamic thresholding is printed, and its only percentile (Fig. A.10).
+    cfg.sampler.update(threshold="dynamic", percentile=99.5)
+    return cfg
+
+
+def shrink(cfg: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """A paper stage's training and text at a size for tests; not its network."""
+    cfg.model.dtype = "float32"
+    cfg.text.update(length=16, dim=64)
+    cfg.training.update(batch_size=8, steps=200)
+    cfg.optimizer.update(learning_rate=1e-3, warmup_steps=20, decay_steps=200)
+    cfg.optimizer.ema_decay = 0.99
+    cfg.sampler.update(steps=16, batch_size=4)
+    return cfg
+
+
 def pick(variants: dict, variant: str) -> ml_collections.ConfigDict:
     """The config that the part after the colon of --config names."""
     if variant not in variants:

@@ -1,0 +1,73 @@
+"""The configs of the paper's experiments: their sizes."""
+
+import math
+
+import flax.linen as nn
+import jax
+import pytest
+
+from configs import base64, sr256, sr1024
+from imagen_jax import config
+from imagen_jax.models import network
+
+CONFIGS = {"base64": base64, "sr256": sr256, "sr1024": sr1024}
+
+
+def _parameters(name, variant=None):
+    """Of a config, as shapes."""
+    module = CONFIGS[name]
+    values = module.get_config(variant) if variant else module.get_config()
+    cfg = config.from_dict(values.to_dict())
+    return nn.unbox(jax.eval_shape(lambda: network.init(cfg, jax.random.key(0))))
+
+
+def _millions(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "low", "high"),
+    [
+        # The paper's: 2B, 600M, and for the ablations 300M, 500M, 1B (Sec. 4.1, D.3).
+        ("base64", "2b", 2000, 2200),
+        ("base64", "1b", 850, 1150),
+        ("base64", "500m", 450, 600),
+        ("base64", "300m", 270, 330),
+        ("sr256", "600m", 0.97 * 600, 1.03 * 600),
+    ],
+)
+def test_networks_have_the_papers_sizes(name, variant, low, high):
+    assert low <= _millions(_parameters(name, variant)) <= high
+
+
+def _residual(features, entering, emb=512):
+    """A residual block's parameters, counted by hand."""
+    norms = 2 * entering + 2 * features
+    convs = 9 * entering * features + features + 9 * features**2 + features
+    shortcut = (entering * features + features) * (entering != features)
+    return norms + convs + shortcut + 2 * features * (emb + 1)
+
+
+def test_the_printed_blocks_of_the_1024_stage_cannot_be_400m():
+    """Sec. 4.1 says 400M; F.3 prints the blocks of the 600M stage."""
+    channels, counts = (128, 256, 512, 1024), (2, 4, 8, 8)
+    # As few as can be: down and up the same blocks, one skip per level on the way up.
+    least = 0
+    for width, count in zip(channels, counts, strict=True):
+        least += (2 * count - 1) * _residual(width, width)
+        least += _residual(width, 2 * width)
+    assert 430e6 < least < 440e6
+    # Convolutions between the levels, embeddings, text and its two attentions.
+    assert 455 < _millions(_parameters("sr1024")) < 465
+
+
+def test_self_attention_is_all_that_f3_leaves_out():
+    """With the values of sr256 otherwise, the network loses its pixels' projections."""
+    values = sr1024.get_config().to_dict()
+    model = sr256.get_config().to_dict()["model"]
+    values["model"] = {**model, "self_attention": (False,) * 4}
+    cfg = config.from_dict(values)
+    params = jax.eval_shape(lambda: network.init(cfg, jax.random.key(0)))
+    lost = _millions(_parameters("sr256")) - _millions(nn.unbox(params))
+    # Keys and values, 1024 to 2048 with biases, on the way down and up.
+    assert lost == pytest.approx(2 * 2 * (1024 * 2048 + 2048) / 1e6)
