@@ -1,7 +1,7 @@
 """A cascade for a folder of small captioned pictures: 32 to 64 pixels, on a CPU.
 
 docs/emoji.md has the commands and the pictures that they made. The values are ours,
-chosen so that each stage trains in about 20 minutes on two CPU cores.
+chosen so that each stage trains in some 25 minutes on two CPU cores.
 """
 
 from configs import common
