@@ -47,7 +47,7 @@ def _stage_config(name: str, share: float, records: pathlib.Path) -> StageConfig
     config.data.records = str(records)
     steps = max(10, round(config.training.steps * share))
     config.training.update(
-        steps=steps, sample_every_steps=steps, checkpoint_every_steps=steps
+        steps=steps, sample_every_steps=0, checkpoint_every_steps=steps
     )
     config.optimizer.decay_steps = steps
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)

@@ -150,7 +150,13 @@ def test_adafactor_moves_a_parameter_of_zero(scaled, size):
 
 def test_adafactor_trains_sharded():
     """Factored moments have fewer axes than their parameter; they must still fit."""
-    model = {"channels": (8, 128), "head_channels": 8}
+    model = {
+        "channels": (128,),
+        "num_res_blocks": (1,),
+        "self_attention": (False,),
+        "text_attention": (True,),
+        "head_channels": 32,
+    }
     cfg = tiny.stage(model=model, optimizer={"name": "adafactor"})
     losses, _ = run(cfg, MeshConfig(data=2, fsdp=4), 8)
     one, _ = run(cfg, MeshConfig(), 1)
