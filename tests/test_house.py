@@ -292,6 +292,7 @@ assert pictures.shape == (2, 8, 8, 3) and pictures.dtype == np.uint8
 """
 
 
+@pytest.mark.slow
 def test_training_and_sampling_need_no_tensorflow():
     names = ["imagen_jax.data.memory", "imagen_jax.data.manifest"]
     for path, _ in sources():

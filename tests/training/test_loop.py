@@ -39,6 +39,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, mesh):
     """Bitwise: parameters, average, optimizer, step, and the batches taken."""
     cfg = tiny.stage()
@@ -47,6 +48,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, mesh):
     assert_equal_states(train(cfg, tmp_path / "parts", mesh), whole)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_stops(tmp_path, mesh):
     cfg = tiny.stage()
 

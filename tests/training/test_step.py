@@ -25,6 +25,7 @@ def run(cfg, mesh_cfg, devices, steps=3):
     return losses, jax.device_get(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny.stage, tiny.sr_stage])
 def test_eight_devices_give_the_loss_of_one(make):
     """Float32, so what differs is the order of sums: 1e-5 relative."""
@@ -148,6 +149,7 @@ def test_adafactor_moves_a_parameter_of_zero(scaled, size):
     np.testing.assert_allclose(update, -0.1 * size * np.sign(gradient), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_adafactor_trains_sharded():
     """Factored moments have fewer axes than their parameter; they must still fit."""
     model = {
