@@ -31,8 +31,8 @@ def base():
         text_attention=(True, True),
         patch_size=2,
     )
-    cfg.training.steps = 3200
-    cfg.optimizer.decay_steps = 3200
+    cfg.training.steps = 2900
+    cfg.optimizer.decay_steps = 2900
     cfg.optimizer.learning_rate = 3e-3
     cfg.sampler.update(name="ddpm", steps=64, guidance=3.0)
     return cfg
@@ -55,8 +55,8 @@ def sr():
     # The network has no path around its 32 channels at 16 x 16 for the noise that eps
     # and v must reproduce; x0 needs none.
     cfg.diffusion.prediction = "x0"
-    cfg.training.update(steps=1700, batch_size=16)
-    cfg.optimizer.decay_steps = 1700
+    cfg.training.update(steps=1500, batch_size=16)
+    cfg.optimizer.decay_steps = 1500
     cfg.sampler.update(steps=16, guidance=1.0, aug_level=0.1)
     return cfg
 

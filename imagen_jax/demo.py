@@ -1,6 +1,6 @@
 """Trains a two-stage text-to-image cascade on drawn shapes, and shows its pictures.
 
-python -m imagen_jax.demo --output=demo [--seconds=450]
+python -m imagen_jax.demo --output=demo [--seconds=400]
 
 Prepares captioned shapes, trains a base and a super-resolution stage, samples captions
 whose combinations of colour and shape were never trained on, judges the pictures, and
@@ -30,7 +30,7 @@ from imagen_jax.sharding import make_mesh
 from imagen_jax.train import resolve, train_stage
 
 # What configs/tiny.py trains in about this time on two CPU cores.
-_SECONDS = 450
+_SECONDS = 400
 _EXAMPLES = 20_000
 _JUDGED = 64
 
