@@ -24,11 +24,14 @@ def compiler_options(
     """
     if mesh.devices.flat[0].platform != "cpu":
         return {}
-    # XLA 0.10.2 without the library cannot compile the gradient of bfloat16 attention
-    # with a single query: "Dot with multiple contracting dimensions".
-    if dtype != "float32" and not once:
+    if once:
+        options = _CPU_ONCE
+    elif dtype == "float32":
+        options = _CPU
+    else:
+        # Without the library jaxlib 0.10.2 cannot compile the gradient of bfloat16
+        # attention with one query: "Dot with multiple contracting dimensions".
         return {}
-    options = _CPU_ONCE if once else _CPU
     return options if _accepted(tuple(options.items())) else {}
 
 

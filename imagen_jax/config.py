@@ -41,7 +41,7 @@ class ModelConfig:
         convolution (space-to-depth); 1 is the paper's network.
       dropout: rate inside residual blocks.
       dtype: compute type, "bfloat16" or "float32"; parameters are float32.
-      remat: what the way back recomputes instead of keeping: "none", "activations"
+      remat: what the backward pass recomputes instead of keeping: "none", "activations"
         (all but convolutions and products) or "blocks" (all but each block's input).
       scan_blocks: whether equal blocks are one loop: compiles faster.
     """

@@ -1,5 +1,7 @@
 """The blocks that both U-Nets are made of."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -190,22 +192,21 @@ class LevelAttention(nn.Module):
             "concatenate",
             "cross",
         )
-        if cfg.text_conditioning == "cross" and over_pixels and over_text:
-            kinds = {"pixels": (True, False), "text": (False, True)}
-        else:
-            kinds = {"both": (over_pixels, over_text)}
-        for name, over in kinds.items():
-            if any(over):
-                block = checkpointed(AttentionBlock, cfg.remat)(
-                    cfg.head_channels,
-                    jnp.dtype(cfg.dtype),
-                    *over,
-                    expansion=self.expansion,
-                    skip_scale=cfg.skip_scale,
-                    text_norm=cfg.text_norm,
-                    name=name,
-                )
-                x = block(x, cond)
+        kinds = [(over_pixels, over_text)]
+        if cfg.text_conditioning == "cross":
+            kinds = [(over_pixels, False), (False, over_text)]
+        for over in filter(any, kinds):
+            names = itertools.compress(("pixels", "text"), over)
+            block = checkpointed(AttentionBlock, cfg.remat)(
+                cfg.head_channels,
+                jnp.dtype(cfg.dtype),
+                *over,
+                expansion=self.expansion,
+                skip_scale=cfg.skip_scale,
+                text_norm=cfg.text_norm,
+                name="_and_".join(names),
+            )
+            x = block(x, cond)
         return x
 
 
@@ -227,12 +228,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: jax.Array, skip: jax.Array | None, emb: jax.Array, cond: Cond
-    ) -> tuple[jax.Array, jax.Array]:
-        """`[B, H, W, C]` to `[B, H', W', features]`, twice: as a scan wants it.
+    ) -> jax.Array:
+        """`[B, H, W, C]` to `[B, H', W', features]`.
 
         Args:
           x: what comes from the block before.
-          skip: what comes from the way down, put beside it; None on the way down.
+          skip: `[B, H, W, C']` from the way down, put beside it; None on the way down.
           emb: `[B, E]`.
           cond: text.
         """
@@ -249,11 +250,11 @@ class Block(nn.Module):
         x = residual(x, emb)
         if self.level is not None:
             x = LevelAttention(self.cfg, self.level, name="attention")(x, cond)
-        return x, x
+        return x
 
 
 def checkpointed(module: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The module, recomputing on the way back what `ModelConfig.remat` says."""
+    """The module, recomputing in the backward pass what `ModelConfig.remat` says."""
     if remat == "none":
         return module
 
@@ -286,7 +287,7 @@ class Chain(nn.Module):
 
         Args:
           x: `[B, H, W, C]`.
-          skips: one for each block, or none at all.
+          skips: a `[B, H, W, C']` for each block, or none at all.
           emb: `[B, E]`.
           cond: text.
         """
@@ -294,20 +295,25 @@ class Chain(nn.Module):
             outputs = []
             for i in range(self.count):
                 block = Block(self.features, self.cfg, self.level, name=f"block_{i}")
-                x, _ = block(x, skips[i] if skips else None, emb, cond)
+                x = block(x, skips[i] if skips else None, emb, cond)
                 outputs.append(x)
             return x, outputs
         if not self.count:
             return x, []
+
+        def body(block, x, skip):
+            x = block(x, skip, emb, cond)
+            return x, x
+
         scanned = nn.scan(
-            Block,
+            body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
             length=self.count,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(self.features, self.cfg, self.level, name="blocks")
-        x, outputs = scanned(x, jnp.stack(skips) if skips else None, emb, cond)
+        )
+        block = Block(self.features, self.cfg, self.level, name="blocks")
+        x, outputs = scanned(block, x, jnp.stack(skips) if skips else None)
         return x, list(outputs)
 
 

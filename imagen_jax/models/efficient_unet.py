@@ -61,7 +61,7 @@ class EfficientUNet(nn.Module):
                 x, _ = chain(x, skips[level][::-1], level, "up")
             else:
                 first = blocks.Block(cfg.channels[level], cfg, name=f"up_{level}_first")
-                x, _ = first(x, skips[level][0], emb, cond)
+                x = first(x, skips[level][0], emb, cond)
                 x, _ = chain(x, [], level, "up", left_out=1)
             x = attention(x, level, "up")
             channels = cfg.channels[max(0, level - 1)]

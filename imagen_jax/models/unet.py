@@ -33,9 +33,8 @@ class UNet(nn.Module):
         emb = blocks.Embedding(4 * cfg.channels[0], cfg, name="embedding")(logsnr, cond)
 
         def block(x, skip, features, name, **kwargs):
-            return blocks.Block(features, cfg, name=name, **kwargs)(x, skip, emb, cond)[
-                0
-            ]
+            run = blocks.Block(features, cfg, name=name, **kwargs)
+            return run(x, skip, emb, cond)
 
         levels = range(len(cfg.channels))
         x = blocks.network_input(z, cond, cfg)

@@ -232,7 +232,7 @@ def _unseen(params):
 
 @pytest.mark.parametrize("kind", ["attention_pool", "mean_pool"])
 def test_text_can_enter_by_pooling_alone(kind):
-    """As sampling without any attention to text, but for the pooled vector."""
+    """No block attends to the text, and yet it moves the answer."""
     model = {**UNET["model"], "text_conditioning": kind}
     net = Network({**UNET, "model": model})
     assert not list(_attentions(net.params))
