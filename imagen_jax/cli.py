@@ -1,9 +1,11 @@
 """What all doors share: flags in, one clear line and an exit status out."""
 
+import pathlib
 import re
+import resource
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -41,6 +43,30 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     except KeyboardInterrupt:
         _exit(3, "interrupted")
     sys.exit(0)
+
+
+def config_values() -> dict[str, Any]:
+    """The values of --config, overrides included.
+
+    Raises:
+      UserError: when its file is not there.
+    """
+    try:
+        return flags.FLAGS.config.to_dict()
+    except OSError as error:
+        raise UserError(f"--config: {' '.join(str(error).split())}") from None
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process has held, in GiB."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        # getrusage would count what the process held that started this one.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts in bytes.
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
 def _print_help() -> None:

@@ -10,9 +10,7 @@ writes index.html, samples.png and report.json.
 import dataclasses
 import json
 import pathlib
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 
@@ -32,6 +30,7 @@ from imagen_jax.train import resolve, train_stage
 # What configs/tiny.py trains in about this time on two CPU cores.
 _SECONDS = 400
 _EXAMPLES = 20_000
+_LEAST_EXAMPLES = 1_000
 _JUDGED = 64
 
 
@@ -69,18 +68,6 @@ def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
     }
 
 
-def peak_memory_gib() -> float:
-    """The most memory that this process has held, in GiB."""
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        # getrusage would count what the process held that started this one.
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts in bytes.
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
-
-
 def demo(output: str, seconds: float) -> dict:
     """Runs the whole cascade in `output`; returns the report.
 
@@ -103,10 +90,13 @@ def demo(output: str, seconds: float) -> dict:
     marker.write_text("This folder is replaced by the next demo.\n")
 
     records = folder / "records"
-    prepare(f"shapes:{_EXAMPLES}", str(records), text_length=16, image_size=32)
+    share = seconds / _SECONDS
+    # A shorter training sees each picture as often.
+    count = max(_LEAST_EXAMPLES, round(min(1.0, share) * _EXAMPLES))
+    prepare(f"shapes:{count}", str(records), text_length=16, image_size=32)
     workdirs = [str(folder / name) for name in ("base", "sr")]
     for workdir, name in zip(workdirs, ("base", "sr"), strict=True):
-        train_stage(_stage_config(name, seconds / _SECONDS, records), workdir)
+        train_stage(_stage_config(name, share, records), workdir)
 
     mesh = make_mesh(MeshConfig())
     trained = load_stages(workdirs, mesh)
@@ -135,7 +125,7 @@ def demo(output: str, seconds: float) -> dict:
     )
     report = {
         "seconds": time.perf_counter() - started,
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": cli.peak_memory_gib(),
         **overall,
         "accuracy": results,
         "guidance": dict(zip(("base", "sr"), own, strict=True)),

@@ -1,7 +1,8 @@
 """The device mesh, and which mesh axis each logical axis of an array lies on."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -91,18 +92,58 @@ def state_shardings(abstract_state, mesh: Mesh):
     def one(leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return replicated(mesh)
-        shape = leaf.value.shape
-        if len(leaf.names) != len(shape):
+        if len(leaf.names) != len(leaf.value.shape):
             # Adafactor's factored moments lack an axis of their parameter; they are
             # vectors, small enough to replicate.
             return replicated(mesh)
-        spec = nn.logical_to_mesh_axes(leaf.names, RULES)
-        fits = [
-            axis if axis is None or size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, shape, strict=True)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh))
 
     return jax.tree.map(
         one, abstract_state, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )
+
+
+def _spec(names, shape, mesh) -> PartitionSpec:
+    """The mesh axes of logical axes, but for dimensions that they do not divide."""
+    spec = nn.logical_to_mesh_axes(names, RULES)
+    fits = [
+        axis if axis is None or size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(spec, shape, strict=True)
+    ]
+    return PartitionSpec(*fits)
+
+
+def on_mesh(run: Callable, mesh: Mesh) -> Callable:
+    """`run`, to be jitted: in it `split_rows` and `gather_fsdp` know the mesh."""
+
+    @functools.wraps(run)
+    def inside(*args):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(*args)
+
+    return inside
+
+
+def split_rows(x: jax.Array) -> jax.Array:
+    """`x` with its rows on data and fsdp; of the other axes the compiler decides.
+
+    Without it XLA may split channels and gather activations of the whole batch.
+    Outside of `on_mesh`, and for rows that do not divide, it changes nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size < 2 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *free))
+
+
+def gather_fsdp(weight: jax.Array, names: Sequence[str]) -> jax.Array:
+    """A weight whole over fsdp, where it is used; split over tensor as it was.
+
+    Outside of `on_mesh` it changes nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size < 2:
+        return weight
+    rest = [None if name == "in" else name for name in names]
+    return jax.lax.with_sharding_constraint(weight, _spec(rest, weight.shape, mesh))

@@ -21,7 +21,6 @@ from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.manifest import read_manifest, with_text
 from imagen_jax.data.source import open_records
-from imagen_jax.errors import UserError
 from imagen_jax.sharding import check_batch_size, make_mesh
 from imagen_jax.training.loop import BatchIterator, train
 from imagen_jax.training.state import TrainState
@@ -73,11 +72,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Trains what the flags ask for."""
-    try:
-        values = flags.FLAGS.config.to_dict()
-    except OSError as error:
-        raise UserError(f"--config: {' '.join(str(error).split())}") from None
-    train_stage(resolve(values), flags.FLAGS.workdir)
+    train_stage(resolve(cli.config_values()), flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ def test_memory_is_what_was_held():
     parents = np.ones(2**31, np.uint8)
     code = (
         "import numpy as np\n"
-        "from imagen_jax import demo\n"
-        "print(demo.peak_memory_gib())\n"
+        "from imagen_jax import cli\n"
+        "print(cli.peak_memory_gib())\n"
         "held = np.ones(2**28, np.uint8)\n"
-        "print(demo.peak_memory_gib())\n"
+        "print(cli.peak_memory_gib())\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -17,7 +17,7 @@ from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import augment
 from imagen_jax.diffusion.sampler import sample
 from imagen_jax.errors import UserError
-from imagen_jax.sharding import batch_sharding
+from imagen_jax.sharding import batch_sharding, on_mesh
 
 
 @flax.struct.dataclass
@@ -83,7 +83,7 @@ def compile_sampler(
 ) -> Callable[..., jax.Array]:
     """The jitted `sample_stage` of a stage; one program for all batches of it."""
     return jax.jit(
-        functools.partial(sample_stage, apply=apply, cfg=cfg),
+        on_mesh(functools.partial(sample_stage, apply=apply, cfg=cfg), mesh),
         compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
     )
 

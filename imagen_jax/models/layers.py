@@ -9,6 +9,9 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from imagen_jax.sharding import gather_fsdp, split_rows
 
 _lecun = nn.initializers.lecun_normal()
 _zeros = nn.initializers.zeros_init()
@@ -18,14 +21,27 @@ def _parameter(init, *axes):
     return nn.with_logical_partitioning(init, axes)
 
 
+def _kernel(init, *axes):
+    """A layer's kernel: how it is made, and how it is brought to where it is used.
+
+    It is cast to the compute type before it is gathered, so half as much is sent.
+    """
+
+    def promote(x, kernel, bias, *, dtype):
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
+        return split_rows(x), gather_fsdp(kernel, axes), bias
+
+    return {"kernel_init": _parameter(init, *axes), "promote_dtype": promote}
+
+
 def dense(features: int, dtype, *, zero: bool = False, name: str | None = None):
     """`[..., C] -> [..., features]`; `zero` starts it at zero."""
     return nn.Dense(
         features,
         dtype=dtype,
-        kernel_init=_parameter(_zeros if zero else _lecun, "in", "out"),
         bias_init=_parameter(_zeros, "norm"),
         name=name,
+        **_kernel(_zeros if zero else _lecun, "in", "out"),
     )
 
 
@@ -44,11 +60,9 @@ def conv(
         (kernel, kernel),
         strides=stride,
         dtype=dtype,
-        kernel_init=_parameter(
-            _zeros if zero else _lecun, "kernel_h", "kernel_w", "in", "out"
-        ),
         bias_init=_parameter(_zeros, "norm"),
         name=name,
+        **_kernel(_zeros if zero else _lecun, "kernel_h", "kernel_w", "in", "out"),
     )
 
 
@@ -87,9 +101,9 @@ def heads(num_heads: int, head_channels: int, dtype, *, name: str):
     return nn.DenseGeneral(
         (num_heads, head_channels),
         dtype=dtype,
-        kernel_init=_parameter(_lecun, "in", "heads", "head_dim"),
         bias_init=_parameter(_zeros, "heads", "head_dim"),
         name=name,
+        **_kernel(_lecun, "in", "heads", "head_dim"),
     )
 
 

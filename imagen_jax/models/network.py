@@ -1,5 +1,6 @@
 """From a stage's config to its network."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -36,14 +37,28 @@ def apply(
 
 def init(cfg: StageConfig, key: jax.Array):
     """Fresh parameters of the stage's network, boxed with their logical axes."""
-    b, size, low = 1, cfg.train_size, cfg.train_lowres_size
-    augmented = cfg.diffusion.lowres_augmentation
-    cond = Cond(
-        text=jnp.zeros((b, cfg.text.length, cfg.text.dim), jnp.bfloat16),
-        mask=jnp.ones((b, cfg.text.length), bool),
-        lowres=jnp.zeros((b, low, low, 3)) if low else None,
-        aug_logsnr=jnp.zeros((b,)) if low and augmented else None,
-    )
-    z = jnp.zeros((b, size, size, 3))
+    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _inputs(cfg))
     model = _ARCHITECTURES[cfg.model.architecture](cfg.model)
-    return model.init(key, z, jnp.zeros((b,)), cond)["params"]
+    return model.init(key, *inputs)["params"]
+
+
+def abstract_inputs(cfg: StageConfig):
+    """`params, z, logsnr, cond` of one picture, as `apply` takes them; no arrays."""
+    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
+    return nn.unbox(params), *_inputs(cfg)
+
+
+def _inputs(cfg: StageConfig):
+    size, low = cfg.train_size, cfg.train_lowres_size
+    augmented = low and cfg.diffusion.lowres_augmentation
+
+    def spec(dtype, *shape):
+        return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+    cond = Cond(
+        text=spec(jnp.bfloat16, cfg.text.length, cfg.text.dim),
+        mask=spec(jnp.bool_, cfg.text.length),
+        lowres=spec(jnp.float32, low, low, 3) if low else None,
+        aug_logsnr=spec(jnp.float32) if augmented else None,
+    )
+    return spec(jnp.float32, size, size, 3), spec(jnp.float32), cond

@@ -13,7 +13,7 @@ from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import loss
 from imagen_jax.models import network
-from imagen_jax.sharding import batch_sharding, replicated
+from imagen_jax.sharding import batch_sharding, on_mesh, replicated
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
 
@@ -81,7 +81,7 @@ def compile_train_step(
     """The jitted step: state donated, batch and state placed on the mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
     return jax.jit(
-        functools.partial(train_step, cfg=cfg),
+        on_mesh(functools.partial(train_step, cfg=cfg), mesh),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,

@@ -1,10 +1,13 @@
 """One step: the same on any mesh, and the arithmetic of its parts."""
 
+import re
+
 import jax
 import numpy as np
 import optax
 import pytest
 
+from imagen_jax import benchmark
 from imagen_jax.config import MeshConfig, OptimizerConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import batch_sharding, make_mesh
@@ -43,6 +46,24 @@ def test_eight_devices_give_the_loss_of_one(make):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, atol=3 * cfg.optimizer.learning_rate * 0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [tiny.stage, tiny.sr_stage])
+def test_no_device_holds_the_whole_batch(make):
+    """Sharded weights come to the activations, not these to the weights.
+
+    XLA left to itself gathers activations of the whole batch where parameters lie on
+    fsdp.
+    """
+    cfg = make(training={"batch_size": 8 * 13})
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    _, compiled = benchmark.compile_step(cfg, mesh)
+    shapes = set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text()))
+    sizes = [[int(n) for n in shape.split(",")] for shape in shapes]
+    # Of the batch, or of all that share a shard of the parameters.
+    assert not [dims for dims in sizes if len(dims) > 2 and dims[0] in (104, 52, 26)]
+    assert any(dims[0] == 13 and len(dims) == 4 for dims in sizes)
 
 
 def test_the_loss_falls_on_one_batch():

@@ -1,0 +1,224 @@
+"""Measures a stage: what it weighs, how it compiles, how fast it trains.
+
+python -m imagen_jax.benchmark --config=configs/sr256.py:tiny --what=train \
+    [--json=FILE] [--seconds=20] [--config.training.batch_size=4]
+python -m imagen_jax.benchmark --config=configs/base64.py --what=params
+python -m imagen_jax.benchmark --config=configs/base64.py --what=compile \
+    --topology=v4-512 --config.mesh.fsdp=16
+
+"params" counts parameters per block, without making them. "compile" compiles a
+training step for the devices here or for a TPU slice that is not here, and tells what
+it takes. "train" times training steps on a batch of random pictures.
+"""
+
+import collections
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import config_flags
+
+from imagen_jax import cli
+from imagen_jax.batch import Batch, batch_spec
+from imagen_jax.config import StageConfig, from_dict
+from imagen_jax.errors import UserError
+from imagen_jax.models import network
+from imagen_jax.models.flops import forward_flops
+from imagen_jax.sharding import batch_sharding, check_batch_size, make_mesh
+from imagen_jax.topology import slice_devices
+from imagen_jax.training.state import abstract_state, create_state
+from imagen_jax.training.step import compile_train_step
+
+_GIB = 2**30
+
+
+def params(cfg: StageConfig) -> dict[str, Any]:
+    """Parameters of the network: all, and of each of its blocks."""
+    tree = network.abstract_inputs(cfg)[0]
+    blocks = {
+        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(block))
+        for name, block in tree.items()
+    }
+    return {
+        "parameters": sum(blocks.values()),
+        "leaves": len(jax.tree.leaves(tree)),
+        "forward_flops_per_image": forward_flops(cfg),
+        "blocks": blocks,
+    }
+
+
+def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
+    """What it takes to compile a training step, and the compiled step.
+
+    Memory and work are one device's; work is what the compiler says of its program,
+    recomputation and normalisation included.
+    """
+    rows = batch_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_spec(cfg)
+    )
+    start = time.perf_counter()
+    lowered = compile_train_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    memory, cost, text = (
+        compiled.memory_analysis(),
+        compiled.cost_analysis(),
+        compiled.as_text(),
+    )
+    kinds = collections.Counter(re.findall(r"= .*? ([a-z][a-z0-9-]*)\(", text))
+    collectives = {
+        kind: count
+        for kind, count in kinds.items()
+        if re.match("all-|reduce-scatter|collective", kind)
+        and not kind.endswith("-done")
+    }
+    report = {
+        "devices": mesh.size,
+        "trace_seconds": traced - start,
+        "compile_seconds": done - traced,
+        "host_memory_gib": cli.peak_memory_gib(),
+        "arguments_gib": memory.argument_size_in_bytes / _GIB,
+        "outputs_gib": memory.output_size_in_bytes / _GIB,
+        "outputs_in_place_of_arguments_gib": memory.alias_size_in_bytes / _GIB,
+        "temporaries_gib": memory.temp_size_in_bytes / _GIB,
+        "program_gib": memory.generated_code_size_in_bytes / _GIB,
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
+        "operations": sum(kinds.values()),
+        "collectives": collectives,
+        "largest_array": largest_array(text),
+    }
+    return report, compiled
+
+
+def largest_array(program: str) -> str:
+    """The largest array of a compiled program, as "bf16[8,64,64,512]"."""
+    arrays = set(re.findall(r"\b(?:bf16|f32|s32|u32|u8|pred)\[[\d,]+\]", program))
+    return max(
+        arrays, key=lambda a: math.prod(map(int, a.split("[")[1][:-1].split(",")))
+    )
+
+
+def random_batch(cfg: StageConfig, mesh: Mesh) -> Batch:
+    """Pictures of noise, with captions of full length."""
+    random = np.random.default_rng(0)
+    spec = batch_spec(cfg)
+    text = random.standard_normal(spec.text.shape, np.float32)
+    batch = Batch(
+        image=random.integers(0, 256, spec.image.shape, np.uint8),
+        text=text.astype(spec.text.dtype),
+        mask=np.ones(spec.mask.shape, bool),
+        id=np.arange(cfg.training.batch_size, dtype=np.int32),
+    )
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def matmul_flops_per_second(dtype: str, device: jax.Device) -> float:
+    """What a large product reaches on one device: the ceiling of everything else."""
+    size = 2048 if device.platform == "cpu" else 8192
+    a = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(jnp.dot)
+    times = _times(lambda: product(a, a).block_until_ready(), 2.0)
+    return 2 * size**3 / min(times)
+
+
+def _times(run: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds of each of at least five runs, after two that are not counted."""
+    times = []
+    while len(times) < 7 or sum(times[2:]) < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times[2:]
+
+
+def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
+    """Times training steps for about `seconds`, and compares them with a product."""
+    compilation, step = compile_step(cfg, mesh)
+    state, batch = create_state(cfg, mesh), random_batch(cfg, mesh)
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+
+    times = _times(run, seconds)
+    median = statistics.median(times)
+    device = mesh.devices.flat[0]
+    peak = matmul_flops_per_second(cfg.model.dtype, device) * mesh.size
+    done = 3 * forward_flops(cfg) * cfg.training.batch_size / median
+    memory = device.memory_stats()
+    return {
+        "device": device.device_kind,
+        "batch_size": cfg.training.batch_size,
+        "steps": len(times),
+        "step_seconds": {"median": median, "min": min(times), "max": max(times)},
+        "steps_per_second": 1 / median,
+        "images_per_second": cfg.training.batch_size / median,
+        "forward_flops_per_image": forward_flops(cfg),
+        "flops_per_second": done,
+        "matmul_flops_per_second": peak,
+        "share_of_matmul": done / peak,
+        "device_memory_gib": memory and memory["peak_bytes_in_use"] / _GIB,
+        "host_memory_gib": cli.peak_memory_gib(),
+        "compilation": compilation,
+    }
+
+
+def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
+    lines = []
+    for name, value in report.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            form = {float: ",.4g", int: ","}.get(type(value), "")
+            shown = format(value, form)
+            lines.append(f"{indent}{name:32} {shown}")
+    return lines
+
+
+def define_flags() -> None:
+    """Defines this door's flags; main() reads them."""
+    config_flags.DEFINE_config_file("config", None, "FILE.py[:variant]")
+    flags.DEFINE_enum("what", None, ["train", "compile", "params"], "what to measure")
+    flags.DEFINE_string("json", None, "file that gets the figures")
+    flags.DEFINE_string("topology", None, "compile: for this slice, for example v4-512")
+    flags.DEFINE_float("seconds", 20.0, "train: how long to measure", lower_bound=0)
+    flags.mark_flags_as_required(["config", "what"])
+
+
+def main() -> None:
+    """Measures what the flags ask for."""
+    args = flags.FLAGS
+    if args.topology and args.what != "compile":
+        raise UserError("--topology is for --what=compile: a program for it cannot run")
+    cfg = from_dict(cli.config_values())
+    if args.what == "params":
+        report = params(cfg)
+    else:
+        mesh = make_mesh(cfg.mesh, args.topology and slice_devices(args.topology))
+        check_batch_size(cfg.training.batch_size, mesh, "training.batch_size")
+        if args.what == "compile":
+            report, _ = compile_step(cfg, mesh)
+        else:
+            report = time_steps(cfg, mesh, args.seconds)
+    print("\n".join(_lines(report)))
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)

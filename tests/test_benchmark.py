@@ -1,0 +1,90 @@
+"""The benchmark door: its figures are those of the program that it measures."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import base64, sr256
+from imagen_jax import benchmark, config
+from imagen_jax.models import flops, network
+from imagen_jax.sharding import make_mesh
+from imagen_jax.training.state import abstract_state
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return config.from_dict(sr256.get_config("tiny").to_dict())
+
+
+def test_arithmetic_is_counted_by_hand():
+    def run(x, kernel, matrix):
+        x = jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        body = jax.checkpoint(lambda x, _: (jnp.tanh(x @ matrix), None))
+        return jax.lax.scan(body, x, length=5)[0]
+
+    shapes = [(2, 8, 8, 3), (3, 3, 3, 16), (16, 16)]
+    jaxpr = jax.make_jaxpr(run)(*map(jnp.zeros, shapes))
+    conv = 2 * (2 * 4 * 4 * 16) * (3 * 3 * 3)
+    products = 5 * 2 * (2 * 4 * 4 * 16) * 16
+    assert flops.count(jaxpr.jaxpr) == conv + products
+
+
+@pytest.mark.parametrize("module", [base64, sr256])
+def test_arithmetic_is_near_the_compilers_own_count(module):
+    """Which adds what is done to single elements, some tens per element."""
+    cfg = config.from_dict(module.get_config("tiny").to_dict())
+    ours = flops.forward_flops(cfg)
+    loops = dataclasses.replace(cfg.model, scan_blocks=True)
+    assert ours == flops.forward_flops(dataclasses.replace(cfg, model=loops))
+    run = jax.jit(network.apply, static_argnums=0)
+    lowered = run.lower(cfg.model, *network.abstract_inputs(cfg))
+    theirs = lowered.cost_analysis()["flops"]
+    assert 1 <= theirs / ours < 1.25
+
+
+def test_params_are_all_counted(cfg):
+    report = benchmark.params(cfg)
+    mesh = make_mesh(cfg.mesh)
+    params = jax.tree.leaves(abstract_state(cfg, mesh).params)
+    assert report["parameters"] == sum(leaf.size for leaf in params)
+    assert report["parameters"] == sum(report["blocks"].values())
+    assert report["leaves"] == len(params)
+
+
+def test_a_compiled_step_needs_the_state_once(cfg):
+    """Donated buffers: what goes in and comes out lies in the same place."""
+    mesh = make_mesh(config.MeshConfig(data=2, fsdp=4))
+    report, _ = benchmark.compile_step(cfg, mesh)
+    state = sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(abstract_state(cfg, mesh))
+    )
+    gib = state / 2**30
+    assert report["devices"] == 8
+    assert report["outputs_in_place_of_arguments_gib"] == pytest.approx(gib, rel=1e-3)
+    assert report["arguments_gib"] == pytest.approx(gib, rel=0.1)
+    assert report["collectives"]["all-gather"] > 0
+
+
+def test_the_largest_array():
+    program = "%a = bf16[8,64]{1,0} add(f32[3,9,9]{2,1,0} %b, u8[1024]{0} %c)"
+    assert benchmark.largest_array(program) == "u8[1024]"
+
+
+def test_timed_steps_agree_with_themselves(cfg, monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_flops_per_second", lambda *_: 1e10)
+    mesh = make_mesh(cfg.mesh)
+    report = benchmark.time_steps(cfg, mesh, seconds=0)
+    seconds = report["step_seconds"]
+    assert seconds["min"] <= seconds["median"] <= seconds["max"]
+    rate = report["images_per_second"]
+    assert rate == pytest.approx(cfg.training.batch_size / seconds["median"])
+    done = 3 * flops.forward_flops(cfg) * rate
+    assert report["share_of_matmul"] == pytest.approx(done / (1e10 * mesh.size))
+    assert json.loads(json.dumps(report)) == report
