@@ -12,7 +12,7 @@ from imagen_jax.config import MeshConfig, OptimizerConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import batch_sharding, make_mesh
 from imagen_jax.training import optimizer, step
-from imagen_jax.training.state import create_state
+from imagen_jax.training.state import abstract_state, create_state
 from tests import tiny
 
 
@@ -50,20 +50,22 @@ def test_eight_devices_give_the_loss_of_one(make):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny.stage, tiny.sr_stage])
-def test_no_device_holds_the_whole_batch(make):
-    """Sharded weights come to the activations, not these to the weights.
+def test_weights_come_to_the_rows_and_once(make):
+    """Left to itself XLA gathers activations, and weights again on the way back.
 
-    XLA left to itself gathers activations of the whole batch where parameters lie on
-    fsdp.
+    Wider networks then hold activations of the whole batch.
     """
-    cfg = make(training={"batch_size": 8 * 13})
+    cfg = make(training={"batch_size": 8 * 13}, model={"channels": (64, 128)})
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    _, compiled = benchmark.compile_step(cfg, mesh)
-    shapes = set(re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text()))
-    sizes = [[int(n) for n in shape.split(",")] for shape in shapes]
-    # Of the batch, or of all that share a shard of the parameters.
-    assert not [dims for dims in sizes if len(dims) > 2 and dims[0] in (104, 52, 26)]
-    assert any(dims[0] == 13 and len(dims) == 4 for dims in sizes)
+    report, compiled = benchmark.compile_step(cfg, mesh)
+    program = compiled.as_text()
+    gathered = re.findall(r"= (\S+) all-gather(?:-start)?\(", program)
+    rows = [int(re.search(r"\[(\d+)", shape)[1]) for shape in gathered]
+    assert not [n for n in rows if n % 13 == 0]
+    shards = jax.tree.map(lambda x: x.sharding.spec, abstract_state(cfg, mesh).params)
+    split = [spec for spec in jax.tree.leaves(shards) if "fsdp" in spec]
+    assert 0 < len(gathered) <= len(split)
+    assert "all-to-all" not in report["collectives"]
 
 
 def test_the_loss_falls_on_one_batch():
