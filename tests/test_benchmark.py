@@ -37,7 +37,7 @@ def test_arithmetic_is_counted_by_hand():
 
 @pytest.mark.parametrize("module", [base64, sr256])
 def test_arithmetic_is_near_the_compilers_own_count(module):
-    """Which adds what is done to single elements, some tens per element."""
+    """Which leaves out what padding adds, and adds what is done to single elements."""
     cfg = config.from_dict(module.get_config("tiny").to_dict())
     ours = flops.forward_flops(cfg)
     loops = dataclasses.replace(cfg.model, scan_blocks=True)
@@ -45,7 +45,9 @@ def test_arithmetic_is_near_the_compilers_own_count(module):
     run = jax.jit(network.apply, static_argnums=0)
     lowered = run.lower(cfg.model, *network.abstract_inputs(cfg))
     theirs = lowered.cost_analysis()["flops"]
-    assert 1 <= theirs / ours < 1.25
+    # Of 3 x 3 pixels around each of 4 x 4, the coarsest level, so many are inside.
+    inside = (10 / 12) ** 2
+    assert inside < theirs / ours < 1.1
 
 
 def test_params_are_all_counted(cfg):

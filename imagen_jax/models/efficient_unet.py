@@ -15,6 +15,9 @@ class EfficientUNet(nn.Module):
     A level is halved before its residual blocks on the way down and doubled after
     them on the way up, so no residual block runs at the picture's own resolution.
 
+    Without self-attention it may be applied to larger pictures than it was trained on:
+    only the moments of its group normalisations then are of more pixels.
+
     Attributes:
       cfg: widths, depths, attention and compute type.
     """

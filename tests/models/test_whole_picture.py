@@ -49,6 +49,7 @@ def _cut(x, start, size):
     return x[:, start : start + size, start : start + size]
 
 
+@pytest.mark.slow
 def test_far_from_its_edge_a_crop_is_the_whole_picture():
     cfg = _stage()
     shapes = jax.eval_shape(lambda: network.init(cfg, jax.random.key(0)))
@@ -105,15 +106,17 @@ def test_far_from_its_edge_a_crop_is_the_whole_picture():
     inner = CROP - 2 * REACH
     assert inner >= 16
     want = np.asarray(_cut(whole, start + REACH, inner))
-    size = np.abs(whole).max()
 
-    crop = run(given)(_cut(z, start, CROP), small)
-    got = np.asarray(_cut(crop, REACH, inner))
+    def difference(crop):
+        inside = np.asarray(_cut(crop, REACH, inner))
+        return np.abs(inside - want).max() / np.abs(whole).max()
+
     # A few hundred roundings on the way.
-    assert np.abs(got - want).max() < 300 * np.finfo(np.float32).eps * size
-
-    # flax's own layer, with the crop's moments.
+    rounding = 300 * np.finfo(np.float32).eps
+    assert difference(run(given)(_cut(z, start, CROP), small)) < rounding
+    # With the crop's own moments: of the 24 x 24 pixels and 4 channels of a group at
+    # the coarsest level, each variance is off by some 3 %.
+    own_moments = run(own)(_cut(z, start, CROP), small)
+    assert rounding < difference(own_moments) < 0.03
     plain = network.apply(cfg.model, params, _cut(z, start, CROP), logsnr, small)
-    moved = np.abs(np.asarray(_cut(plain, REACH, inner)) - want).max() / size
-    print(moved)
-    assert moved == pytest.approx(0.0, abs=0.2)
+    np.testing.assert_allclose(own_moments, plain, atol=rounding * np.abs(plain).max())
