@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from imagen_jax.batch import Cond
 from imagen_jax.config import ModelConfig
 from imagen_jax.models import layers
+from imagen_jax.models.attention import attend
 
 
 class ResBlock(nn.Module):
@@ -96,7 +97,7 @@ class AttentionBlock(nn.Module):
             keys.append(project("text_key", text))
             values.append(project("text_value", text))
             masks.append(cond.mask)
-        out = layers.attend(
+        out = attend(
             project("query", pixels),
             jnp.concatenate(keys, 1),
             jnp.concatenate(values, 1),
@@ -132,7 +133,7 @@ class TextPool(nn.Module):
         if self.cfg.text_conditioning != "mean_pool":
             width = self.cfg.head_channels
             shape = (max(1, self.features // width), width)
-            pooled = layers.attend(
+            pooled = attend(
                 layers.heads(*shape, dtype, name="query")(mean[:, None]),
                 layers.heads(*shape, dtype, name="key")(text),
                 layers.heads(*shape, dtype, name="value")(text),

@@ -107,21 +107,6 @@ def heads(num_heads: int, head_channels: int, dtype, *, name: str):
     )
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention; a query that may attend to nothing gets zero.
-
-    Args:
-      q: `[B, T, N, D]`; k, v: `[B, S, N, D]`.
-      mask: `[B, S]` bool, True where a key is real.
-
-    Returns:
-      `[B, T, N * D]`.
-    """
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
-    out = jnp.where(mask.any(1)[:, None, None, None], out, 0)
-    return out.reshape(*out.shape[:2], -1)
-
-
 def noise_features(logsnr: jax.Array, channels: int) -> jax.Array:
     """`[B]` log-SNR to `[B, channels]` float32 sines and cosines.
 

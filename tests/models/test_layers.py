@@ -1,6 +1,5 @@
 """Layers against closed forms in float64 numpy."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,37 +57,6 @@ def test_layer_norm():
     variance = exact.var(-1, keepdims=True)
     want = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(variance + 1e-5)
     np.testing.assert_allclose(have, want * scale + bias, atol=16 * 5 * EPS)
-
-
-def _attend_exactly(q, k, v, mask):
-    q, k, v = (a.astype(np.float64) for a in (q, k, v))
-    logits = np.einsum("btnd,bsnd->bnts", q, k) / np.sqrt(q.shape[-1])
-    weights = np.exp(logits - logits.max(-1, keepdims=True)) * mask[:, None, None]
-    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
-    return np.einsum("bnts,bsnd->btnd", weights, v).reshape(*q.shape[:2], -1)
-
-
-def test_attend_is_a_masked_softmax():
-    q, k, v = _normal(3, 6, 2, 8), _normal(3, 5, 2, 8), _normal(3, 5, 2, 8, seed=1)
-    mask = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1]], bool)
-    have = layers.attend(q, k, v, mask)
-    want = _attend_exactly(q, k, v, mask)
-    assert have.shape == (3, 6, 16)
-    # Logits of a few units, sums of 8 and 5 terms.
-    np.testing.assert_allclose(have, want, atol=13 * 8 * EPS)
-
-
-def test_attending_to_nothing_is_zero():
-    q, k, v = _normal(2, 6, 2, 8), _normal(2, 5, 2, 8), 1e30 * _normal(2, 5, 2, 8)
-    mask = np.array([[0] * 5, [1] * 5], bool)
-    have = np.asarray(layers.attend(q, k, v, mask))
-    assert (have[0] == 0).all() and (have[1] != 0).all()
-
-    def total(q, k, v):
-        return layers.attend(q, k, v, mask)[0].sum()
-
-    for gradient in jax.grad(total, (0, 1, 2))(q, k, v):
-        assert (gradient == 0).all()
 
 
 def test_noise_features_are_those_of_a_time_step():

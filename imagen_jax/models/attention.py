@@ -1,0 +1,90 @@
+"""Softmax attention, by the way that is best on each platform."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+# Rows and columns of what the TPU's kernel works on at once.
+_TILE = 128
+_LARGEST_BLOCK = 512
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention; a query that may attend to nothing gets zero.
+
+    Logits and softmax are float32. A TPU takes the Pallas kernel that comes with JAX
+    where the lengths fit it: it reads and writes a quarter of the bytes
+    (benchmarks/README.md).
+
+    Args:
+      q: `[B, T, N, D]`; k, v: `[B, S, N, D]`.
+      mask: `[B, S]` bool, True where a key is real.
+
+    Returns:
+      `[B, T, N * D]`.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    fits = q.shape[1] % _TILE == 0 and k.shape[1] % _TILE == 0
+    if device is not None and device.platform == "tpu" and fits:
+        out = flash_attention(q, k, v, mask)
+    else:
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
+    out = jnp.where(mask.any(1)[:, None, None, None], out, 0)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def flash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`attend` by the kernel, `[B, T, N, D]`; each device does its rows and heads.
+
+    T and S are multiples of 128. With nothing to attend to its answer is arbitrary.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size < 2:
+        return _flash(q, k, v, mask)
+    rows = ("data", "fsdp")
+    heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
+    spec = PartitionSpec(rows, None, heads)
+    return jax.shard_map(
+        _flash,
+        in_specs=(spec, spec, spec, PartitionSpec(rows)),
+        out_specs=spec,
+        # A kernel does not say along which axes its answer varies.
+        check_vma=False,
+    )(q, k, v, mask)
+
+
+def _flash(q, k, v, mask):
+    # Pallas for TPUs is of no use elsewhere.
+    from jax.experimental.pallas.ops.tpu import flash_attention as pallas
+
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    rows, columns = _block(q.shape[2]), _block(k.shape[2])
+    sizes = pallas.BlockSizes(
+        block_q=rows,
+        block_k_major=columns,
+        block_k=columns,
+        block_b=1,
+        block_q_major_dkv=rows,
+        block_k_major_dkv=columns,
+        block_k_dkv=columns,
+        block_q_dkv=rows,
+        block_k_major_dq=columns,
+        block_k_dq=columns,
+        block_q_dq=rows,
+    )
+    # Queries attend to keys of their own segment.
+    segments = pallas.SegmentIds(
+        q=jnp.ones((q.shape[0], q.shape[2]), jnp.int32), kv=mask.astype(jnp.int32)
+    )
+    out = pallas.flash_attention(
+        q, k, v, segment_ids=segments, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes
+    )
+    return out.transpose(0, 2, 1, 3)
+
+
+def _block(length: int) -> int:
+    """The largest multiple of the tile that divides `length`, up to a limit."""
+    sizes = range(_TILE, _LARGEST_BLOCK + 1, _TILE)
+    return max(size for size in sizes if length % size == 0)

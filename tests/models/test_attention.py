@@ -1,0 +1,95 @@
+"""Attention against a closed form in float64 numpy, by each of its ways."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from imagen_jax.config import MeshConfig
+from imagen_jax.models.attention import attend, flash_attention
+from imagen_jax.sharding import batch_sharding, make_mesh, on_mesh
+
+EPS = np.finfo(np.float32).eps
+
+
+def _normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def _attend_exactly(q, k, v, mask):
+    q, k, v = (a.astype(np.float64) for a in (q, k, v))
+    logits = np.einsum("btnd,bsnd->bnts", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(logits - logits.max(-1, keepdims=True)) * mask[:, None, None]
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+    return np.einsum("bnts,bsnd->btnd", weights, v).reshape(*q.shape[:2], -1)
+
+
+def test_attend_is_a_masked_softmax():
+    q, k, v = _normal(3, 6, 2, 8), _normal(3, 5, 2, 8), _normal(3, 5, 2, 8, seed=1)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1]], bool)
+    have = attend(q, k, v, mask)
+    want = _attend_exactly(q, k, v, mask)
+    assert have.shape == (3, 6, 16)
+    # Logits of a few units, sums of 8 and 5 terms.
+    np.testing.assert_allclose(have, want, atol=13 * 8 * EPS)
+
+
+def test_attending_to_nothing_is_zero():
+    q, k, v = _normal(2, 6, 2, 8), _normal(2, 5, 2, 8), 1e30 * _normal(2, 5, 2, 8)
+    mask = np.array([[0] * 5, [1] * 5], bool)
+    have = np.asarray(attend(q, k, v, mask))
+    assert (have[0] == 0).all() and (have[1] != 0).all()
+
+    def total(q, k, v):
+        return attend(q, k, v, mask)[0].sum()
+
+    for gradient in jax.grad(total, (0, 1, 2))(q, k, v):
+        assert (gradient == 0).all()
+
+
+def _inputs(rows, pixels, keys):
+    q, k = _normal(rows, pixels, 2, 64), _normal(rows, keys, 2, 64, seed=1)
+    mask = np.arange(keys) < np.array([keys, keys - 77] * (rows // 2))[:, None]
+    return q, k, _normal(rows, keys, 2, 64, seed=2), mask
+
+
+def _gradients(way, q, k, v, mask):
+    def loss(q, k, v):
+        return (way(q, k, v, mask) ** 2).sum()
+
+    return jax.grad(loss, (0, 1, 2))(q, k, v)
+
+
+# Base at 32 and 16 pixels a side, cut to a few tiles; text alone.
+@pytest.mark.parametrize(("pixels", "keys"), [(128, 256), (256, 384), (128, 128)])
+def test_the_tpu_kernel_is_a_masked_softmax(pixels, keys):
+    """Interpreted on the CPU."""
+    q, k, v, mask = _inputs(2, pixels, keys)
+    with pltpu.force_tpu_interpret_mode():
+        have = flash_attention(q, k, v, mask)
+        gradients = _gradients(flash_attention, q, k, v, mask)
+    want = _attend_exactly(q, k, v, mask)
+    # Logits of a few units are sums of 64 products, the answer one of `keys` terms of
+    # weight 1 / keys, both in the worst order.
+    bound = (64 + keys) * EPS
+    np.testing.assert_allclose(have.reshape(want.shape), want, atol=bound)
+    for one, exact in zip(gradients, _gradients(attend, q, k, v, mask), strict=True):
+        np.testing.assert_allclose(one, exact, atol=4 * bound * np.abs(exact).max())
+
+
+def test_the_tpu_kernel_on_a_mesh():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    q, k, v, mask = jax.device_put(_inputs(4, 128, 256), batch_sharding(mesh))
+    with pltpu.force_tpu_interpret_mode():
+        have = jax.jit(on_mesh(flash_attention, mesh))(q, k, v, mask)
+        one = flash_attention(*_inputs(4, 128, 256))
+    np.testing.assert_allclose(have, one, atol=16 * EPS)
+
+
+@pytest.mark.parametrize("length", [128, 256, 384, 512, 1024, 1152, 4096])
+def test_the_tpu_kernel_takes_the_papers_lengths(length):
+    """Blocks divide them; traced only."""
+    q = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((1, length), jnp.bool_)
+    assert jax.eval_shape(flash_attention, q, q, q, mask).shape == q.shape
