@@ -44,7 +44,7 @@ def ours(stage):
         model |= {
             "architecture": "efficient_unet",
             "channels": (32, 64, 128, 256),
-            "num_res_blocks": (1, 2, 3, 3),
+            "num_res_blocks": (1, 2, 3, 5),
             "self_attention": (False, False, False, True),
             "text_attention": (False, False, False, True),
         }
@@ -103,6 +103,7 @@ def torch_step(stage, model, forward):
 
 def imagen_pytorch(stage, channels_last=False):
     """`(step, facts)` of imagen-pytorch's Unet."""
+    import importlib.machinery
     import types
     from unittest import mock
 
@@ -111,12 +112,12 @@ def imagen_pytorch(stage, channels_last=False):
 
     # It asks a server for the encoder's width when imported, and imports torchvision,
     # of which its Unet uses nothing.
-    vision = types.ModuleType("torchvision")
-    vision.transforms = types.ModuleType("torchvision.transforms")
-    vision.utils = types.ModuleType("torchvision.utils")
-    for module in (vision, vision.transforms, vision.utils):
+    for name in ("torchvision", "torchvision.transforms", "torchvision.utils"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         module.__getattr__ = mock.MagicMock()
-        sys.modules[module.__name__] = module
+        sys.modules[name] = module
+    sys.modules["torchvision"].transforms = sys.modules["torchvision.transforms"]
     t5 = transformers.T5Config(d_model=DIM)
     with mock.patch.object(transformers.T5Config, "from_pretrained", lambda *_: t5):
         from imagen_pytorch import Unet
