@@ -204,6 +204,8 @@ def main() -> None:
     args = flags.FLAGS
     if args.topology and args.what != "compile":
         raise UserError("--topology is for --what=compile: a program for it cannot run")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        raise UserError(f"--json={args.json}: there is no such folder; make it first")
     cfg = from_dict(cli.config_values())
     if args.what == "params":
         report = params(cfg)

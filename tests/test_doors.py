@@ -201,3 +201,31 @@ def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
     assert process.returncode == 3, stderr[-3000:]
     assert "saved in" in stderr
     assert list((workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--what=compile", "--topology=v4-521"], 1, "did you mean 'v4-512'"),
+        (["--what=train", "--topology=v4-512"], 1, "--topology is for --what=compile"),
+        (["--what=params", "--json=nowhere/a.json"], 1, "no such folder"),
+        (["--what=speed"], 2, "one of"),
+    ],
+)
+def test_benchmark_refuses_what_it_cannot_measure(arguments, status, message):
+    done = door("benchmark", "--config=configs/tiny.py:base", *arguments)
+    assert done.returncode == status
+    assert message in error(done)
+
+
+def test_benchmark_counts_parameters(tmp_path):
+    path = tmp_path / "figures.json"
+    done = door(
+        "benchmark",
+        "--config=configs/tiny.py:sr",
+        "--what=params",
+        f"--json={path}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(path.read_text())
+    assert f"{figures['parameters']:,}" in done.stdout
