@@ -13,11 +13,12 @@ from imagen_jax import benchmark, config
 from imagen_jax.models import flops, network
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import abstract_state
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
 def cfg():
-    return config.from_dict(sr256.get_config("tiny").to_dict())
+    return tiny.sr_stage()
 
 
 def test_arithmetic_is_counted_by_hand():
@@ -81,7 +82,7 @@ def test_the_largest_array():
 
 def test_timed_steps_agree_with_themselves(cfg, monkeypatch):
     monkeypatch.setattr(benchmark, "matmul_flops_per_second", lambda *_: 1e10)
-    mesh = make_mesh(cfg.mesh)
+    mesh = make_mesh(cfg.mesh, jax.devices()[:1])
     report = benchmark.time_steps(cfg, mesh, seconds=0)
     seconds = report["step_seconds"]
     assert seconds["min"] <= seconds["median"] <= seconds["max"]

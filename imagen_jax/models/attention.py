@@ -23,9 +23,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     Returns:
       `[B, T, N * D]`.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    fits = q.shape[1] % _TILE == 0 and k.shape[1] % _TILE == 0
-    if device is not None and device.platform == "tpu" and fits:
+    if _takes_kernel(q.shape, k.shape):
         out = flash_attention(q, k, v, mask)
     else:
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
@@ -33,12 +31,21 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     return out.reshape(*out.shape[:2], -1)
 
 
+def _takes_kernel(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    if device is None or device.platform != "tpu":
+        return False
+    divides = queries[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    return divides and queries[1] % _TILE == 0 and keys[1] % _TILE == 0
+
+
 def flash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """`attend` by the kernel, `[B, T, N, D]`; each device does its rows and heads.
 
-    T and S are multiples of 128. With nothing to attend to its answer is arbitrary.
+    T and S are multiples of 128, and B of the mesh's data and fsdp. With nothing to attend to its answer is arbitrary.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2:

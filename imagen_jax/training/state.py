@@ -1,5 +1,6 @@
 """Everything that a training step reads and writes."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +45,7 @@ def _init(cfg: StageConfig, key: jax.Array) -> TrainState:
     )
 
 
+@functools.cache
 def abstract_state(cfg: StageConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state; computes nothing."""
     boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))

@@ -61,8 +61,8 @@ def _gradients(way, q, k, v, mask):
     return jax.grad(loss, (0, 1, 2))(q, k, v)
 
 
-# Base at 32 and 16 pixels a side, cut to a few tiles; text alone.
-@pytest.mark.parametrize(("pixels", "keys"), [(128, 256), (256, 384), (128, 128)])
+# The base's 16 x 16 pixels and text; text alone.
+@pytest.mark.parametrize(("pixels", "keys"), [(256, 384), (128, 128)])
 def test_the_tpu_kernel_is_a_masked_softmax(pixels, keys):
     """Interpreted on the CPU."""
     q, k, v, mask = _inputs(2, pixels, keys)

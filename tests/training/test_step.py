@@ -49,13 +49,12 @@ def test_eight_devices_give_the_loss_of_one(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [tiny.stage, tiny.sr_stage])
-def test_weights_come_to_the_rows_and_once(make):
+def test_weights_come_to_the_rows_and_once():
     """Left to itself XLA gathers activations, and weights again on the way back.
 
     Wider networks then hold activations of the whole batch.
     """
-    cfg = make(training={"batch_size": 8 * 13}, model={"channels": (64, 128)})
+    cfg = tiny.stage(training={"batch_size": 8 * 13}, model={"channels": (64, 128)})
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     report, compiled = benchmark.compile_step(cfg, mesh)
     program = compiled.as_text()
