@@ -65,9 +65,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Over how many shards the rows of a batch are spread."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
     """Raises `UserError` unless the batch divides over the mesh's data and fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = row_shards(mesh)
     if batch_size % ways:
         near = max(ways, batch_size // ways * ways)
         raise UserError(
@@ -131,7 +136,7 @@ def split_rows(x: jax.Array) -> jax.Array:
     Outside of `on_mesh`, and for rows that do not divide, it changes nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size < 2 or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if mesh.size < 2 or x.shape[0] % row_shards(mesh):
         return x
     free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *free))

@@ -17,7 +17,7 @@ from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import augment
 from imagen_jax.diffusion.sampler import sample
 from imagen_jax.errors import UserError
-from imagen_jax.sharding import batch_sharding, on_mesh
+from imagen_jax.sharding import batch_sharding, on_mesh, row_shards
 
 
 @flax.struct.dataclass
@@ -137,7 +137,7 @@ def sample_cascade(
     """
     if not len(seeds):
         raise UserError("there is nothing to sample: no captions were given")
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = row_shards(mesh)
     place = functools.partial(jax.device_put, device=batch_sharding(mesh))
     pictures: list[np.ndarray] = []
     before = lowres

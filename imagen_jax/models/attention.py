@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from imagen_jax.sharding import row_shards
+
 # Rows and columns of what the TPU's kernel works on at once.
 _TILE = 128
 _LARGEST_BLOCK = 512
@@ -36,7 +38,7 @@ def _takes_kernel(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
     device = mesh.abstract_device
     if device is None or device.platform != "tpu":
         return False
-    divides = queries[0] % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+    divides = queries[0] % row_shards(mesh) == 0
     return divides and queries[1] % _TILE == 0 and keys[1] % _TILE == 0
 
 
@@ -45,7 +47,8 @@ def flash_attention(
 ) -> jax.Array:
     """`attend` by the kernel, `[B, T, N, D]`; each device does its rows and heads.
 
-    T and S are multiples of 128, and B of the mesh's data and fsdp. With nothing to attend to its answer is arbitrary.
+    T and S are multiples of 128, B one of `row_shards`. Where there is nothing to
+    attend to the answer is arbitrary.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2:

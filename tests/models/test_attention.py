@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from imagen_jax.config import MeshConfig
 from imagen_jax.models.attention import attend, flash_attention
-from imagen_jax.sharding import batch_sharding, make_mesh, on_mesh
+from imagen_jax.sharding import AXES, batch_sharding, make_mesh, on_mesh
 
 EPS = np.finfo(np.float32).eps
 
@@ -93,3 +93,25 @@ def test_the_tpu_kernel_takes_the_papers_lengths(length):
     q = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((1, length), jnp.bool_)
     assert jax.eval_shape(flash_attention, q, q, q, mask).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("platform", "rows", "pixels", "keys", "takes"),
+    [
+        ("tpu", 4, 256, 384, True),
+        ("tpu", 3, 256, 384, False),
+        ("tpu", 4, 64, 192, False),
+        ("tpu", 4, 256, 300, False),
+        ("gpu", 4, 256, 384, False),
+    ],
+)
+def test_only_tpus_take_the_kernel_and_where_it_fits(
+    platform, rows, pixels, keys, takes
+):
+    device = jax.sharding.AbstractDevice(platform, 1, platform)
+    mesh = jax.sharding.AbstractMesh((2, 2, 1), AXES, abstract_device=device)
+    q = jax.ShapeDtypeStruct((rows, pixels, 2, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((rows, keys, 2, 64), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((rows, keys), jnp.bool_)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert ("pallas_call" in str(jax.make_jaxpr(attend)(q, k, k, mask))) == takes
