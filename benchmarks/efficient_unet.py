@@ -39,6 +39,8 @@ def stage(architecture):
         "num_res_blocks": shape["num_res_blocks"],
         "head_channels": widths[-1] // shape["heads"],
         "dtype": "float32",
+        "scan_blocks": False,
+        "remat": "none",
     }
     values["text"] = {"length": 32, "dim": 256}
     values["training"]["batch_size"] = 1

@@ -17,7 +17,6 @@ def get_config(variant: str = "2b"):
     # 2,183M, 873M, 568M and 329M parameters.
     widths = {"2b": 512, "1b": 320, "500m": 256, "300m": 192}
     variants = {name: functools.partial(base, w) for name, w in widths.items()}
-    tiny = functools.partial(common.shrink, base(512), 16)
     return common.pick({**variants, "tiny": tiny}, variant)
 
 
@@ -45,3 +44,8 @@ def base(width: int):
     # [P] guidance of Table 1. [O] steps and gamma: the priors of Imagen's successors.
     cfg.sampler.update(name="ddpm", steps=256, gamma=0.1, guidance=1.35)
     return cfg
+
+
+def tiny():
+    """The same at 16 pixels, for a CPU."""
+    return common.shrink(base(512), 16)

@@ -61,7 +61,11 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     """What it takes to compile a training step, and the compiled step.
 
     Memory and work are one device's; work is what the compiler says of its program,
-    recomputation and normalisation included.
+    recomputation and normalisation included. Of loops it would count one turn, so a
+    stage with `scan_blocks` has none.
+
+    Raises:
+      UserError: when the program does not fit into a device's memory.
     """
     rows = batch_sharding(mesh)
     batch = jax.tree.map(
@@ -70,7 +74,16 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
     start = time.perf_counter()
     lowered = compile_train_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch)
     traced = time.perf_counter()
-    compiled = lowered.compile()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the training step does not fit into the memory of {mesh.size} devices; "
+            "raise config.mesh.fsdp, lower config.training.batch_size or set "
+            f"config.model.remat. The compiler says: {str(error).splitlines()[0]}"
+        ) from None
     done = time.perf_counter()
     memory, cost, text = (
         compiled.memory_analysis(),
@@ -94,21 +107,24 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
         "outputs_in_place_of_arguments_gib": memory.alias_size_in_bytes / _GIB,
         "temporaries_gib": memory.temp_size_in_bytes / _GIB,
         "program_gib": memory.generated_code_size_in_bytes / _GIB,
-        "flops": cost["flops"],
-        "bytes_accessed": cost["bytes accessed"],
         "operations": sum(kinds.values()),
         "collectives": collectives,
         "largest_array": largest_array(text),
     }
+    if not cfg.model.scan_blocks:
+        report["flops"] = cost["flops"]
+        report["bytes_accessed"] = cost["bytes accessed"]
     return report, compiled
 
 
 def largest_array(program: str) -> str:
     """The largest array of a compiled program, as "bf16[8,64,64,512]"."""
-    arrays = set(re.findall(r"\b(?:bf16|f32|s32|u32|u8|pred)\[[\d,]+\]", program))
-    return max(
-        arrays, key=lambda a: math.prod(map(int, a.split("[")[1][:-1].split(",")))
+    sizes = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u8": 1, "pred": 1}
+    arrays = set(re.findall(rf"\b({'|'.join(sizes)})\[([\d,]+)\]", program))
+    dtype, shape = max(
+        arrays, key=lambda a: sizes[a[0]] * math.prod(map(int, a[1].split(",")))
     )
+    return f"{dtype}[{shape}]"
 
 
 def random_batch(cfg: StageConfig, mesh: Mesh) -> Batch:
@@ -158,7 +174,8 @@ def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
     median = statistics.median(times)
     device = mesh.devices.flat[0]
     peak = matmul_flops_per_second(cfg.model.dtype, device) * mesh.size
-    done = 3 * forward_flops(cfg) * cfg.training.batch_size / median
+    forward = forward_flops(cfg)
+    done = 3 * forward * cfg.training.batch_size / median
     memory = device.memory_stats()
     return {
         "device": device.device_kind,
@@ -167,7 +184,7 @@ def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
         "step_seconds": {"median": median, "min": min(times), "max": max(times)},
         "steps_per_second": 1 / median,
         "images_per_second": cfg.training.batch_size / median,
-        "forward_flops_per_image": forward_flops(cfg),
+        "forward_flops_per_image": forward,
         "flops_per_second": done,
         "matmul_flops_per_second": peak,
         "share_of_matmul": done / peak,
@@ -204,6 +221,8 @@ def main() -> None:
     args = flags.FLAGS
     if args.topology and args.what != "compile":
         raise UserError("--topology is for --what=compile: a program for it cannot run")
+    if args.json and Path(args.json).is_dir():
+        raise UserError(f"--json={args.json} is a folder; name a file in it")
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json={args.json}: there is no such folder; make it first")
     cfg = from_dict(cli.config_values())

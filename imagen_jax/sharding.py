@@ -119,7 +119,7 @@ def _spec(names, shape, mesh) -> PartitionSpec:
 
 
 def on_mesh(run: Callable, mesh: Mesh) -> Callable:
-    """`run`, to be jitted: in it `split_rows` and `gather_fsdp` know the mesh."""
+    """`run`, to be jitted: what it calls of this file and attention know the mesh."""
 
     @functools.wraps(run)
     def inside(*args):

@@ -1,5 +1,6 @@
 """TPU slices that are not here, to compile programs for."""
 
+import importlib.util
 import os
 
 import jax
@@ -18,8 +19,6 @@ SLICES = {
     "v4-512": (4, 8, 8),
     "v4-1024": (8, 8, 8),
 }
-# Of a v4 chip's 32 GiB the compiler lets programs use this much.
-USABLE_GIB = 30.75
 
 
 def slice_devices(name: str) -> list[jax.Device]:
@@ -31,13 +30,15 @@ def slice_devices(name: str) -> list[jax.Device]:
       name: a key of `SLICES`.
 
     Raises:
-      UserError: for another name, or where libtpu is not installed.
+      UserError: for another name, or where libtpu is not installed or fails.
     """
     if name not in SLICES:
         raise UserError(
             f"there is no slice {name!r}{did_you_mean(name, SLICES)}; "
             f"there is: {', '.join(SLICES)}"
         )
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"to compile for {name} install libtpu: pip install libtpu")
     jax.config.update("jax_platforms", "cpu")
     # libtpu would ask the metadata server of a TPU machine what it is, and lock the
     # whole machine against a second process that compiles.
@@ -51,9 +52,8 @@ def slice_devices(name: str) -> list[jax.Device]:
             chips_per_host_bounds=(2, 2, 1),
             num_slices=1,
         )
-    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+    except RuntimeError as error:
         raise UserError(
-            f"cannot compile for {name} without libtpu: pip install libtpu "
-            f"({' '.join(str(error).split())[:200]})"
+            f"libtpu cannot describe {name}: {' '.join(str(error).split())}"
         ) from None
     return list(topology.devices)

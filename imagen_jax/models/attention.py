@@ -14,9 +14,9 @@ _LARGEST_BLOCK = 512
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention; a query that may attend to nothing gets zero.
 
-    Logits and softmax are float32. A TPU takes the Pallas kernel that comes with JAX
-    where the lengths fit it: it reads and writes a quarter of the bytes
-    (benchmarks/README.md).
+    Logits and softmax are float32. In a program for a TPU (`sharding.on_mesh`) the
+    Pallas kernel that comes with JAX is taken where it fits: logits never reach the
+    memory (benchmarks/README.md).
 
     Args:
       q: `[B, T, N, D]`; k, v: `[B, S, N, D]`.
@@ -39,7 +39,10 @@ def _takes_kernel(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
     if device is None or device.platform != "tpu":
         return False
     divides = queries[0] % row_shards(mesh) == 0
-    return divides and queries[1] % _TILE == 0 and keys[1] % _TILE == 0
+    # It takes heads narrower than a tile, or of whole tiles.
+    width = queries[3] < _TILE or queries[3] % _TILE == 0
+    lengths = queries[1] % _TILE == 0 and keys[1] % _TILE == 0
+    return divides and width and lengths
 
 
 def flash_attention(

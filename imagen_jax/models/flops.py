@@ -10,7 +10,7 @@ from imagen_jax.models import network
 
 
 def forward_flops(cfg: StageConfig) -> int:
-    """Floating-point operations of one picture's way through the network.
+    """Floating-point operations of one training picture or crop through the network.
 
     Convolutions and products only, two for a multiplication with its addition, padding
     included. A training step is taken to cost three times as much, as everywhere.

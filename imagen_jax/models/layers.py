@@ -1,7 +1,7 @@
 """Layers with logically partitioned parameters.
 
 Parameters are float32 and carry the axis names of `sharding.RULES`; `dtype` is the
-compute type. Normalisation statistics and attention logits are float32 always.
+compute type. Normalisation statistics are float32 always.
 """
 
 import math

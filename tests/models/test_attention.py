@@ -1,5 +1,7 @@
 """Attention against a closed form in float64 numpy, by each of its ways."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from imagen_jax.config import MeshConfig
+from imagen_jax.models import attention
 from imagen_jax.models.attention import attend, flash_attention
 from imagen_jax.sharding import AXES, batch_sharding, make_mesh, on_mesh
 
@@ -35,16 +38,22 @@ def test_attend_is_a_masked_softmax():
     np.testing.assert_allclose(have, want, atol=13 * 8 * EPS)
 
 
-def test_attending_to_nothing_is_zero():
-    q, k, v = _normal(2, 6, 2, 8), _normal(2, 5, 2, 8), 1e30 * _normal(2, 5, 2, 8)
-    mask = np.array([[0] * 5, [1] * 5], bool)
-    have = np.asarray(attend(q, k, v, mask))
-    assert (have[0] == 0).all() and (have[1] != 0).all()
+@pytest.mark.parametrize("kernel", [False, True])
+def test_attending_to_nothing_is_zero(kernel, monkeypatch):
+    """As the null text is, where a level attends to the text alone."""
+    t, s = (128, 128) if kernel else (6, 5)
+    monkeypatch.setattr(attention, "_takes_kernel", lambda *_: kernel)
+    q, k, v = _normal(2, t, 2, 8), _normal(2, s, 2, 8), 1e30 * _normal(2, s, 2, 8)
+    mask = np.array([[0] * s, [1] * s], bool)
 
     def total(q, k, v):
         return attend(q, k, v, mask)[0].sum()
 
-    for gradient in jax.grad(total, (0, 1, 2))(q, k, v):
+    with pltpu.force_tpu_interpret_mode():
+        have = np.asarray(attend(q, k, v, mask))
+        gradients = jax.grad(total, (0, 1, 2))(q, k, v)
+    assert (have[0] == 0).all() and (have[1] != 0).all()
+    for gradient in gradients:
         assert (gradient == 0).all()
 
 
@@ -87,31 +96,39 @@ def test_the_tpu_kernel_on_a_mesh():
     np.testing.assert_allclose(have, one, atol=16 * EPS)
 
 
-@pytest.mark.parametrize("length", [128, 256, 384, 512, 1024, 1152, 4096])
-def test_the_tpu_kernel_takes_the_papers_lengths(length):
-    """Blocks divide them; traced only."""
-    q = jax.ShapeDtypeStruct((1, length, 1, 64), jnp.bfloat16)
-    mask = jax.ShapeDtypeStruct((1, length), jnp.bool_)
-    assert jax.eval_shape(flash_attention, q, q, q, mask).shape == q.shape
+@pytest.mark.parametrize(
+    ("pixels", "keys", "width"),
+    [(1024, 1152, 64), (256, 384, 64), (256, 384, 256), (256, 128, 256)]
+    + [(4096, 128, 256)],
+)
+def test_the_tpu_kernel_takes_the_papers_lengths(pixels, keys, width):
+    """The base at 32 and 16 pixels, sr256, sr1024's crops and whole pictures."""
+    q = jax.ShapeDtypeStruct((1, pixels, 1, width), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, keys, 1, width), jnp.bfloat16)
+    mask = jax.ShapeDtypeStruct((1, keys), jnp.bool_)
+    made = jax.eval_shape(functools.partial(_gradients, flash_attention), q, k, k, mask)
+    assert [one.shape for one in made] == [q.shape, k.shape, k.shape]
 
 
 @pytest.mark.parametrize(
-    ("platform", "rows", "pixels", "keys", "takes"),
+    ("platform", "rows", "pixels", "keys", "width", "takes"),
     [
-        ("tpu", 4, 256, 384, True),
-        ("tpu", 3, 256, 384, False),
-        ("tpu", 4, 64, 192, False),
-        ("tpu", 4, 256, 300, False),
-        ("gpu", 4, 256, 384, False),
+        ("tpu", 4, 256, 384, 64, True),
+        ("tpu", 4, 256, 384, 256, True),
+        ("tpu", 4, 256, 384, 192, False),
+        ("tpu", 3, 256, 384, 64, False),
+        ("tpu", 4, 64, 192, 64, False),
+        ("tpu", 4, 256, 300, 64, False),
+        ("gpu", 4, 256, 384, 64, False),
     ],
 )
 def test_only_tpus_take_the_kernel_and_where_it_fits(
-    platform, rows, pixels, keys, takes
+    platform, rows, pixels, keys, width, takes
 ):
     device = jax.sharding.AbstractDevice(platform, 1, platform)
     mesh = jax.sharding.AbstractMesh((2, 2, 1), AXES, abstract_device=device)
-    q = jax.ShapeDtypeStruct((rows, pixels, 2, 64), jnp.bfloat16)
-    k = jax.ShapeDtypeStruct((rows, keys, 2, 64), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((rows, pixels, 2, width), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((rows, keys, 2, width), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((rows, keys), jnp.bool_)
     with jax.sharding.use_abstract_mesh(mesh):
         assert ("pallas_call" in str(jax.make_jaxpr(attend)(q, k, k, mask))) == takes

@@ -49,12 +49,16 @@ def test_eight_devices_give_the_loss_of_one(make):
 
 
 @pytest.mark.slow
-def test_weights_come_to_the_rows_and_once():
+@pytest.mark.parametrize(
+    ("make", "loops"), [(tiny.stage, False), (tiny.sr_stage, True)]
+)
+def test_weights_come_to_the_rows_and_once(make, loops):
     """Left to itself XLA gathers activations, and weights again on the way back.
 
     Wider networks then hold activations of the whole batch.
     """
-    cfg = tiny.stage(training={"batch_size": 8 * 13}, model={"channels": (64, 128)})
+    model = {"channels": (64, 128), "scan_blocks": loops}
+    cfg = make(training={"batch_size": 8 * 13}, model=model)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     report, compiled = benchmark.compile_step(cfg, mesh)
     program = compiled.as_text()
