@@ -40,7 +40,8 @@ def test_memory_is_what_was_held():
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, after = map(float, done.stdout.split())
-    assert parents.all() and 0.05 < before < 1.5
+    # An interpreter with numpy.
+    assert parents.all() and 0.01 < before < 0.5
     assert after - before == pytest.approx(0.25, abs=0.05)
 
 
