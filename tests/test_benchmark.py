@@ -10,6 +10,7 @@ import pytest
 
 from configs import base64, sr256
 from imagen_jax import benchmark, config
+from imagen_jax.errors import UserError
 from imagen_jax.models import flops, network
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import abstract_state
@@ -75,9 +76,26 @@ def test_a_compiled_step_needs_the_state_once(cfg):
     assert report["collectives"]["all-gather"] > 0
 
 
+def test_a_step_that_does_not_fit_is_a_message(cfg, monkeypatch):
+    """As the compiler of a TPU ends then; a CPU has no limit that it checks."""
+
+    class Lowered:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 40G of 31G\nmore")
+
+    monkeypatch.setattr(benchmark, "compile_train_step", lambda *_: Lowered())
+    mesh = make_mesh(cfg.mesh)
+    with pytest.raises(UserError, match=r"fit.* 8 devices.*fsdp.* 40G of 31G$"):
+        benchmark.compile_step(cfg, mesh)
+
+
 def test_the_largest_array():
-    program = "%a = bf16[8,64]{1,0} add(f32[3,9,9]{2,1,0} %b, u8[1024]{0} %c)"
-    assert benchmark.largest_array(program) == "u8[1024]"
+    """By its bytes: 1,200 of 300 elements, beside 1,024 of 512 and of 1,024."""
+    program = "%a = bf16[8,64]{1,0} add(f32[3,10,10]{2,1,0} %b, u8[1024]{0} %c)"
+    assert benchmark.largest_array(program) == "f32[3,10,10]"
 
 
 def test_timed_steps_agree_with_themselves(cfg, monkeypatch):
