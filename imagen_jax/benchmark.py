@@ -91,12 +91,6 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
         compiled.as_text(),
     )
     kinds = collections.Counter(re.findall(r"= .*? ([a-z][a-z0-9-]*)\(", text))
-    collectives = {
-        kind: count
-        for kind, count in kinds.items()
-        if re.match("all-|reduce-scatter|collective", kind)
-        and not kind.endswith("-done")
-    }
     report = {
         "devices": mesh.size,
         "trace_seconds": traced - start,
@@ -108,13 +102,28 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
         "temporaries_gib": memory.temp_size_in_bytes / _GIB,
         "program_gib": memory.generated_code_size_in_bytes / _GIB,
         "operations": sum(kinds.values()),
-        "collectives": collectives,
+        "collectives": collectives(text),
         "largest_array": largest_array(text),
     }
     if not cfg.model.scan_blocks:
         report["flops"] = cost["flops"]
         report["bytes_accessed"] = cost["bytes accessed"]
     return report, compiled
+
+
+def collectives(program: str) -> dict[str, int]:
+    """How many exchanges between devices a compiled program has, of each kind."""
+    found = collections.Counter(
+        re.findall(r"= .*? (all-[a-z-]*|reduce-scatter|collective-[a-z-]*)\(", program)
+    )
+    # A TPU's program has these as all-reduces inside of fusions of this name.
+    scattered = len(re.findall(r"calls=%all-reduce-scatter", program))
+    found.update({"reduce-scatter": scattered, "all-reduce": -scattered})
+    return {
+        kind: count
+        for kind, count in found.items()
+        if count and not kind.endswith("-done")
+    }
 
 
 def largest_array(program: str) -> str:

@@ -145,10 +145,29 @@ def split_rows(x: jax.Array) -> jax.Array:
 def gather_fsdp(weight: jax.Array, names: Sequence[str]) -> jax.Array:
     """A weight whole over fsdp, where it is used; split over tensor as it was.
 
-    Outside of `on_mesh` it changes nothing.
+    Its gradient is split over fsdp again: each device needs the sum over the batch
+    for its own part only. Outside of `on_mesh` it changes nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2:
         return weight
     rest = [None if name == "in" else name for name in names]
-    return jax.lax.with_sharding_constraint(weight, _spec(rest, weight.shape, mesh))
+    return _gather(
+        weight, _spec(rest, weight.shape, mesh), _spec(names, weight.shape, mesh)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight, whole, split):
+    return jax.lax.with_sharding_constraint(weight, whole)
+
+
+def _gather_forward(weight, whole, split):
+    return _gather(weight, whole, split), None
+
+
+def _gather_backward(whole, split, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

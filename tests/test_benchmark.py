@@ -76,6 +76,26 @@ def test_a_compiled_step_needs_the_state_once(cfg):
     assert report["collectives"]["all-gather"] > 0
 
 
+def test_sums_that_are_scattered_are_told_from_whole_ones():
+    """As a TPU's compiler writes them, and as others do."""
+    program = """
+%all-reduce-scatter.1 (input: bf16[512]) -> bf16[128] {
+  %all-reduce.1 = bf16[512] all-reduce(%input), to_apply=%add.1
+  ROOT %slice.1 = bf16[128] dynamic-slice(%all-reduce.1, %i)
+}
+  %a = bf16[128] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %b = (f32[2], f32[3]) all-reduce-start(%a, %b), to_apply=%add.2
+  %c = (f32[2], f32[3]) all-reduce-done(%b)
+  %d = f32[2] reduce-scatter(%y), to_apply=%add.3
+  %e = bf16[8,64] all-gather(%z), dimensions={0}
+"""
+    assert benchmark.collectives(program) == {
+        "all-reduce-start": 1,
+        "reduce-scatter": 2,
+        "all-gather": 1,
+    }
+
+
 def test_a_step_that_does_not_fit_is_a_message(cfg, monkeypatch):
     """As the compiler of a TPU ends then; a CPU has no limit that it checks."""
 

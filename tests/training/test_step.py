@@ -1,5 +1,6 @@
 """One step: the same on any mesh, and the arithmetic of its parts."""
 
+import math
 import re
 
 import jax
@@ -69,6 +70,16 @@ def test_weights_come_to_the_rows_and_once(make, loops):
     split = [spec for spec in jax.tree.leaves(shards) if "fsdp" in spec]
     assert 0 < len(gathered) <= len(split)
     assert "all-to-all" not in report["collectives"]
+    # Gradients of split weights: each device sums its own part over the data axis.
+    summed = re.findall(r"= (.*?) all-reduce(?:-start)?\(", program)
+    arrays = re.findall(r"\[([\d,]+)\]", " ".join(summed))
+    sizes = {math.prod(map(int, shape.split(","))) for shape in arrays}
+    parts = {
+        math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(abstract_state(cfg, mesh).params)
+        if "fsdp" in leaf.sharding.spec
+    }
+    assert parts <= sizes
 
 
 def test_the_loss_falls_on_one_batch():
