@@ -17,8 +17,11 @@ _CHOICES = {
     "model.remat": ("none", "activations", "blocks"),
     "diffusion.schedule": ("cosine", "linear"),
     "diffusion.prediction": ("eps", "x0", "v"),
+    "diffusion.weighting": ("plain", "min_snr", "sigmoid"),
     "optimizer.name": ("adam", "adafactor"),
-    "sampler.name": ("ddpm", "ddim"),
+    "sampler.name": ("ddpm", "ddim", "dpmpp"),
+    "sampler.schedule": ("trained", "cosine", "linear"),
+    "sampler.grid": ("time", "logsnr"),
     "sampler.threshold": ("none", "static", "dynamic"),
 }
 _POSITIVE = (
@@ -26,6 +29,7 @@ _POSITIVE = (
     "model.head_channels",
     "model.patch_size",
     "model.skip_scale",
+    "diffusion.min_snr_gamma",
     "data.shuffle_examples",
     "text.length",
     "text.dim",
@@ -91,10 +95,25 @@ def check_stage(cfg: Any) -> None:
             f"config.sampler.percentile is {cfg.sampler.percentile}; "
             "it must be in (0, 100] (the paper's is 99.5)"
         )
-    if cfg.diffusion.logsnr_min >= cfg.diffusion.logsnr_max:
+    for name, clip in (("diffusion", cfg.diffusion), ("sampler", cfg.sampler)):
+        if clip.logsnr_min >= clip.logsnr_max:
+            raise UserError(
+                f"config.{name}.logsnr_min is {clip.logsnr_min}; it must be "
+                f"below logsnr_max, which is {clip.logsnr_max}"
+            )
+    lowest = max(cfg.diffusion.logsnr_min, cfg.sampler.logsnr_min)
+    highest = min(cfg.diffusion.logsnr_max, cfg.sampler.logsnr_max)
+    if lowest >= highest:
         raise UserError(
-            f"config.diffusion.logsnr_min is {cfg.diffusion.logsnr_min}; it must be "
-            f"below logsnr_max, which is {cfg.diffusion.logsnr_max}"
+            f"config.sampler samples log-SNRs from {cfg.sampler.logsnr_min} to "
+            f"{cfg.sampler.logsnr_max}, of which the training has none: it has "
+            f"{cfg.diffusion.logsnr_min} to {cfg.diffusion.logsnr_max}"
+        )
+    schedule = cfg.sampler.guidance_schedule
+    if schedule and len(schedule) != cfg.sampler.steps:
+        raise UserError(
+            f"config.sampler.guidance_schedule has {len(schedule)} weights for "
+            f"{cfg.sampler.steps} steps; give one per step, or () to use guidance"
         )
     if 0 < cfg.optimizer.decay_steps <= cfg.optimizer.warmup_steps:
         raise UserError(

@@ -72,6 +72,10 @@ class DiffusionConfig:
     Attributes:
       schedule: "cosine" or "linear" (beta from 1e-4 to 0.02), continuous in t.
       prediction: "eps", "x0" or "v".
+      weighting: of the squared error, by log-SNR: "plain" (that of what is predicted;
+        with "eps" the paper's), "min_snr" or "sigmoid" (`diffusion/loss.py`).
+      min_snr_gamma: the SNR from which on "min_snr" counts x0's error no more.
+      sigmoid_bias: the log-SNR at which "sigmoid" is a half.
       logsnr_min: lower clip of the schedule's log-SNR.
       logsnr_max: upper clip of the schedule's log-SNR.
       text_dropout: share of captions replaced by the null text (paper 4.1: 0.1).
@@ -81,6 +85,9 @@ class DiffusionConfig:
 
     schedule: str = "cosine"
     prediction: str = "eps"
+    weighting: str = "plain"
+    min_snr_gamma: float = 5.0
+    sigmoid_bias: float = 2.0
     logsnr_min: float = -20.0
     logsnr_max: float = 20.0
     text_dropout: float = 0.1
@@ -192,10 +199,19 @@ class SamplerConfig:
     """How the stage is sampled unless the command says otherwise.
 
     Attributes:
-      name: "ddpm" (ancestral, paper Eq. 6) or "ddim" (Eq. 5).
+      name: "ddpm" (ancestral, paper Eq. 6), "ddim" (Eq. 5) or "dpmpp"
+        (DPM-Solver++(2M), of second order: for few steps).
       steps: network evaluations (with guidance, pairs of them).
+      schedule: "trained", "cosine" or "linear": what turns even times into log-SNRs.
+      grid: "time", steps even in time, or "logsnr", even in log-SNR.
+      logsnr_min: where sampling starts, if the training's clip is lower.
+      logsnr_max: where it ends, if the training's clip is higher.
       gamma: stochasticity of "ddpm": 0 takes the lower, 1 the upper variance.
       guidance: w of Eq. 2; 1 is no guidance.
+      guidance_schedule: w of each step, from the noisiest on, instead of one for all;
+        () for none. Steps of 1 run the network once.
+      guidance_batched: whether the two passes of guidance are one call on twice the
+        batch, or two calls with half of the activations at a time.
       threshold: of the guided x0: "none", "static" or "dynamic".
       percentile: of |x0| for "dynamic" (paper A.10: 99.5).
       aug_level: time in [0, 1] of the noise on the low-resolution input.
@@ -204,8 +220,14 @@ class SamplerConfig:
 
     name: str = "ddpm"
     steps: int = 256
+    schedule: str = "trained"
+    grid: str = "time"
+    logsnr_min: float = -20.0
+    logsnr_max: float = 20.0
     gamma: float = 0.1
     guidance: float = 1.0
+    guidance_schedule: tuple[float, ...] = ()
+    guidance_batched: bool = True
     threshold: str = "dynamic"
     percentile: float = 99.5
     aug_level: float = 0.1

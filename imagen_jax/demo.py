@@ -23,9 +23,10 @@ from imagen_jax.data import shapes
 from imagen_jax.data.judge import Verdict, judge
 from imagen_jax.errors import UserError
 from imagen_jax.prepare import prepare
-from imagen_jax.sample import load_stages, sample_prompts, with_sampler, write
+from imagen_jax.sample import write
 from imagen_jax.sharding import make_mesh
 from imagen_jax.train import resolve, train_stage
+from imagen_jax.trained import open_stages, sample_prompts, with_sampler
 
 # What configs/tiny.py trains in about this time on two CPU cores.
 _SECONDS = 400
@@ -99,14 +100,14 @@ def demo(output: str, seconds: float) -> dict:
         train_stage(_stage_config(name, share, records), workdir)
 
     mesh = make_mesh(MeshConfig())
-    trained = load_stages(workdirs, mesh)
+    trained = open_stages(workdirs)
     scenes = list(shapes.heldout(_JUDGED, seed=1))
     prompts = [shapes.caption(scene) for scene in scenes]
     seeds = np.arange(_JUDGED)
-    own = [one.stage.cfg.sampler.guidance for one in trained]
+    own = [one.cfg.sampler.guidance for one in trained]
     results = {}
     for label, weights in (("guidance off", [1.0]), ("guidance on", own)):
-        made = sample_prompts(
+        made, _ = sample_prompts(
             with_sampler(trained, guidance=weights), prompts, seeds, mesh
         )
         verdicts = [judge(p, c) for p, c in zip(made[-1], prompts, strict=True)]
@@ -129,11 +130,11 @@ def demo(output: str, seconds: float) -> dict:
         **overall,
         "accuracy": results,
         "guidance": dict(zip(("base", "sr"), own, strict=True)),
-        "training_steps": {t.stage.cfg.name: t.step for t in trained},
+        "training_steps": {t.cfg.name: t.step for t in trained},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     curves = {
-        t.stage.cfg.name: page.read_curve(pathlib.Path(t.workdir) / "metrics.jsonl")
+        t.cfg.name: page.read_curve(pathlib.Path(t.workdir) / "metrics.jsonl")
         for t in trained
     }
     (folder / "index.html").write_text(

@@ -1,10 +1,12 @@
 """Samples a trained cascade.
 
 python -m imagen_jax.sample --stage=BASE_WORKDIR --stage=SR_WORKDIR \
-    --prompt="a red circle" --prompt="two blue squares" --output=DIR --seed=0
+    --prompt="a red circle" --prompt="two blue squares" --output=DIR --seed=0 \
+    [--guidance=1,1.35,2,4 --aug_level=0.0,0.1,0.2,0.3]
 
 Writes one PNG per prompt (and those of the stages before the last), grid.png, and
-samples.json, which holds all that is needed to make each picture again.
+samples.json, which holds all that is needed to make each picture again. Several values
+of guidance or augmentation make every combination, and one labelled sheet per prompt.
 """
 
 import dataclasses
@@ -14,139 +16,15 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import tqdm
 from absl import flags
-from jax.sharding import Mesh
+from PIL import Image
 
 from imagen_jax import cli, pictures
-from imagen_jax.config import MeshConfig, SamplerConfig
-from imagen_jax.data.text import embed, load_encoder
-from imagen_jax.diffusion.cascade import Stage, check_order, sample_cascade
+from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
-from imagen_jax.models import network
 from imagen_jax.sharding import make_mesh
-from imagen_jax.training.checkpoint import Checkpointer
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A stage and where it came from.
-
-    Attributes:
-      workdir: of its training.
-      step: of the checkpoint.
-      stage: averaged parameters and config.
-    """
-
-    workdir: str
-    step: int
-    stage: Stage
-
-
-def load_stages(workdirs: Sequence[str], mesh: Mesh) -> list[Trained]:
-    """The newest checkpoint of each workdir.
-
-    Raises:
-      UserError: for a folder that is no workdir, stages that do not follow each
-        other, or stages trained on text of different encoders.
-    """
-    checkpointers = [_open(workdir) for workdir in workdirs]
-    configs = [checkpointer.stage() for checkpointer in checkpointers]
-    check_order(configs)
-    texts = {cfg.text for cfg in configs}
-    if len(texts) > 1:
-        found = "; ".join(
-            f"{workdir}: {cfg.text.encoder}, {cfg.text.length} tokens"
-            for workdir, cfg in zip(workdirs, configs, strict=True)
-        )
-        raise UserError(f"the stages were trained on different text ({found})")
-    trained = []
-    for workdir, checkpointer, cfg in zip(
-        workdirs, checkpointers, configs, strict=True
-    ):
-        params = checkpointer.ema(cfg, mesh)
-        stage = Stage(params=params, cfg=cfg, apply=network.apply)
-        trained.append(Trained(workdir, checkpointer.latest_step(), stage))
-        checkpointer.close()
-    return trained
-
-
-def _open(workdir: str) -> Checkpointer:
-    if not (pathlib.Path(workdir) / "config.json").is_file():
-        raise UserError(
-            f"--stage={workdir} is no training workdir (it has no config.json); give "
-            "the --workdir of a `python -m imagen_jax.train`"
-        )
-    return Checkpointer(workdir)
-
-
-def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Trained]:
-    """The stages with other sampler settings.
-
-    Args:
-      trained: the stages.
-      **changes: fields of `SamplerConfig`: a list of no value (leaves the stage's
-        own), one value for all stages, or one per stage.
-
-    Raises:
-      UserError: for a number of values that is neither, or a value out of range.
-    """
-    samplers = [dataclasses.asdict(t.stage.cfg.sampler) for t in trained]
-    for name, values in changes.items():
-        if len(values) not in (0, 1, len(trained)):
-            raise UserError(
-                f"--{name} is given {len(values)} times for {len(trained)} stages: "
-                "give it once for all of them or once for each"
-            )
-        for i, sampler in enumerate(samplers):
-            if values:
-                sampler[name] = values[i % len(values)]
-    result = []
-    for one, sampler in zip(trained, samplers, strict=True):
-        cfg = dataclasses.replace(one.stage.cfg, sampler=SamplerConfig(**sampler))
-        result.append(dataclasses.replace(one, stage=one.stage.replace(cfg=cfg)))
-    return result
-
-
-def sample_prompts(
-    trained: Sequence[Trained],
-    prompts: Sequence[str],
-    seeds: np.ndarray,
-    mesh: Mesh,
-    encoder_weights: str = "",
-    lowres: np.ndarray | None = None,
-    progress: bool = True,
-) -> list[np.ndarray]:
-    """Encodes prompts and runs them through the stages.
-
-    Args:
-      trained: base first.
-      prompts: N captions.
-      seeds: `[N]` in [0, 2**32).
-      mesh: of all devices.
-      encoder_weights: of the text encoder, if it has none built in.
-      lowres: `[N, h, w, 3]` uint8 when the first stage is a super-resolution stage.
-      progress: whether to show a bar.
-
-    Returns:
-      For each stage `[N, H, W, 3]` uint8.
-    """
-    text_cfg = trained[0].stage.cfg.text
-    encoder = load_encoder(text_cfg.encoder, encoder_weights)
-    for prompt in prompts:
-        tokens = len(encoder.tokenize(prompt))
-        if tokens > text_cfg.length:
-            print(
-                f"warning: {prompt!r} has {tokens} tokens; the stages were trained "
-                f"with {text_cfg.length}, the rest is cut"
-            )
-    text, mask = embed(encoder, list(prompts), text_cfg.length)
-    total = len(prompts) * len(trained)
-    with tqdm.tqdm(
-        total=total, desc="sample", unit="picture", disable=not progress
-    ) as bar:
-        stages = [one.stage for one in trained]
-        return sample_cascade(stages, text, mask, seeds, mesh, lowres, bar.update)
+from imagen_jax.sweep import Cell, all_cells, parse
+from imagen_jax.trained import Trained, open_stages, sample_prompts, with_sampler
 
 
 def write(
@@ -155,28 +33,46 @@ def write(
     prompts: Sequence[str],
     seeds: np.ndarray,
     made: Sequence[np.ndarray],
+    cells: Sequence[Cell] = (),
 ) -> None:
-    """Writes NNNN.png, NNNN_SIZEpx.png of earlier stages, grid.png, samples.json."""
+    """Writes what `sample_prompts` made.
+
+    NNNN.png of the last stage, NNNN_SIZEpx.png of earlier ones, samples.json, grid.png
+    and, of several cells, sheet_NNNN.png of each prompt.
+    """
     folder = pathlib.Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    cells = cells or all_cells([one.cfg for one in trained])
     records = []
-    for i, prompt in enumerate(prompts):
+    for i in range(len(made[-1])):
+        prompt, cell = i // len(cells), cells[i % len(cells)]
         names = [f"{i:04d}_{p.shape[1]}px.png" for p in made[:-1]] + [f"{i:04d}.png"]
         for name, stage_pictures in zip(names, made, strict=True):
             pictures.save(folder / name, stage_pictures[i])
-        record = {"file": names[-1], "prompt": prompt, "seed": int(seeds[i])}
-        records.append(record | {"earlier_stages": names[:-1]})
-    side = made[-1].shape[1]
-    shown = pictures.enlarge(made[-1], side * max(1, 96 // side))
-    columns = min(8, len(prompts))
-    pictures.save(folder / "grid.png", pictures.grid(shown, columns, prompts))
+        record = {
+            "file": names[-1],
+            "prompt": prompts[prompt],
+            "seed": int(seeds[prompt]),
+            "earlier_stages": names[:-1],
+        }
+        if len(cells) > 1:
+            record |= {"guidance": cell.guidance, "aug_level": cell.aug_level}
+        records.append(record)
+    if len(cells) > 1:
+        columns = len({cell.guidance for cell in cells})
+        for prompt in range(len(prompts)):
+            own = made[-1][prompt * len(cells) : (prompt + 1) * len(cells)]
+            labels = [cell.label for cell in cells]
+            _sheet(folder / f"sheet_{prompt:04d}.png", own, columns, labels)
+    captions = [record["prompt"] for record in records]
+    _sheet(folder / "grid.png", made[-1], min(8, len(captions)), captions)
     description = {
         "pictures": records,
         "stages": [
             {
                 "workdir": one.workdir,
                 "checkpoint_step": one.step,
-                "config": dataclasses.asdict(one.stage.cfg),
+                "config": dataclasses.asdict(one.cfg),
             }
             for one in trained
         ],
@@ -186,19 +82,78 @@ def write(
     (folder / "samples.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
+def _sheet(path, shown: np.ndarray, columns: int, captions: Sequence[str]) -> None:
+    side = shown.shape[1]
+    shown = pictures.enlarge(shown, side * max(1, 96 // side))
+    pictures.save(path, pictures.grid(shown, columns, captions))
+
+
+def read_lowres(paths: Sequence[str], size: int, count: int) -> np.ndarray:
+    """Existing pictures for a cascade that starts with a super-resolution stage.
+
+    Args:
+      paths: picture files; one serves all prompts.
+      size: pixels of a side that the stage takes.
+      count: of the prompts.
+
+    Returns:
+      `[count, size, size, 3]` uint8.
+
+    Raises:
+      UserError: for a file that is no picture of that size, or another number of them.
+    """
+    if len(paths) not in (1, count):
+        raise UserError(
+            f"--lowres is given {len(paths)} times for {count} prompts: give one "
+            "picture for all of them or one for each"
+        )
+    read = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                read.append(np.asarray(picture.convert("RGB")))
+        except OSError as error:
+            raise UserError(f"--lowres={path} cannot be read: {error}") from None
+        height, width, _ = read[-1].shape
+        if (height, width) != (size, size):
+            raise UserError(
+                f"--lowres={path} has {width} x {height} pixels; the stage takes "
+                f"{size} x {size}: crop and resize it first"
+            )
+    return np.stack(read * (count // len(read)))
+
+
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
-    flags.DEFINE_multi_string("stage", [], "workdir of a stage; in order, base first")
+    flags.DEFINE_multi_string("stage", None, "workdir of a stage; in order, base first")
     flags.DEFINE_multi_string("prompt", [], "a caption; repeat for more pictures")
     flags.DEFINE_string("prompts", "", "a file with one caption a line")
+    flags.DEFINE_multi_string(
+        "lowres",
+        [],
+        "a picture file to start from, when the first stage is a super-resolution "
+        "stage; once for all prompts or once per prompt",
+    )
     flags.DEFINE_string("output", None, "folder for the pictures")
     flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next")
     flags.DEFINE_string("encoder_weights", "", "of the text encoder")
     each = "; once for all stages or once per stage"
-    flags.DEFINE_multi_float("guidance", [], "w of the paper's Eq. 2, 1 is none" + each)
+    sweep = each + "; values with commas between them are compared"
+    flags.DEFINE_multi_string(
+        "guidance", [], "w of the paper's Eq. 2, 1 is none" + sweep
+    )
+    flags.DEFINE_multi_string(
+        "aug_level", [], "noise on the low-res input, in [0, 1]" + sweep
+    )
     flags.DEFINE_multi_integer("steps", [], "sampling steps" + each)
-    flags.DEFINE_multi_string("sampler", [], "ddpm or ddim" + each)
-    flags.DEFINE_float("aug_level", None, "noise on the low-res input, in [0, 1]")
+    flags.DEFINE_multi_string("sampler", [], "ddpm, ddim or dpmpp" + each)
+    flags.DEFINE_multi_string("threshold", [], "none, static or dynamic" + each)
+    flags.DEFINE_multi_string("schedule", [], "trained, cosine or linear" + each)
+    flags.DEFINE_multi_string("grid", [], "steps even in time or logsnr" + each)
+    flags.DEFINE_list(
+        "estimates", [], "steps, from 0, whose estimates are shown in estimates_*.png"
+    )
+    flags.DEFINE_bool("show_steps", False, "count the steps of a batch, for long runs")
     flags.mark_flags_as_required(["stage", "output"])
 
 
@@ -215,6 +170,23 @@ def _prompts(given: Sequence[str], file: str) -> list[str]:
     return prompts
 
 
+def _recorded_steps(given: Sequence[str], trained: Sequence[Trained]):
+    try:
+        steps = tuple(int(step) for step in given)
+    except ValueError:
+        raise UserError(
+            f"--estimates={','.join(given)}: give numbers of steps"
+        ) from None
+    fewest = min(one.cfg.sampler.steps for one in trained)
+    wrong = [step for step in steps if not 0 <= step < fewest]
+    if wrong:
+        raise UserError(
+            f"--estimates={','.join(given)}: a stage has {fewest} steps, from 0 to "
+            f"{fewest - 1}"
+        )
+    return [steps] * len(trained)
+
+
 def main() -> None:
     """Samples what the flags ask for."""
     args = flags.FLAGS
@@ -222,17 +194,45 @@ def main() -> None:
     seeds = np.arange(args.seed, args.seed + len(prompts))
     if not 0 <= seeds[0] <= seeds[-1] < 2**32:
         raise UserError(f"--seed={args.seed}: seeds lie in [0, 2**32)")
-    mesh = make_mesh(MeshConfig())
     trained = with_sampler(
-        load_stages(args.stage, mesh),
-        guidance=args.guidance,
+        open_stages(args.stage),
         steps=args.steps,
         name=args.sampler,
-        aug_level=[] if args.aug_level is None else [args.aug_level],
+        threshold=args.threshold,
+        schedule=args.schedule,
+        grid=args.grid,
     )
-    made = sample_prompts(trained, prompts, seeds, mesh, args.encoder_weights)
-    write(args.output, trained, prompts, seeds, made)
-    print(f"{len(prompts)} pictures in {args.output}, all together in grid.png")
+    cells = all_cells(
+        [one.cfg for one in trained],
+        parse("guidance", args.guidance),
+        parse("aug_level", args.aug_level),
+    )
+    lowres = None
+    if args.lowres:
+        size = trained[0].cfg.lowres_size
+        if not size:
+            raise UserError("--lowres is given, but the first stage is a base stage")
+        lowres = read_lowres(args.lowres, size, len(prompts))
+        lowres = np.repeat(lowres, len(cells), 0)
+    recorded = _recorded_steps(args.estimates, trained)
+    made, estimates = sample_prompts(
+        trained,
+        prompts,
+        seeds,
+        make_mesh(MeshConfig()),
+        args.encoder_weights,
+        lowres,
+        cells,
+        recorded,
+        show_steps=args.show_steps,
+    )
+    write(args.output, trained, prompts, seeds, made, cells)
+    for stage, steps in zip(estimates, recorded, strict=True):
+        if steps:
+            path = pathlib.Path(args.output) / f"estimates_{stage.shape[2]}px.png"
+            labels = [f"step {step}" for step in steps] * len(stage)
+            _sheet(path, stage.reshape(-1, *stage.shape[2:]), len(steps), labels)
+    print(f"{len(made[-1])} pictures in {args.output}, all together in grid.png")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "imagen_jax"
 MAX_LINES = 400
 
-# `cli` is what the doors share; every other file of the package's top is floor.
-DOORS = {"train", "prepare", "sample", "evaluate", "plan", "benchmark", "demo", "cli"}
+# The other files of the package's top are floor.
+DOORS = {"train", "prepare", "sample", "evaluate", "plan", "benchmark", "demo"}
+DOORS |= {"cli", "sweep", "trained"}
 ROOMS = ("diffusion", "models", "training", "data", "evaluation")
 ARROWS = {
     "floor": {"floor"},
@@ -287,7 +288,11 @@ after, metrics = step.compile_train_step(cfg, mesh)(before, examples)
 assert int(after.step) == 1
 assert np.isfinite(float(metrics["loss"]))
 sample = cascade.compile_sampler(network.apply, cfg, mesh)
-pictures = sample(after.ema, np.arange(2, dtype="u4"), text, mask, None)
+seeds = np.arange(2, dtype="u4")
+own = cascade.Settings.of(cfg.sampler, 2)
+pictures, _ = sample(
+    after.ema, seeds, text, mask, own.guidance, own.aug_level, None
+)
 assert pictures.shape == (2, 8, 8, 3) and pictures.dtype == np.uint8
 """
 

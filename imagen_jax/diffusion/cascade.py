@@ -1,21 +1,21 @@
 """Stages in order: sample, quantise, augment, condition the next."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Cond, to_float, to_uint8
 from imagen_jax.compilation import compiler_options
-from imagen_jax.config import StageConfig
+from imagen_jax.config import SamplerConfig, StageConfig
 from imagen_jax.diffusion.loss import augment
-from imagen_jax.diffusion.sampler import sample
+from imagen_jax.diffusion.sampler import guidance_weights, sample
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import batch_sharding, on_mesh, row_shards
 
@@ -36,28 +36,56 @@ class Stage:
     apply: Callable[..., jax.Array] = flax.struct.field(pytree_node=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What pictures of one batch may differ in.
+
+    Attributes:
+      guidance: `[N, steps]`, w of the paper's Eq. 2 at each step.
+      aug_level: `[N]` in [0, 1], of the noise on the low-resolution input.
+    """
+
+    guidance: np.ndarray
+    aug_level: np.ndarray
+
+    @classmethod
+    def of(cls, sampler: SamplerConfig, count: int) -> "Settings":
+        """The settings of a stage's config, for `count` pictures."""
+        return cls(
+            guidance=np.tile(guidance_weights(sampler), (count, 1)),
+            aug_level=np.full(count, sampler.aug_level, np.float32),
+        )
+
+
 def sample_stage(
     params: Any,
     seeds: jax.Array,
     text: jax.Array,
     mask: jax.Array,
+    guidance: jax.Array,
+    aug_level: jax.Array,
     lowres: jax.Array | None,
     *,
     apply: Callable[..., jax.Array],
     cfg: StageConfig,
-) -> jax.Array:
+    recorded_steps: tuple[int, ...] = (),
+    on_step: Callable[[jax.Array], None] | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """One batch of one stage.
 
     Args:
       params: of the network.
       seeds: `[B]` uint32, one per picture.
       text: `[B, L, D]`; mask: `[B, L]` bool.
+      guidance: `[B, steps]`; aug_level: `[B]`; see `Settings`.
       lowres: `[B, h, w, 3]` uint8, or None for a base stage.
       apply: `(cfg.model, params, z, logsnr, cond) -> [B, H, W, 3]`.
       cfg: the stage.
+      recorded_steps, on_step: see `sampler.sample`.
 
     Returns:
-      `[B, H, W, 3]` uint8.
+      `[B, H, W, 3]` uint8, and `[B, K, H, W, 3]` uint8, the estimates at the recorded
+      steps.
     """
     # The size, not the position in a list, names the stage: a cascade entered
     # midway draws the same noise.
@@ -68,29 +96,63 @@ def sample_stage(
     cond = Cond(text=text, mask=mask)
     if cfg.lowres_size:
         lowres = to_float(lowres)
-        level = jnp.full(seeds.shape, cfg.sampler.aug_level)
         noise = jax.vmap(lambda k: jax.random.normal(k, lowres.shape[1:]))(key_aug)
-        cond = augment(cond, lowres, level, noise, cfg)
-    shape = (cfg.image_size, cfg.image_size, 3)
-    denoise = functools.partial(apply, cfg.model, params)
-    x0 = sample(denoise, key_sample, cond, shape, cfg.diffusion, cfg.sampler)
-    return to_uint8(x0)
+        cond = augment(cond, lowres, aug_level, noise, cfg)
+    x0, recorded = sample(
+        functools.partial(apply, cfg.model, params),
+        key_sample,
+        cond,
+        (cfg.image_size, cfg.image_size, 3),
+        cfg.diffusion,
+        cfg.sampler,
+        guidance.T,
+        recorded_steps,
+        on_step,
+    )
+    return to_uint8(x0), to_uint8(recorded.swapaxes(0, 1))
 
 
 @functools.cache
 def compile_sampler(
-    apply: Callable[..., jax.Array], cfg: StageConfig, mesh: Mesh
-) -> Callable[..., jax.Array]:
+    apply: Callable[..., jax.Array],
+    cfg: StageConfig,
+    mesh: Mesh,
+    recorded_steps: tuple[int, ...] = (),
+    on_step: Callable[[jax.Array], None] | None = None,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The jitted `sample_stage` of a stage; one program for all batches of it."""
+    run = functools.partial(
+        sample_stage,
+        apply=apply,
+        cfg=cfg,
+        recorded_steps=recorded_steps,
+        on_step=on_step,
+    )
     return jax.jit(
-        on_mesh(functools.partial(sample_stage, apply=apply, cfg=cfg), mesh),
+        on_mesh(run, mesh),
         compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
     )
 
 
-def check_order(configs: Sequence[StageConfig]) -> None:
-    """Raises `UserError` unless each stage takes what the one before it makes."""
-    made = 0
+def _program(cfg: StageConfig, settings: Settings) -> StageConfig:
+    """`cfg` without the values that are arguments: other weights, same program.
+
+    What stays is at which steps any picture is guided.
+    """
+    pattern = tuple(2.0 if any_ else 1.0 for any_ in (settings.guidance != 1).any(0))
+    sampler = dataclasses.replace(
+        cfg.sampler, guidance=1.0, guidance_schedule=pattern, aug_level=0.0
+    )
+    return dataclasses.replace(cfg, sampler=sampler)
+
+
+def check_order(configs: Sequence[StageConfig], made: int = 0) -> None:
+    """Raises `UserError` unless each stage takes what the one before it makes.
+
+    Args:
+      configs: base first.
+      made: side of the pictures that are given to the first, 0 for none.
+    """
     for i, cfg in enumerate(configs):
         if cfg.lowres_size != made:
             sizes = " -> ".join(
@@ -101,62 +163,86 @@ def check_order(configs: Sequence[StageConfig]) -> None:
             raise UserError(
                 f"stage {i + 1} ({cfg.name}) takes {cfg.lowres_size or 'no'} pixel "
                 f"pictures but the stage before it {before}. Given: {sizes}. "
-                "Give the stages in order, base first"
+                "Give the stages in order, base first, or pictures to start from"
             )
         made = cfg.image_size
 
 
 def sample_cascade(
-    stages: Sequence[Stage],
+    stages: Iterable[Stage],
     text: np.ndarray,
     mask: np.ndarray,
     seeds: np.ndarray,
     mesh: Mesh,
     lowres: np.ndarray | None = None,
+    settings: Sequence[Settings] | None = None,
+    recorded_steps: Sequence[tuple[int, ...]] | None = None,
     report: Callable[[int], None] = lambda images: None,
-) -> list[np.ndarray]:
+    on_step: Callable[[jax.Array], None] | None = None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Runs text through all stages.
 
     Every batch has the stage's `sampler.batch_size` rows (the last is filled up and
     cut), so one program serves any number of pictures.
 
     Args:
-      stages: base first; `check_order` holds.
+      stages: base first; `check_order` holds. An iterator that makes them as they are
+        asked for keeps the parameters of one stage at a time in memory.
       text: `[N, L, D]`; mask: `[N, L]`.
       seeds: `[N]`, one per picture, in [0, 2**32).
       mesh: rows of a batch are spread over its data and fsdp axes.
       lowres: `[N, h, w, 3]` uint8, for a cascade that starts with a super-resolution
         stage.
+      settings: of the N pictures in each stage, instead of its config's.
+      recorded_steps: of each stage, whose estimates are returned too.
       report: told the number of pictures after each batch of each stage.
+      on_step: called on the host with the number of each step of each batch.
 
     Returns:
-      For each stage `[N, H, W, 3]` uint8.
+      For each stage `[N, H, W, 3]` uint8, and for each stage `[N, K, H, W, 3]` uint8,
+      the estimates of the recorded steps.
 
     Raises:
       UserError: for no pictures at all.
     """
-    if not len(seeds):
+    count = len(seeds)
+    if not count:
         raise UserError("there is nothing to sample: no captions were given")
     rows = row_shards(mesh)
     place = functools.partial(jax.device_put, device=batch_sharding(mesh))
     pictures: list[np.ndarray] = []
+    estimates: list[np.ndarray] = []
     before = lowres
+    # Not with enumerate, which holds on to a stage while the next one is made.
     for stage in stages:
+        i = len(pictures)
+        own = settings[i] if settings else Settings.of(stage.cfg.sampler, count)
         size = -(-stage.cfg.sampler.batch_size // rows) * rows
-        run = compile_sampler(stage.apply, stage.cfg, mesh)
+        run = compile_sampler(
+            stage.apply,
+            _program(stage.cfg, own),
+            mesh,
+            recorded_steps[i] if recorded_steps else (),
+            on_step,
+        )
+        inputs = (
+            seeds.astype(np.uint32),
+            text,
+            mask,
+            own.guidance.astype(np.float32),
+            own.aug_level.astype(np.float32),
+            before,
+        )
         made = []
-        for start in range(0, len(seeds), size):
-            take = np.arange(start, start + size) % len(seeds)
-            out = run(
-                stage.params,
-                place(seeds[take].astype(np.uint32)),
-                place(text[take]),
-                place(mask[take]),
-                None if before is None else place(before[take]),
-            )
+        for start in range(0, count, size):
+            take = np.arange(start, start + size) % count
+            batch = jax.tree.map(lambda a, take=take: place(a[take]), inputs)
+            out = run(stage.params, *batch)
             out = multihost_utils.process_allgather(out, tiled=True)
-            made.append(out[: len(seeds) - start])
-            report(len(made[-1]))
-        before = np.concatenate(made)
+            made.append(jax.tree.map(lambda a, n=count - start: a[:n], out))
+            report(len(made[-1][0]))
+        del stage
+        before, recorded = (np.concatenate(parts) for parts in zip(*made, strict=True))
         pictures.append(before)
-    return pictures
+        estimates.append(recorded)
+    return pictures, estimates

@@ -80,6 +80,31 @@ def ddim_step(
     return alpha_s * x0 + sigma_s / sigma_t * (z - alpha_t * x0)
 
 
+def dpmpp_step(
+    x0: jax.Array,
+    x0_before: jax.Array,
+    z: jax.Array,
+    logsnr_before: jax.Array,
+    logsnr_t: jax.Array,
+    logsnr_s: jax.Array,
+) -> jax.Array:
+    """One step of DPM-Solver++(2M) from noise level t to s (arXiv 2211.01095 Alg. 2).
+
+    Of second order: the estimate is extrapolated along the last two.
+
+    Args:
+      x0: `[B, H, W, C]`, the estimate at noise level t.
+      x0_before: the estimate one step before, at `logsnr_before`. Where there is none,
+        as at `logsnr_before == logsnr_t`, the step is of first order.
+      z: `[B, H, W, C]`, the noised picture at level t.
+      logsnr_before, logsnr_t, logsnr_s: scalars, rising.
+    """
+    step, step_before = logsnr_s - logsnr_t, logsnr_t - logsnr_before
+    ratio = jnp.where(step_before > 0, step / jnp.maximum(step_before, 1e-6), 0.0)
+    extrapolated = x0 + ratio / 2 * (x0 - x0_before)
+    return ddim_step(extrapolated, z, logsnr_t, logsnr_s)
+
+
 def ancestral_step(
     x0: jax.Array,
     z: jax.Array,

@@ -1,10 +1,12 @@
 """Classifier-free guidance, and keeping the guided picture in range."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from imagen_jax.batch import Cond, null_text
-from imagen_jax.diffusion.gaussian import predicted_x0
+from imagen_jax.diffusion.gaussian import expand, predicted_x0
 from imagen_jax.diffusion.loss import Denoiser
 
 
@@ -14,31 +16,45 @@ def guided_x0(
     logsnr: jax.Array,
     cond: Cond,
     prediction: str,
-    weight: float,
+    weight: jax.Array | None,
+    batched: bool = True,
 ) -> jax.Array:
     """The guided estimate of x0 (paper Eq. 2).
 
-    `weight * conditional + (1 - weight) * unconditional`; 1 is no guidance and runs
-    the network once, anything else runs it once on twice the batch. Guiding eps, x0
-    or v is the same thing: each is affine in the others with `z` shared.
+    `weight * conditional + (1 - weight) * unconditional`. Guiding eps, x0 or v is the
+    same thing: each is affine in the others with `z` shared. The guided ODE does not
+    end in samples of `p(x | text)**weight p(x)**(1 - weight)` (docs/diffusion.md).
 
     Args:
       denoise: the network.
       z: `[B, H, W, 3]`.
       logsnr: `[B]`.
-      cond: with the captions; only the text is nulled for the second half.
+      cond: with the captions; only the text is nulled for the unconditional pass.
       prediction: what the network answers: "eps", "x0" or "v".
-      weight: w of Eq. 2.
+      weight: `[B]`, w of Eq. 2; None is no guidance (w = 1) and runs the network once.
+      batched: one call on twice the batch; or two calls, one after the other, which
+        hold half of the activations at a time.
     """
-    if weight == 1.0:
+    if weight is None:
         return predicted_x0(denoise(z, logsnr, cond), z, logsnr, prediction)
     text, mask = null_text(cond.text, cond.mask)
-    both = jax.tree.map(
-        lambda a, b: jnp.concatenate([a, b]), cond, cond.replace(text=text, mask=mask)
-    )
-    output = denoise(jnp.concatenate([z, z]), jnp.concatenate([logsnr, logsnr]), both)
-    conditional, unconditional = jnp.split(output, 2)
-    output = weight * conditional + (1 - weight) * unconditional
+    null = cond.replace(text=text, mask=mask)
+    if batched:
+        # Side by side, so that both rows of a picture lie on its own device.
+        z_twice, logsnr_twice, both = jax.tree.map(
+            lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]),
+            (z, logsnr, cond),
+            (z, logsnr, null),
+        )
+        output = denoise(z_twice, logsnr_twice, both)
+        conditional, unconditional = output[0::2], output[1::2]
+    else:
+        conditional = denoise(z, logsnr, cond)
+        # Left alone the compiler may run both at once.
+        z, conditional = jax.lax.optimization_barrier((z, conditional))
+        unconditional = denoise(z, logsnr, null)
+    w = expand(weight, z)
+    output = w * conditional + (1 - w) * unconditional
     return predicted_x0(output, z, logsnr, prediction)
 
 
@@ -57,7 +73,46 @@ def threshold(x0: jax.Array, kind: str, percentile: float) -> jax.Array:
         return x0
     if kind == "static":
         return jnp.clip(x0, -1.0, 1.0)
-    axes = tuple(range(1, x0.ndim))
-    s = jnp.percentile(jnp.abs(x0), percentile, axis=axes, keepdims=True)
-    s = jnp.maximum(s, 1.0)
+    s = percentile_of_size(x0, percentile)
+    s = expand(jnp.maximum(s, 1.0), x0)
     return jnp.clip(x0, -s, s) / s
+
+
+def percentile_of_size(x: jax.Array, percentile: float) -> jax.Array:
+    """The percentile of `|x|` of each row, interpolated linearly as numpy's is.
+
+    Exact, without a sort: floats that are not negative are ordered like their bits, so
+    the value at a rank is found two bits at a time, from the highest, by counting. Each
+    of these passes reads the row once, and sums over a split row need no exchange but
+    of counts.
+
+    Args:
+      x: `[B, ...]` float32 or float64.
+      percentile: in [0, 100].
+
+    Returns:
+      `[B]`.
+    """
+    rows = jnp.abs(x.reshape(len(x), -1))
+    unsigned = {4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(rows, unsigned)
+    place = percentile / 100 * (rows.shape[1] - 1)
+    rank = math.floor(place)
+
+    def two_bits(i, found):
+        shift = (8 * x.dtype.itemsize - 2 - 2 * i).astype(unsigned)
+        # The value is at least a candidate if no more than `rank` lie below that.
+        digit = sum(
+            (jnp.sum(bits < (found | (unsigned(d) << shift))[:, None], 1) <= rank)
+            for d in (1, 2, 3)
+        )
+        return found | (digit.astype(unsigned) << shift)
+
+    start = jnp.zeros(len(x), unsigned)
+    found = jax.lax.fori_loop(0, 4 * x.dtype.itemsize, two_bits, start)
+    value = jax.lax.bitcast_convert_type(found, x.dtype)
+    # The next rank holds the same value again, or the smallest that is larger.
+    above = jnp.where(bits > found[:, None], rows, jnp.inf).min(1)
+    repeated = jnp.sum(bits <= found[:, None], 1) > rank + 1
+    above = jnp.where(repeated | (above == jnp.inf), value, above)
+    return value + (place - rank) * (above - value)

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from imagen_jax.batch import Batch, Cond, downsample, to_float
-from imagen_jax.config import StageConfig
+from imagen_jax.config import DiffusionConfig, StageConfig
 from imagen_jax.diffusion import gaussian
 from imagen_jax.diffusion.schedule import logsnr_schedule
 
 Denoiser = Callable[[jax.Array, jax.Array, Cond], jax.Array]
+
+# Between these log-SNRs lie the buckets of `loss_by_logsnr`; below the first and above
+# the last are one more each.
+LOGSNR_EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 
 @flax.struct.dataclass
@@ -23,12 +27,14 @@ class NoisedBatch:
       logsnr: `[B]` float32, its noise level.
       cond: the conditioning, captions dropped and low-res augmented.
       target: `[B, H, W, 3]` float32, what the network should answer.
+      weight: `[B]` float32, of the squared error of its answer.
     """
 
     z: jax.Array
     logsnr: jax.Array
     cond: Cond
     target: jax.Array
+    weight: jax.Array
 
 
 def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
@@ -53,7 +59,9 @@ def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
     # Uniform in [0, 1) for each example and evenly spread over the batch, which
     # lowers the variance of the loss. Source: VDM (arXiv 2107.00630) App. I.1.
     t = (jax.random.uniform(key_t) + jnp.arange(size) / size) % 1.0
-    logsnr = logsnr_schedule(t, cfg.diffusion)
+    logsnr, slope = jax.jvp(
+        lambda t: logsnr_schedule(t, cfg.diffusion), (t,), (jnp.ones_like(t),)
+    )
     eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:]))(key_eps)
 
     # Caption dropout: zeroed embeddings for a share of examples (paper 4.1).
@@ -72,6 +80,40 @@ def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
         logsnr=logsnr,
         cond=cond,
         target=gaussian.prediction_target(x0, eps, logsnr, cfg.diffusion.prediction),
+        weight=loss_weight(logsnr, slope, cfg.diffusion),
+    )
+
+
+def loss_weight(logsnr: jax.Array, slope: jax.Array, cfg: DiffusionConfig) -> jax.Array:
+    """The factor on the squared error of a network's answer.
+
+    | weighting | of the squared error of eps                   | source           |
+    |-----------|-----------------------------------------------|------------------|
+    | "plain"   | 1 with "eps"; else that of what is predicted   | the paper, App. A |
+    | "min_snr" | `min(SNR, gamma) / SNR`                        | arXiv 2303.09556 |
+    | "sigmoid" | `sigmoid(bias - logsnr)`, times `-dlogsnr/dt`  | arXiv 2303.00848 |
+
+    With the last factor the expected loss does not depend on the schedule. An error of
+    x0 is that of eps over the SNR, one of v that of eps over `alpha**2`.
+
+    Args:
+      logsnr: `[B]`.
+      slope: `[B]`, the derivative of the schedule at the times of `logsnr`.
+      cfg: weighting and prediction.
+
+    Returns:
+      `[B]`.
+    """
+    if cfg.weighting == "plain":
+        return jnp.ones_like(logsnr)
+    if cfg.weighting == "min_snr":
+        of_eps = jnp.minimum(1.0, cfg.min_snr_gamma * jnp.exp(-logsnr))
+    else:
+        of_eps = -slope * jax.nn.sigmoid(cfg.sigmoid_bias - logsnr)
+    if cfg.prediction == "eps":
+        return of_eps
+    return of_eps * (
+        jnp.exp(logsnr) if cfg.prediction == "x0" else jax.nn.sigmoid(logsnr)
     )
 
 
@@ -101,9 +143,9 @@ def augment(
 def loss(
     denoise: Denoiser, batch: Batch, key: jax.Array, cfg: StageConfig
 ) -> tuple[jax.Array, NoisedBatch]:
-    """Mean squared error of the network's answer, in the space of its prediction.
+    """Weighted mean squared error of the network's answer.
 
-    With "eps" this is the paper's loss (Eq. 3, App. A).
+    With "eps" and the "plain" weighting this is the paper's loss (Eq. 3, App. A).
 
     Args:
       denoise: `(z [B, H, W, 3], logsnr [B], cond) -> [B, H, W, 3]`.
@@ -117,4 +159,15 @@ def loss(
     noised = noise_batch(batch, key, cfg)
     output = denoise(noised.z, noised.logsnr, noised.cond)
     error = jnp.square(output.astype(jnp.float32) - noised.target)
-    return error.mean((1, 2, 3)), noised
+    return noised.weight * error.mean((1, 2, 3)), noised
+
+
+def loss_by_logsnr(losses: jax.Array, logsnr: jax.Array) -> dict[str, jax.Array]:
+    """Sums and counts of `[B]` losses in the buckets of `[B]` log-SNRs.
+
+    Returns:
+      "sum" `[K]` and "count" `[K]`, float32, the noisiest bucket first.
+    """
+    bucket = jnp.searchsorted(jnp.array(LOGSNR_EDGES), logsnr)
+    member = jax.nn.one_hot(bucket, len(LOGSNR_EDGES) + 1)
+    return {"sum": (losses[:, None] * member).sum(0), "count": member.sum(0)}

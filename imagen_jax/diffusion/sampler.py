@@ -1,14 +1,24 @@
 """Samplers: step functions under one `lax.scan`."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from imagen_jax.batch import Cond
 from imagen_jax.config import DiffusionConfig, SamplerConfig
 from imagen_jax.diffusion import gaussian
 from imagen_jax.diffusion.guidance import guided_x0, threshold
 from imagen_jax.diffusion.loss import Denoiser
-from imagen_jax.diffusion.schedule import logsnr_schedule, uniform_times
+from imagen_jax.diffusion.schedule import sampling_logsnr
+
+
+def guidance_weights(sampler: SamplerConfig) -> np.ndarray:
+    """`[steps]` weights w of the paper's Eq. 2, from the noisiest step on."""
+    return np.array(
+        sampler.guidance_schedule or [sampler.guidance] * sampler.steps, np.float32
+    )
 
 
 def sample(
@@ -18,7 +28,10 @@ def sample(
     shape: tuple[int, int, int],
     diffusion: DiffusionConfig,
     sampler: SamplerConfig,
-) -> jax.Array:
+    weights: jax.Array | None = None,
+    recorded_steps: Sequence[int] = (),
+    on_step: Callable[[jax.Array], None] | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Draws one picture per key.
 
     All the noise of a picture comes from its own key: it is the same alone, in any
@@ -29,11 +42,16 @@ def sample(
       keys: `[B]` typed PRNG keys.
       cond: conditioning of `[B]` pictures.
       shape: `(H, W, C)` of one picture.
-      diffusion: schedule and prediction.
-      sampler: steps, "ddpm" or "ddim", gamma, guidance, thresholding.
+      diffusion: schedule and prediction of the training.
+      sampler: name, steps, grid, gamma, guidance, thresholding.
+      weights: `[steps, B]` of each picture instead of the sampler's, which then only
+        say at which steps nothing is guided (1).
+      recorded_steps: K steps, from 0, whose estimates of x0 are returned too.
+      on_step: is called on the host with the number of each step that is done.
 
     Returns:
-      `[B, H, W, C]` float32, in [-1, 1] unless thresholding is "none".
+      `[B, H, W, C]` float32, in [-1, 1] unless thresholding is "none", and
+      `[K, B, H, W, C]`, the recorded estimates.
     """
 
     def normal(step):
@@ -41,35 +59,65 @@ def sample(
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(own)
 
-    logsnr = logsnr_schedule(uniform_times(sampler.steps), diffusion)
+    logsnr = sampling_logsnr(diffusion, sampler)
+    own_weights = guidance_weights(sampler)
+    guided = own_weights != 1
+    if weights is None:
+        weights = jnp.broadcast_to(own_weights[:, None], (len(guided), len(keys)))
+    # Where each step's estimate is kept; the last place is for those that are not.
+    kept = len(recorded_steps)
+    places = np.full(sampler.steps, kept)
+    places[list(recorded_steps)] = range(kept)
 
-    def body(z, step):
+    def estimate(z, step):
+        def run(weight):
+            return guided_x0(
+                denoise,
+                z,
+                jnp.broadcast_to(logsnr[step], keys.shape),
+                cond,
+                diffusion.prediction,
+                weight,
+                sampler.guidance_batched,
+            )
+
+        if guided.all():
+            x0 = run(weights[step])
+        elif not guided.any():
+            x0 = run(None)
+        else:
+            x0 = jax.lax.cond(
+                jnp.asarray(guided)[step],
+                lambda: run(weights[step]),
+                lambda: run(None),
+            )
+        return threshold(x0, sampler.threshold, sampler.percentile)
+
+    def body(carry, step):
+        z, x0_before, recorded = carry
+        x0 = estimate(z, step)
         logsnr_t, logsnr_s = logsnr[step], logsnr[step + 1]
-        x0 = guided_x0(
-            denoise,
-            z,
-            jnp.broadcast_to(logsnr_t, keys.shape),
-            cond,
-            diffusion.prediction,
-            sampler.guidance,
-        )
-        x0 = threshold(x0, sampler.threshold, sampler.percentile)
         if sampler.name == "ddim":
             z = gaussian.ddim_step(x0, z, logsnr_t, logsnr_s)
+        elif sampler.name == "dpmpp":
+            logsnr_before = logsnr[jnp.maximum(step - 1, 0)]
+            z = gaussian.dpmpp_step(x0, x0_before, z, logsnr_before, logsnr_t, logsnr_s)
         else:
             mean, deviation = gaussian.ancestral_step(
                 x0, z, logsnr_t, logsnr_s, sampler.gamma
             )
             z = mean + deviation * normal(step + 1)
-        return z, x0
-
-    def keep_last(carry, step):
-        z, x0 = body(carry[0], step)
-        return (z, x0), None
+        if kept:
+            recorded = recorded.at[jnp.asarray(places)[step]].set(x0)
+        if on_step:
+            # Given a pixel, it cannot be called before the step is done.
+            jax.debug.callback(lambda i, _: on_step(i), step, x0[0, 0, 0, 0])
+        return (z, x0, recorded), None
 
     z = normal(0)
-    (_, x0), _ = jax.lax.scan(
-        keep_last, (z, jnp.zeros_like(z)), jnp.arange(sampler.steps)
+    recorded = jnp.zeros((kept + 1 if kept else 0, *z.shape))
+    (_, x0, recorded), _ = jax.lax.scan(
+        body, (z, jnp.zeros_like(z), recorded), jnp.arange(sampler.steps)
     )
     # The last estimate rather than the last z: no noise is added to the result.
-    return x0
+    return x0, recorded[:kept]

@@ -4,12 +4,13 @@ Time runs from 0 (data) to 1 (noise). Every schedule is variance preserving, so 
 log-SNR says everything: `alpha**2 = sigmoid(logsnr)`, `sigma**2 = sigmoid(-logsnr)`.
 """
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
-from imagen_jax.config import DiffusionConfig
+from imagen_jax.config import DiffusionConfig, SamplerConfig
 
 
 def logsnr_schedule(t: jax.Array, cfg: DiffusionConfig) -> jax.Array:
@@ -60,6 +61,26 @@ def _linear(t, lowest, highest):
     return jnp.clip(-jnp.log(jnp.expm1(tiny)), lowest, highest)
 
 
-def uniform_times(steps: int) -> jax.Array:
-    """`[steps + 1]` float32 times from 1 to 0, evenly spaced (paper Sec. 2.4)."""
-    return jnp.linspace(1.0, 0.0, steps + 1)
+def sampling_logsnr(diffusion: DiffusionConfig, sampler: SamplerConfig) -> jax.Array:
+    """`[steps + 1]` log-SNRs, rising: where a sampler calls the network, and the end.
+
+    The network knows the log-SNR and not the time, so it may be sampled along another
+    schedule or grid than it was trained with, within the levels that it has seen.
+
+    Args:
+      diffusion: the schedule of the training and its clip.
+      sampler: steps, grid, schedule and narrower clip.
+    """
+    cfg = dataclasses.replace(
+        diffusion,
+        schedule=diffusion.schedule
+        if sampler.schedule == "trained"
+        else sampler.schedule,
+        logsnr_min=max(diffusion.logsnr_min, sampler.logsnr_min),
+        logsnr_max=min(diffusion.logsnr_max, sampler.logsnr_max),
+    )
+    if sampler.grid == "logsnr":
+        first, last = logsnr_schedule(jnp.array([1.0, 0.0]), cfg)
+        return jnp.linspace(first, last, sampler.steps + 1)
+    # Evenly spaced times (paper Sec. 2.4).
+    return logsnr_schedule(jnp.linspace(1.0, 0.0, sampler.steps + 1), cfg)

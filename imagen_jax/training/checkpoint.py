@@ -106,11 +106,11 @@ class Checkpointer:
             )
         return config_lib.from_json(json.dumps(found.config["stage"]))
 
-    def ema(self, cfg: StageConfig, mesh: Mesh):
-        """The newest averaged parameters, placed on `mesh`."""
+    def ema(self, cfg: StageConfig, mesh: Mesh, step: int):
+        """The averaged parameters at a saved step, placed on `mesh`."""
         like = abstract_state(cfg, mesh).ema
         found = self.manager.restore(
-            self._newest(), args=ocp.args.Composite(ema=ocp.args.StandardRestore(like))
+            step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like))
         )
         return found.ema
 

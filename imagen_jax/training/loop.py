@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from imagen_jax import pictures
 from imagen_jax.batch import Batch, downsample
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Stage, sample_cascade
+from imagen_jax.diffusion.loss import LOGSNR_EDGES
 from imagen_jax.errors import Stopped, UserError
 from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
@@ -196,7 +198,9 @@ class _Log:
         step, rows = self.closed
         self.closed = None
         rows = jax.device_get(rows)
+        buckets = [row.pop("loss_by_logsnr") for row in rows]
         means = {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
+        means |= _bucket_means(buckets)
         now = time.perf_counter()
         if self.clock is not None:
             rate = len(rows) / (now - self.clock)
@@ -205,6 +209,20 @@ class _Log:
         self.clock = now
         self.writer.scalars(step, means)
         bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+
+
+def _bucket_means(rows) -> dict[str, float]:
+    """The mean loss of each log-SNR bucket that any example of `rows` fell into."""
+    total = sum(row["sum"] for row in rows)
+    count = sum(row["count"] for row in rows)
+    edges = [f"{edge:g}" for edge in LOGSNR_EDGES]
+    between = ["_to_".join(pair) for pair in itertools.pairwise(edges)]
+    ranges = [f"to_{edges[0]}", *between, f"from_{edges[-1]}"]
+    return {
+        f"loss_by_logsnr/{name}": float(s / n)
+        for name, s, n in zip(ranges, total, count, strict=True)
+        if n
+    }
 
 
 @contextlib.contextmanager
@@ -248,14 +266,14 @@ def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:
         sampler=dataclasses.replace(cfg.sampler, batch_size=len(preview.image)),
     )
     stage = Stage(params=state.ema, cfg=cfg, apply=network.apply)
-    made = sample_cascade(
+    (made,), _ = sample_cascade(
         [stage],
         preview.text,
         preview.mask,
         np.arange(len(truth)),
         mesh,
         lowres,
-    )[-1]
+    )
     if jax.process_index() == 0:
         both = np.concatenate([made, truth], axis=1)
         sheet = pictures.grid(both, min(8, len(both)))

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,13 @@ from jax.sharding import Mesh
 from imagen_jax.batch import Batch, batch_spec, check_batch
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
-from imagen_jax.diffusion.loss import loss
+from imagen_jax.diffusion.loss import loss, loss_by_logsnr
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 def ema_decay(step: jax.Array, decay: float) -> jax.Array:
@@ -39,7 +40,8 @@ def train_step(
       cfg: the stage.
 
     Returns:
-      The state after the step, and scalar float32 metrics.
+      The state after the step, and float32 metrics: scalars, and "loss_by_logsnr"
+      as `diffusion.loss` makes it.
     """
     check_batch(batch, batch_spec(cfg))
     key = jax.random.fold_in(jax.random.key(cfg.training.seed), state.step)
@@ -51,10 +53,12 @@ def train_step(
         denoise = functools.partial(
             network.apply, cfg.model, params, dropout_key=key_dropout
         )
-        losses, _ = loss(denoise, batch, key_noise, cfg)
-        return losses.mean()
+        losses, noised = loss(denoise, batch, key_noise, cfg)
+        return losses.mean(), loss_by_logsnr(losses, noised.logsnr)
 
-    value, gradients = jax.value_and_grad(mean_loss)(state.params)
+    (value, by_logsnr), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
+        state.params
+    )
     updates, opt_state = make_optimizer(cfg.optimizer).update(
         gradients, state.opt_state, state.params
     )
@@ -62,6 +66,7 @@ def train_step(
     decay = ema_decay(state.step, cfg.optimizer.ema_decay)
     metrics = {
         "loss": value,
+        "loss_by_logsnr": by_logsnr,
         "gradient_norm": optax.tree.norm(gradients),
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.step)),

@@ -1,6 +1,7 @@
 """Cascades of tiny denoisers: who conditions whom, and what a picture depends on."""
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,12 @@ def _take(inputs, rows):
 @pytest.fixture(scope="module")
 def pictures(inputs):
     """Five pictures in batches of two: the last one is filled up."""
-    return cascade.sample_cascade([BASE, SR], **inputs, mesh=_mesh())
+    return _sample([BASE, SR], **inputs)
+
+
+def _sample(stages, mesh=None, **inputs):
+    made, _ = cascade.sample_cascade(stages, **inputs, mesh=mesh or _mesh())
+    return made
 
 
 def test_shapes_and_report(inputs, pictures):
@@ -79,14 +85,14 @@ def test_shapes_and_report(inputs, pictures):
     assert [p.shape for p in pictures] == shapes
     assert all(p.dtype == np.uint8 for p in pictures)
     seen = []
-    cascade.sample_cascade([BASE, SR], **inputs, mesh=_mesh(), report=seen.append)
+    _sample([BASE, SR], **inputs, report=seen.append)
     assert seen == [2, 2, 1] * 2
 
 
 @pytest.mark.parametrize("row", range(PICTURES))
 def test_a_picture_alone_is_the_same(inputs, pictures, row):
     """By its seed and text, in the program of the same batch size: to the bit."""
-    one = cascade.sample_cascade([BASE, SR], **_take(inputs, [row]), mesh=_mesh())
+    one = _sample([BASE, SR], **_take(inputs, [row]))
     for alone, among in zip(one, pictures):
         np.testing.assert_array_equal(alone[0], among[row])
 
@@ -94,7 +100,7 @@ def test_a_picture_alone_is_the_same(inputs, pictures, row):
 def test_seed_and_text_matter(inputs, pictures):
     for name in inputs:
         other = {**inputs, name: inputs[name][::-1]}
-        made = cascade.sample_cascade([BASE, SR], **other, mesh=_mesh())
+        made = _sample([BASE, SR], **other)
         # The third picture keeps its place, and the second masks all of its text.
         want = [False, name == "text", True, False, False]
         for have, before in zip(made, pictures):
@@ -102,11 +108,9 @@ def test_seed_and_text_matter(inputs, pictures):
 
 
 def test_entering_midway(inputs, pictures):
-    (made,) = cascade.sample_cascade([SR], **inputs, mesh=_mesh(), lowres=pictures[0])
+    (made,) = _sample([SR], **inputs, lowres=pictures[0])
     np.testing.assert_array_equal(made, pictures[1])
-    (other,) = cascade.sample_cascade(
-        [SR], **inputs, mesh=_mesh(), lowres=255 - pictures[0]
-    )
+    (other,) = _sample([SR], **inputs, lowres=255 - pictures[0])
     assert (other != made).any((1, 2, 3)).all()
 
 
@@ -127,9 +131,7 @@ def test_stages_draw_their_own_noise():
         cfg = dataclasses.replace(
             cfg, diffusion=config.DiffusionConfig(prediction="x0")
         )
-        (made,) = cascade.sample_cascade(
-            [cascade.Stage({}, cfg, first)], **inputs, mesh=_mesh()
-        )
+        (made,) = _sample([cascade.Stage({}, cfg, first)], **inputs)
         # Numbers are drawn in the order of the pixels. Clipping leaves their signs.
         noise += [made.reshape(2, -1)[:, : 32 * 32 * 3]]
     rows = np.concatenate(noise)
@@ -148,7 +150,7 @@ def test_the_next_stage_sees_the_announced_augmentation(inputs):
     cfg = _cfg(64, 32, steps=1, guidance=1.0, aug_level=level)
     lowres = np.full((PICTURES, 32, 32, 3), 128, np.uint8)
     stage = cascade.Stage({}, cfg, record)
-    cascade.sample_cascade([stage], **inputs, mesh=_mesh(), lowres=lowres)
+    _sample([stage], **inputs, lowres=lowres)
     jax.effects_barrier()
     assert len(seen) == 3
     grey = float(to_float(jnp.uint8(128)))
@@ -168,15 +170,76 @@ def test_a_mesh_of_eight_makes_the_same_pictures(inputs, pictures, axes):
     # The base's pictures are handed over, so that a rounding does not travel.
     starts = [([stages[0]], None), ([stages[1]], pictures[0])]
     for (stage, lowres), want in zip(starts, pictures):
-        (made,) = cascade.sample_cascade(stage, **inputs, mesh=mesh, lowres=lowres)
+        (made,) = _sample(stage, **inputs, mesh=mesh, lowres=lowres)
         # Other shapes are other programs: a value between two levels may fall to
         # either, one in some ten thousand.
         difference = np.abs(made.astype(int) - want)
         assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
+def test_settings_of_one_picture_are_its_own(inputs, pictures):
+    """Other weights and levels in one program, picture by picture, and no new one."""
+    own = [cascade.Settings.of(stage.cfg.sampler, PICTURES) for stage in (BASE, SR)]
+    own[0].guidance[1] = 4.0
+    own[1].aug_level[2] = 0.9
+    before = cascade.compile_sampler.cache_info().currsize
+    made = _sample([BASE, SR], **inputs, settings=own)
+    assert cascade.compile_sampler.cache_info().currsize == before
+    changed = [(a != b).any((1, 2, 3)).tolist() for a, b in zip(made, pictures)]
+    # The second picture masks all of its text: there is nothing to guide towards.
+    masked = not inputs["mask"][1].any()
+    assert masked and changed[0] == [False] * 5
+    own[0].guidance[1] = 1.5
+    own[0].guidance[3] = 4.0
+    made = _sample([BASE, SR], **inputs, settings=own)
+    changed = [(a != b).any((1, 2, 3)).tolist() for a, b in zip(made, pictures)]
+    assert changed[0] == [False, False, False, True, False]
+    assert changed[1] == [False, False, True, True, False]
+
+
+def test_a_stage_is_made_when_the_one_before_is_gone(inputs, pictures):
+    params = []
+
+    def make(stage):
+        assert all(ref() is None for ref in params), "the stage before is still held"
+        made = jax.tree.map(jnp.asarray, PARAMS)
+        params.append(weakref.ref(made["scale"]))
+        return stage.replace(params=made)
+
+    made = _sample((make(stage) for stage in (BASE, SR)), **inputs)
+    assert len(params) == 2
+    np.testing.assert_array_equal(made[1], pictures[1])
+
+
+def test_recorded_estimates(inputs, pictures):
+    """The last step's is the picture; earlier ones are those of fewer steps' view."""
+    made, estimates = cascade.sample_cascade(
+        [BASE, SR], **inputs, mesh=_mesh(), recorded_steps=[(), (0, 3)]
+    )
+    assert estimates[0].shape == (PICTURES, 0, 4, 4, 3)
+    assert estimates[1].shape == (PICTURES, 2, 8, 8, 3)
+    np.testing.assert_array_equal(made[1], pictures[1])
+    np.testing.assert_array_equal(estimates[1][:, 1], made[1])
+    assert (estimates[1][:, 0] != made[1]).any((1, 2, 3)).all()
+
+
+def test_steps_are_told(inputs):
+    seen = []
+
+    def tell(step):
+        seen.append(int(step))
+
+    _sample(
+        [SR], **inputs, lowres=np.zeros((PICTURES, 4, 4, 3), np.uint8), on_step=tell
+    )
+    jax.effects_barrier()
+    # Five pictures in batches of two, four steps each.
+    assert seen == [0, 1, 2, 3] * 3
+
+
 def test_check_order_accepts_a_cascade():
     cascade.check_order([_cfg(64), _cfg(256, 64), _cfg(1024, 256)])
+    cascade.check_order([_cfg(256, 64), _cfg(1024, 256)], made=64)
 
 
 @pytest.mark.parametrize(

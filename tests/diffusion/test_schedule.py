@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.config import DiffusionConfig
-from imagen_jax.diffusion.schedule import logsnr_schedule, uniform_times
+from imagen_jax.config import DiffusionConfig, SamplerConfig
+from imagen_jax.diffusion.schedule import logsnr_schedule, sampling_logsnr
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "references" / "diffusers.npz"
 EPS = np.finfo(np.float32).eps
@@ -100,7 +100,21 @@ def test_is_finite_at_the_ends(schedule):
     assert np.isfinite(slope(ends)).all()
 
 
-def test_uniform_times():
-    times = np.asarray(uniform_times(4))
-    np.testing.assert_array_equal(times, [1, 0.75, 0.5, 0.25, 0])
-    assert times.dtype == np.float32
+def test_the_grid_is_even_in_time_or_in_logsnr():
+    cfg, times = _cfg("cosine"), np.linspace(1, 0, 9, dtype=np.float32)
+    grid = sampling_logsnr(cfg, SamplerConfig(steps=8))
+    np.testing.assert_array_equal(grid, _logsnr("cosine", times))
+    grid = np.asarray(sampling_logsnr(cfg, SamplerConfig(steps=8, grid="logsnr")))
+    np.testing.assert_allclose(grid, np.linspace(-20, 20, 9), atol=80 * EPS)
+
+
+def test_sampling_may_take_another_schedule_within_the_trained_levels():
+    trained = _cfg("cosine", logsnr_min=-12.0, logsnr_max=15.0)
+    times = np.linspace(1, 0, 9, dtype=np.float32)
+    sampler = SamplerConfig(steps=8, schedule="linear", logsnr_max=9.0)
+    grid = sampling_logsnr(trained, sampler)
+    want = _logsnr("linear", times, logsnr_min=-12.0, logsnr_max=9.0)
+    np.testing.assert_array_equal(grid, want)
+    sampler = SamplerConfig(steps=8, logsnr_min=-20.0, logsnr_max=20.0)
+    grid = np.asarray(sampling_logsnr(trained, sampler))
+    np.testing.assert_allclose(grid[[0, -1]], [-12, 15], rtol=2 * EPS)
