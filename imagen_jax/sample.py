@@ -54,9 +54,9 @@ def write(
             "prompt": prompts[prompt],
             "seed": int(seeds[prompt]),
             "earlier_stages": names[:-1],
+            "guidance": cell.guidance,
+            "aug_level": cell.aug_level,
         }
-        if len(cells) > 1:
-            record |= {"guidance": cell.guidance, "aug_level": cell.aug_level}
         records.append(record)
     if len(cells) > 1:
         columns = len({cell.guidance for cell in cells})

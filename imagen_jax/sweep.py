@@ -17,8 +17,8 @@ class Cell:
 
     Attributes:
       label: what stands under its pictures.
-      guidance: w of each stage; None keeps the stage's own.
-      aug_level: of each stage; None keeps the stage's own.
+      guidance: w of each stage; None where it has a schedule of its own.
+      aug_level: of each stage; None of a base stage.
     """
 
     label: str
@@ -56,7 +56,13 @@ def all_cells(
             for name, way in named
             if way
         )
-        made.append(Cell(label, *(tuple(map(x.get, everyone)) for x in (w, aug))))
+        guided, noised = [], []
+        for i, cfg in enumerate(configs):
+            own = None if cfg.sampler.guidance_schedule else cfg.sampler.guidance
+            guided.append(w.get(i, own))
+            own = cfg.sampler.aug_level if cfg.lowres_size else None
+            noised.append(aug.get(i, own))
+        made.append(Cell(label, tuple(guided), tuple(noised)))
     return made
 
 

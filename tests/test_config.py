@@ -79,8 +79,11 @@ CHOICES = {
     "model.dtype": ["bfloat16", "float32"],
     "diffusion.schedule": ["cosine", "linear"],
     "diffusion.prediction": ["eps", "x0", "v"],
+    "diffusion.weighting": ["plain", "min_snr", "sigmoid"],
     "optimizer.name": ["adam", "adafactor"],
-    "sampler.name": ["ddpm", "ddim"],
+    "sampler.name": ["ddpm", "ddim", "dpmpp"],
+    "sampler.schedule": ["trained", "cosine", "linear"],
+    "sampler.grid": ["time", "logsnr"],
     "sampler.threshold": ["none", "static", "dynamic"],
 }
 COUNTS = (
@@ -142,6 +145,22 @@ EFFICIENT = {"architecture": "efficient_unet"}
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (
+            {"diffusion": {"min_snr_gamma": 0.0}},
+            "diffusion.min_snr_gamma is 0.0; it must be above zero",
+        ),
+        (
+            {"sampler": {"logsnr_min": 5.0, "logsnr_max": 4.0}},
+            "sampler.logsnr_min is 5.0; it must be below logsnr_max",
+        ),
+        (
+            {"sampler": {"logsnr_max": -12.0}, "diffusion": {"logsnr_min": -10.0}},
+            "from -20.0 to -12.0, of which the training has none",
+        ),
+        (
+            {"sampler": {"guidance_schedule": [1.0, 2.0], "steps": 3}},
+            "guidance_schedule has 2 weights for 3 steps",
+        ),
         ({"sampler": {"percentile": 0.0}}, "sampler.percentile is 0.0; it must be in"),
         ({"sampler": {"percentile": 100.5}}, "percentile is 100.5"),
         (

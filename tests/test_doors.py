@@ -100,9 +100,9 @@ def test_a_cascade_from_shapes_to_pictures(cascade, tmp_path):
     described = json.loads((tmp_path / "all" / "samples.json").read_text())
     assert [p["prompt"] for p in described["pictures"]] == prompts
     assert [p["seed"] for p in described["pictures"]] == [5, 6, 7]
-    guidance = [s["config"]["sampler"]["guidance"] for s in described["stages"]]
-    assert guidance == [2.0, 1.0]
     last = described["pictures"][2]
+    guidance = last["guidance"]
+    assert guidance == [2.0, 1.0] and last["aug_level"] == [None, 0.1]
     done = door(
         "sample",
         *stages,
@@ -120,6 +120,45 @@ def test_a_cascade_from_shapes_to_pictures(cascade, tmp_path):
         # last bit of a float may differ, and so a rounding to 8 bits.
         assert np.abs(again.astype(int) - first).max() <= 1
     assert (tmp_path / "all" / "grid.png").is_file()
+
+
+@pytest.mark.slow
+def test_values_compared_on_labelled_sheets(cascade, tmp_path):
+    """Two weights by two levels of one existing picture, enlarged."""
+    _, base, sr = cascade
+    small = tmp_path / "small.png"
+    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(small)
+    ask = [f"--stage={sr}", "--prompt=a red circle", f"--output={tmp_path / 'out'}"]
+    done = door(
+        "sample",
+        *ask,
+        f"--lowres={small}",
+        "--guidance=1,3",
+        "--aug_level=0.0,0.5",
+        "--estimates=0,1",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    described = json.loads((out / "samples.json").read_text())["pictures"]
+    assert [(p["guidance"], p["aug_level"]) for p in described] == [
+        ([w], [level]) for level in (0.0, 0.5) for w in (1.0, 3.0)
+    ]
+    made = [np.asarray(Image.open(out / p["file"])) for p in described]
+    assert len({picture.tobytes() for picture in made}) == 4
+    # Two columns and two rows of 96 pixels, with labels.
+    width, height = Image.open(out / "sheet_0000.png").size
+    assert 192 < width < 240 and 192 < height < 280
+    assert Image.open(out / "estimates_32px.png").size[0] == width
+    for flags, message in [
+        ([f"--lowres={small}", "--aug_level=1.5"], "levels lie in [0, 1]"),
+        ([f"--lowres={small}", "--guidance=1;2"], "commas between them"),
+        ([f"--lowres={small}", "--estimates=0,2"], "has 2 steps, from 0 to 1"),
+        ([f"--lowres={tmp_path / 'none.png'}"], "cannot be read"),
+        ([f"--lowres={out / '0000.png'}"], "has 32 x 32 pixels; the stage takes 16"),
+        ([], "or pictures to start from"),
+    ]:
+        refused = door("sample", *ask, *flags)
+        assert refused.returncode == 1 and message in error(refused)
 
 
 @pytest.mark.slow

@@ -143,6 +143,36 @@ def test_steps_equal_diffusers(reference, name):
         )
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_dpm_solver_equals_diffusers(reference, prediction):
+    """A run of eight steps, the first and the last of them of first order."""
+    logsnr = jnp.float32(-2 * np.log(reference["dpmpp_sigma_over_alpha"][:-1]))
+    z, before = jnp.float32(reference["z"]), jnp.zeros(())
+    run = reference[f"dpmpp_{prediction}"]
+    for i in range(8):
+        answer = jnp.float32(reference["answers"][i])
+        x0 = gaussian.predicted_x0(answer, z, logsnr[i][None], prediction)
+        if i == 7:
+            # Its target is free of noise: the estimate itself.
+            z = x0
+        else:
+            earlier = logsnr[max(i - 1, 0)]
+            z = gaussian.dpmpp_step(x0, before, z, earlier, logsnr[i], logsnr[i + 1])
+        before = x0
+        # Relative: from eps at the highest noise, x0 is in the hundreds.
+        scale = max(1.0, np.abs(x0).max())
+        np.testing.assert_allclose(z, run[i], rtol=0, atol=1e-5 * scale, err_msg=str(i))
+        z = jnp.float32(run[i])
+
+
+def test_dpm_solver_is_of_first_order_without_a_step_before():
+    x0, before, z = _draw(3)
+    t, s = jnp.float32(-1), jnp.float32(2)
+    np.testing.assert_array_equal(
+        gaussian.dpmpp_step(x0, before, z, t, t, s), gaussian.ddim_step(x0, z, t, s)
+    )
+
+
 def test_expand_is_per_example():
     values = jnp.arange(3.0)
     want = (3, 1, 1, 1)

@@ -13,7 +13,7 @@ from imagen_jax import batch as batches
 from imagen_jax import config
 from imagen_jax.batch import Batch
 from imagen_jax.diffusion.gaussian import alpha_sigma, expand
-from imagen_jax.diffusion.loss import loss, noise_batch
+from imagen_jax.diffusion.loss import loss, loss_by_logsnr, noise_batch
 
 EPS = np.finfo(np.float32).eps
 # Most of the time goes to compiling.
@@ -231,3 +231,64 @@ def test_without_augmentation_the_low_resolution_picture_is_clean():
 def test_a_base_stage_has_no_low_resolution_picture():
     cond = _noise(_batch(2), 0, _cfg()).cond
     assert cond.lowres is None and cond.aug_logsnr is None
+
+
+def _weights(weighting, prediction, schedule="cosine", **values):
+    cfg = _cfg(weighting=weighting, prediction=prediction, schedule=schedule, **values)
+    noised = _noise(_batch(64), 0, cfg)
+    return np.float64(noised.logsnr), np.float64(noised.weight)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_min_snr_is_the_published_weight(prediction):
+    """Of the errors of x0, eps and v: arXiv 2303.09556, Sec. 3.4 and App."""
+    logsnr, weight = _weights("min_snr", prediction, min_snr_gamma=3.0)
+    snr = np.exp(logsnr)
+    of_x0 = np.minimum(snr, 3.0)
+    want = {"x0": of_x0, "eps": of_x0 / snr, "v": of_x0 / (snr + 1)}[prediction]
+    # The exponential multiplies the rounding of the log-SNR by its size.
+    np.testing.assert_allclose(weight, want, rtol=(20 + 8) * EPS)
+    assert (snr > 3).any() and (snr < 3).any()
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_sigmoid_weight_is_of_the_logsnr(prediction, schedule):
+    """Times the slope of the schedule, so that all schedules mean one loss."""
+    logsnr, weight = _weights("sigmoid", prediction, schedule, sigmoid_bias=-1.0)
+    snr = np.exp(logsnr)
+    if schedule == "cosine":
+        squeeze = math.pi / 2 - 2 * math.atan(math.exp(-10))
+        slope = -4 * squeeze / np.sin(2 * np.arctan(np.exp(-logsnr / 2)))
+    else:
+        # `0.1 t + 9.95 t**2` is log(1 + 1 / SNR).
+        integral = np.log1p(1 / snr)
+        t = (-0.1 + np.sqrt(0.01 + 4 * 9.95 * integral)) / (2 * 9.95)
+        slope = -(0.1 + 19.9 * t) * (1 + snr)
+    of_eps = -slope / (1 + np.exp(logsnr + 1))
+    factor = {"eps": 1, "x0": snr, "v": snr / (1 + snr)}[prediction]
+    np.testing.assert_allclose(weight, factor * of_eps, rtol=2e-5)
+
+
+def test_plain_weights_are_one():
+    assert (_weights("plain", "v")[1] == 1).all()
+
+
+def test_losses_are_the_weighted_errors():
+    batch = _batch(16)
+
+    def zero(z, logsnr, cond):
+        return jnp.zeros_like(z)
+
+    cfg = _cfg(prediction="v", weighting="min_snr")
+    losses, noised = _loss(zero, batch, cfg)
+    want = noised.weight * np.square(noised.target).mean((1, 2, 3))
+    np.testing.assert_allclose(losses, want, rtol=8 * EPS)
+
+
+def test_buckets_hold_every_loss_once():
+    logsnr = jnp.array([-20.0, -6.5, -5.0, 0.0, 0.1, 3.0, 6.0, 6.1, 20.0])
+    losses = jnp.arange(1.0, 10.0)
+    have = jax.jit(loss_by_logsnr)(losses, logsnr)
+    assert have["count"].tolist() == [2, 1, 0, 1, 1, 1, 1, 2]
+    assert have["sum"].tolist() == [3, 3, 0, 4, 5, 6, 7, 17]
