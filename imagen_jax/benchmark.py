@@ -5,10 +5,13 @@ python -m imagen_jax.benchmark --config=configs/sr256.py:tiny --what=train \
 python -m imagen_jax.benchmark --config=configs/base64.py --what=params
 python -m imagen_jax.benchmark --config=configs/base64.py --what=compile \
     --topology=v4-512 --config.mesh.fsdp=16
+python -m imagen_jax.benchmark --config=configs/tiny.py:base --what=sample \
+    --config.sampler.name=dpmpp --config.sampler.steps=25
 
 "params" counts parameters per block, without making them. "compile" compiles a
 training step for the devices here or for a TPU slice that is not here, and tells what
-it takes. "train" times training steps on a batch of random pictures.
+it takes. "train" times training steps on a batch of random pictures. "sample" times
+the sampler of an untrained network, and how much of it is not the network.
 """
 
 import collections
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,11 +34,19 @@ from ml_collections import config_flags
 
 from imagen_jax import cli
 from imagen_jax.batch import Batch, batch_spec
+from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig, from_dict
+from imagen_jax.diffusion.cascade import Settings, compile_sampler
+from imagen_jax.diffusion.sampler import guidance_weights
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.models.flops import forward_flops
-from imagen_jax.sharding import batch_sharding, check_batch_size, make_mesh
+from imagen_jax.sharding import (
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    row_shards,
+)
 from imagen_jax.topology import slice_devices
 from imagen_jax.training.state import abstract_state, create_state
 from imagen_jax.training.step import compile_train_step
@@ -160,13 +172,13 @@ def matmul_flops_per_second(dtype: str, device: jax.Device) -> float:
 
 
 def _times(run: Callable[[], Any], seconds: float) -> list[float]:
-    """Seconds of each of at least five runs, after two that are not counted."""
+    """Seconds of each of at least three runs, after one that is not counted."""
     times = []
-    while len(times) < 7 or sum(times[2:]) < seconds:
+    while len(times) < 4 or sum(times[1:]) < seconds:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return times[2:]
+    return times[1:]
 
 
 def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
@@ -203,6 +215,66 @@ def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
     }
 
 
+def time_sampler(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
+    """Times batches of the stage's sampler, and the same with a network that is free.
+
+    What that takes is thresholding, noise, conversions and the steps themselves.
+    """
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(cfg, mesh).params)
+    key = jax.random.key(0)
+    params = jax.jit(
+        lambda: nn.unbox(network.init(cfg, key)),
+        out_shardings=shardings,
+        compiler_options=compiler_options(mesh, once=True),
+    )()
+    rows = -(-cfg.sampler.batch_size // row_shards(mesh)) * row_shards(mesh)
+    text = np.ones((rows, cfg.text.length, cfg.text.dim), np.float32)
+    own = Settings.of(cfg.sampler, rows)
+    low = cfg.lowres_size
+    inputs = jax.device_put(
+        (
+            np.arange(rows, dtype=np.uint32),
+            text,
+            np.ones((rows, cfg.text.length), bool),
+            own.guidance,
+            own.aug_level,
+            np.full((rows, low, low, 3), 128, np.uint8) if low else None,
+        ),
+        batch_sharding(mesh),
+    )
+    times = {}
+    for name, apply in (("all", network.apply), ("free", _free)):
+        run = compile_sampler(apply, cfg, mesh)
+        times[name] = _times(
+            lambda run=run: jax.block_until_ready(run(params, *inputs)), seconds
+        )
+    median = statistics.median(times["all"])
+    outside = statistics.median(times["free"])
+    guided = int((guidance_weights(cfg.sampler) != 1).sum())
+    passes = cfg.sampler.steps + guided
+    return {
+        "device": mesh.devices.flat[0].device_kind,
+        "batch_size": rows,
+        "sampler": cfg.sampler.name,
+        "steps": cfg.sampler.steps,
+        "network_passes": passes,
+        "batch_seconds": {
+            "median": median,
+            "min": min(times["all"]),
+            "max": max(times["all"]),
+        },
+        "images_per_second": rows / median,
+        "pass_seconds_per_image": (median - outside) / passes / rows,
+        "outside_seconds_per_image_and_step": outside / cfg.sampler.steps / rows,
+        "share_outside_the_network": outside / median,
+        "host_memory_gib": cli.peak_memory_gib(),
+    }
+
+
+def _free(cfg, params, z, logsnr, cond):
+    return z
+
+
 def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
     lines = []
     for name, value in report.items():
@@ -218,10 +290,13 @@ def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     config_flags.DEFINE_config_file("config", None, "FILE.py[:variant]")
-    flags.DEFINE_enum("what", None, ["train", "compile", "params"], "what to measure")
+    kinds = ["train", "sample", "compile", "params"]
+    flags.DEFINE_enum("what", None, kinds, "what to measure")
     flags.DEFINE_string("json", None, "file that gets the figures")
     flags.DEFINE_string("topology", None, "compile: for this slice, for example v4-512")
-    flags.DEFINE_float("seconds", 20.0, "train: how long to measure", lower_bound=0)
+    flags.DEFINE_float(
+        "seconds", 20.0, "train, sample: how long to measure", lower_bound=0
+    )
     flags.mark_flags_as_required(["config", "what"])
 
 
@@ -242,6 +317,8 @@ def main() -> None:
         check_batch_size(cfg.training.batch_size, mesh, "training.batch_size")
         if args.what == "compile":
             report, _ = compile_step(cfg, mesh)
+        elif args.what == "sample":
+            report = time_sampler(cfg, mesh, args.seconds)
         else:
             report = time_steps(cfg, mesh, args.seconds)
     print("\n".join(_lines(report)))
