@@ -314,7 +314,12 @@ def main() -> None:
         report = params(cfg)
     else:
         mesh = make_mesh(cfg.mesh, args.topology and slice_devices(args.topology))
-        check_batch_size(cfg.training.batch_size, mesh, "training.batch_size")
+        check_batch_size(
+            cfg.training.batch_size,
+            mesh,
+            "training.batch_size",
+            cfg.training.microbatches,
+        )
         if args.what == "compile":
             report, _ = compile_step(cfg, mesh)
         elif args.what == "sample":

@@ -36,6 +36,7 @@ _POSITIVE = (
     "optimizer.learning_rate",
     "optimizer.clip_norm",
     "training.batch_size",
+    "training.microbatches",
     "training.steps",
     "training.log_every_steps",
     "training.checkpoint_every_steps",

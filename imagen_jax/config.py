@@ -160,6 +160,8 @@ class TrainingConfig:
 
     Attributes:
       batch_size: images per step over all devices and hosts.
+      microbatches: parts that a batch is worked through in, one after the other: less
+        memory for activations, the same gradient.
       steps: the last step.
       seed: of the parameters and of the training noise.
       log_every_steps: between two lines of metrics.jsonl.
@@ -170,6 +172,7 @@ class TrainingConfig:
     """
 
     batch_size: int = 2048
+    microbatches: int = 1
     steps: int = 2_500_000
     seed: int = 0
     log_every_steps: int = 100

@@ -70,14 +70,17 @@ def row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
-    """Raises `UserError` unless the batch divides over the mesh's data and fsdp."""
-    ways = row_shards(mesh)
+def check_batch_size(
+    batch_size: int, mesh: Mesh, name: str, microbatches: int = 1
+) -> None:
+    """Raises `UserError` unless microbatches divide over the mesh's data and fsdp."""
+    ways = row_shards(mesh) * microbatches
     if batch_size % ways:
         near = max(ways, batch_size // ways * ways)
+        parts = f", {microbatches} microbatches" if microbatches > 1 else ""
         raise UserError(
             f"config.{name} is {batch_size}, which does not divide over {ways} shards "
-            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}); "
+            f"(mesh data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']}{parts}); "
             f"use a multiple of {ways}, for example {near}"
         )
 

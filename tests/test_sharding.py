@@ -63,6 +63,8 @@ def test_check_batch_size():
             sharding.check_batch_size(size, mesh, "training.batch_size")
         assert f"config.training.batch_size is {size}" in str(error.value)
         assert f"a multiple of 4, for example {near}" in str(error.value)
+    with pytest.raises(UserError, match="over 12 shards .* 3 microbatches.* 12$"):
+        sharding.check_batch_size(16, mesh, "training.batch_size", microbatches=3)
 
 
 def test_rows_of_a_batch_lie_on_data_and_fsdp():

@@ -140,26 +140,21 @@ def augment(
     return cond.replace(lowres=noised, aug_logsnr=logsnr)
 
 
-def loss(
-    denoise: Denoiser, batch: Batch, key: jax.Array, cfg: StageConfig
-) -> tuple[jax.Array, NoisedBatch]:
-    """Weighted mean squared error of the network's answer.
+def losses(denoise: Denoiser, noised: NoisedBatch) -> jax.Array:
+    """Weighted mean squared errors of the network's answers.
 
     With "eps" and the "plain" weighting this is the paper's loss (Eq. 3, App. A).
 
     Args:
       denoise: `(z [B, H, W, 3], logsnr [B], cond) -> [B, H, W, 3]`.
-      batch: a training batch.
-      key: of this step.
-      cfg: the stage.
+      noised: of `noise_batch`.
 
     Returns:
-      `[B]` float32 losses of the examples, and the batch as it was noised.
+      `[B]` float32, of the examples.
     """
-    noised = noise_batch(batch, key, cfg)
     output = denoise(noised.z, noised.logsnr, noised.cond)
     error = jnp.square(output.astype(jnp.float32) - noised.target)
-    return noised.weight * error.mean((1, 2, 3)), noised
+    return noised.weight * error.mean((1, 2, 3))
 
 
 def loss_by_logsnr(losses: jax.Array, logsnr: jax.Array) -> dict[str, jax.Array]:

@@ -31,6 +31,7 @@ from imagen_jax.training.step import compile_train_step
 # What a resumed run may change: how long, how often, where; not what is learned.
 _FREE = (
     "training.steps",
+    "training.microbatches",
     "training.log_every_steps",
     "training.sample_every_steps",
     "training.checkpoint_every_steps",
@@ -111,7 +112,12 @@ def train(
       UserError: for a workdir of another config, or a batch that does not divide.
       Stopped: on SIGINT or SIGTERM, after saving.
     """
-    check_batch_size(cfg.training.batch_size, mesh, "training.batch_size")
+    check_batch_size(
+        cfg.training.batch_size,
+        mesh,
+        "training.batch_size",
+        cfg.training.microbatches,
+    )
     check_workdir(cfg, workdir)
     checkpointer = Checkpointer(workdir, cfg.training.keep_checkpoints)
     writer = MetricWriter(workdir)

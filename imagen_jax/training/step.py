@@ -12,7 +12,12 @@ from jax.sharding import Mesh
 from imagen_jax.batch import Batch, batch_spec, check_batch
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
-from imagen_jax.diffusion.loss import loss, loss_by_logsnr
+from imagen_jax.diffusion.loss import (
+    NoisedBatch,
+    loss_by_logsnr,
+    losses,
+    noise_batch,
+)
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
@@ -49,24 +54,16 @@ def train_step(
     if not cfg.model.dropout:
         key_dropout = None
 
-    def mean_loss(params):
-        denoise = functools.partial(
-            network.apply, cfg.model, params, dropout_key=key_dropout
-        )
-        losses, noised = loss(denoise, batch, key_noise, cfg)
-        return losses.mean(), loss_by_logsnr(losses, noised.logsnr)
-
-    (value, by_logsnr), gradients = jax.value_and_grad(mean_loss, has_aux=True)(
-        state.params
-    )
+    noised = noise_batch(batch, key_noise, cfg)
+    each, gradients = _gradients(state.params, noised, key_dropout, cfg)
     updates, opt_state = make_optimizer(cfg.optimizer).update(
         gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.step, cfg.optimizer.ema_decay)
     metrics = {
-        "loss": value,
-        "loss_by_logsnr": by_logsnr,
+        "loss": each.mean(),
+        "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),
         "gradient_norm": optax.tree.norm(gradients),
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.step)),
@@ -78,6 +75,38 @@ def train_step(
         opt_state=opt_state,
     )
     return state, metrics
+
+
+def _gradients(
+    params: Any, noised: NoisedBatch, key: jax.Array | None, cfg: StageConfig
+) -> tuple[jax.Array, Any]:
+    """Each example's loss `[B]`, and the gradient of their mean."""
+
+    def mean_loss(params, noised, key):
+        denoise = functools.partial(network.apply, cfg.model, params, dropout_key=key)
+        each = losses(denoise, noised)
+        return each.mean(), each
+
+    gradient = jax.grad(mean_loss, has_aux=True)
+    parts = cfg.training.microbatches
+    if parts == 1:
+        found, each = gradient(params, noised, key)
+        return each, found
+
+    def add(total, part):
+        number, noised = part
+        own = None if key is None else jax.random.fold_in(key, number)
+        found, each = gradient(params, noised, own)
+        return jax.tree.map(lambda t, f: t + f / parts, total, found), each
+
+    # Every parts-th row, so that each device keeps the rows that it has.
+    dealt = jax.tree.map(
+        lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), noised
+    )
+    found, each = jax.lax.scan(
+        add, jax.tree.map(jnp.zeros_like, params), (jnp.arange(parts), dealt)
+    )
+    return each.swapaxes(0, 1).reshape(-1), found
 
 
 def compile_train_step(

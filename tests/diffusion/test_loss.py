@@ -13,7 +13,7 @@ from imagen_jax import batch as batches
 from imagen_jax import config
 from imagen_jax.batch import Batch
 from imagen_jax.diffusion.gaussian import alpha_sigma, expand
-from imagen_jax.diffusion.loss import loss, loss_by_logsnr, noise_batch
+from imagen_jax.diffusion.loss import loss_by_logsnr, losses, noise_batch
 
 EPS = np.finfo(np.float32).eps
 # Most of the time goes to compiling.
@@ -54,8 +54,12 @@ def _noise(batch, seed, cfg):
 
 
 def _loss(denoise, batch, cfg):
-    run = functools.partial(loss, denoise, cfg=cfg)
-    return jax.jit(run, compiler_options=QUICK)(batch, jax.random.key(0))
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(batch):
+        noised = noise_batch(batch, jax.random.key(0), cfg)
+        return losses(denoise, noised), noised
+
+    return run(batch)
 
 
 def _scales(logsnr):
@@ -76,12 +80,12 @@ def test_a_perfect_denoiser_has_no_loss(prediction, lowres_size):
         eps = (z - alpha * x0) / sigma
         return {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0}[prediction]
 
-    losses, noised = _loss(perfect, batch, cfg)
-    assert losses.shape == (32,) and losses.dtype == jnp.float32
+    each, noised = _loss(perfect, batch, cfg)
+    assert each.shape == (32,) and each.dtype == jnp.float32
     # The roundings of z (below 8, as normal numbers are) divided by sigma.
     _, sigma = _scales(noised.logsnr)
     gain = 1 if prediction == "x0" else 1 / sigma
-    assert (losses <= (4 * 8 * EPS * gain) ** 2).all()
+    assert (each <= (4 * 8 * EPS * gain) ** 2).all()
 
 
 def test_a_zero_denoiser_loses_the_variance_of_the_target():
@@ -93,12 +97,12 @@ def test_a_zero_denoiser_loses_the_variance_of_the_target():
 
     for prediction in ("eps", "v"):
         cfg = _cfg(prediction=prediction)
-        losses, noised = _loss(zero, batch, cfg)
+        each, noised = _loss(zero, batch, cfg)
         # Four standard errors of a mean of squared (at most unit) normal numbers; for
         # v the mean of the cross term, 2 alpha sigma eps, adds at most as much.
-        assert abs(losses.mean() - 1) < 2 * 4 * math.sqrt(2 / batch.image.size)
+        assert abs(each.mean() - 1) < 2 * 4 * math.sqrt(2 / batch.image.size)
         np.testing.assert_allclose(
-            losses, np.square(noised.target).mean((1, 2, 3)), rtol=1e-6
+            each, np.square(noised.target).mean((1, 2, 3)), rtol=1e-6
         )
 
 
@@ -281,14 +285,13 @@ def test_losses_are_the_weighted_errors():
         return jnp.zeros_like(z)
 
     cfg = _cfg(prediction="v", weighting="min_snr")
-    losses, noised = _loss(zero, batch, cfg)
+    each, noised = _loss(zero, batch, cfg)
     want = noised.weight * np.square(noised.target).mean((1, 2, 3))
-    np.testing.assert_allclose(losses, want, rtol=8 * EPS)
+    np.testing.assert_allclose(each, want, rtol=8 * EPS)
 
 
 def test_buckets_hold_every_loss_once():
     logsnr = jnp.array([-20.0, -6.5, -5.0, 0.0, 0.1, 3.0, 6.0, 6.1, 20.0])
-    losses = jnp.arange(1.0, 10.0)
-    have = jax.jit(loss_by_logsnr)(losses, logsnr)
+    have = jax.jit(loss_by_logsnr)(jnp.arange(1.0, 10.0), logsnr)
     assert have["count"].tolist() == [2, 1, 0, 1, 1, 1, 1, 2]
     assert have["sum"].tolist() == [3, 3, 0, 4, 5, 6, 7, 17]

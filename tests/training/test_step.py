@@ -82,6 +82,22 @@ def test_weights_come_to_the_rows_and_once(make, loops):
     assert parts <= sizes
 
 
+@pytest.mark.slow
+def test_microbatches_give_the_gradient_of_the_batch():
+    """Sums in another order: Adam's steps then agree as in the test above."""
+    whole, state = run(tiny.stage(optimizer={"b2": 0.9}), MeshConfig(), 1)
+    cfg = tiny.stage(optimizer={"b2": 0.9}, training={"microbatches": 2})
+    for devices in (1, 4):
+        parts, state_parts = run(cfg, MeshConfig(), devices)
+        np.testing.assert_allclose(parts, whole, rtol=1e-5)
+        for a, b in zip(
+            jax.tree.leaves(state_parts.params),
+            jax.tree.leaves(state.params),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, atol=3 * cfg.optimizer.learning_rate * 0.1)
+
+
 def test_the_loss_falls_on_one_batch():
     cfg = tiny.stage(diffusion={"prediction": "x0"}, training={"steps": 1})
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
