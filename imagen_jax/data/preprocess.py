@@ -8,6 +8,7 @@ of a cascade's stages are powers of two apart, they share that first size.
 import tensorflow as tf
 
 from imagen_jax.config import StageConfig
+from imagen_jax.data import embeddings
 from imagen_jax.data.crop import crop_corner
 
 
@@ -64,14 +65,30 @@ def crop(image: tf.Tensor, cfg: StageConfig, id: tf.Tensor, epoch: tf.Tensor):
     return tf.ensure_shape(image[top : top + size, left : left + size], [size, size, 3])
 
 
-def padded_text(data: tf.Tensor, length: int, dim: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """The bytes of `text.to_bytes` to what `imagen_jax.batch.pad_text` makes.
+def padded_text(
+    data: tf.Tensor, length: int, dim: int, dtype: str = "bfloat16"
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The bytes of `embeddings.to_bytes` to what `imagen_jax.batch.pad_text` makes.
+
+    Args:
+      data: `[]` string.
+      length: tokens after padding or cutting.
+      dim: width of a token.
+      dtype: in which `data` holds it, one of `embeddings.DTYPES`.
 
     Returns:
       `[length, dim]` bfloat16 and `[length]` bool.
     """
-    values = tf.io.decode_raw(data, tf.uint16)
-    rows = tf.reshape(tf.bitcast(values, tf.bfloat16), [-1, dim])[:length]
+    if dtype == "bfloat16":
+        values = tf.bitcast(tf.io.decode_raw(data, tf.uint16), tf.bfloat16)
+        rows = tf.reshape(values, [-1, dim])[:length]
+    else:
+        raw = tf.io.decode_raw(data, tf.uint8)
+        raw = tf.reshape(raw, [-1, embeddings.SCALE_BYTES + dim])[:length]
+        scale = tf.bitcast(raw[:, : embeddings.SCALE_BYTES], tf.float32)
+        values = tf.bitcast(raw[:, embeddings.SCALE_BYTES :], tf.int8)
+        rows = tf.cast(values, tf.float32) * scale[:, None]
+        rows = tf.cast(rows, tf.bfloat16)
     n = tf.shape(rows)[0]
     text = tf.pad(rows, [[0, length - n], [0, 0]])
     return tf.ensure_shape(text, [length, dim]), tf.range(length) < n
