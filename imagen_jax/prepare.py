@@ -231,7 +231,7 @@ class _Progress:
 
     def update(self, examples: int, resumed: bool = False) -> None:
         """Moves the bar; what an earlier run has done does not count as speed."""
-        if resumed:
+        if resumed and self._shown:
             self._bar.initial += examples
         self._bar.update(examples)
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.batch import downsample, pad_text
-from imagen_jax.data import text
+from imagen_jax.data import embeddings
 from imagen_jax.data.crop import crop_corner
 from imagen_jax.data.start_tensorflow import start_tensorflow
 
@@ -86,12 +86,15 @@ def test_decode():
     assert np.abs(preprocess.decode(jpeg).numpy() - want).max() <= 2
 
 
-def test_padded_text_is_pad_text():
+@pytest.mark.parametrize("dtype", embeddings.DTYPES)
+def test_padded_text_is_pad_text(dtype):
     rng = np.random.default_rng(0)
     for n in (1, 5, 8):
         row = rng.normal(size=(n, 6)).astype(ml_dtypes.bfloat16)
-        want_text, want_mask = pad_text([row], 5, 6)
-        have_text, have_mask = preprocess.padded_text(text.to_bytes(row), 5, 6)
+        data = embeddings.to_bytes(row, dtype)
+        stored = embeddings.from_bytes(data, 6, dtype)
+        want_text, want_mask = pad_text([stored], 5, 6)
+        have_text, have_mask = preprocess.padded_text(data, 5, 6, dtype)
         np.testing.assert_array_equal(have_text.numpy(), want_text[0])
         np.testing.assert_array_equal(have_mask.numpy(), want_mask[0])
 
