@@ -62,8 +62,9 @@ def open_tfds(name: str, size: int) -> originals.Originals:
 
 def _caption_feature(builder) -> str:
     features = builder.info.features
-    if not isinstance(features.get("image"), tfds.features.Image):
-        raise UserError(f"{builder.name!r} of tfds has no feature 'image'")
+    known = isinstance(features, tfds.features.FeaturesDict) and "image" in features
+    if not known or not isinstance(features["image"], tfds.features.Image):
+        raise UserError(f"{builder.name!r} of tfds has no pictures named 'image'")
     for name in _CAPTIONS:
         if name in features:
             return name
