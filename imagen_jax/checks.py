@@ -17,6 +17,7 @@ _CHOICES = {
     "model.remat": ("none", "activations", "blocks"),
     "diffusion.schedule": ("cosine", "linear"),
     "diffusion.prediction": ("eps", "x0", "v"),
+    "data.square": ("middle", "random"),
     "optimizer.name": ("adam", "adafactor"),
     "sampler.name": ("ddpm", "ddim"),
     "sampler.threshold": ("none", "static", "dynamic"),

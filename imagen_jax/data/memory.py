@@ -78,9 +78,14 @@ def make_memory(
 
     Raises:
       UserError: when the file is missing, damaged, of another text encoder, or of a
-        picture size that does not halve to the stage's.
+        picture size that does not halve to the stage's, and for random squares.
     """
     manifest = manifests.read_manifest(cfg.data.records)
+    if cfg.data.square != "middle":
+        raise UserError(
+            f"config.data.square is {cfg.data.square!r}, but {cfg.data.records!r} has "
+            "the middle squares only: prepare a folder of records"
+        )
     stream.check_text(cfg, manifest)
     local = stream.local_batch_size(cfg, mesh, process_count)
     with np.load(pathlib.Path(cfg.data.records), allow_pickle=False) as file:

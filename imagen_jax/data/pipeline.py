@@ -74,6 +74,7 @@ def make_pipeline(
 
     identity = stream.identity(cfg, manifest.content_sha256, usable)
     identity["data.shuffle_examples"] = cfg.data.shuffle_examples
+    identity["data.square"] = cfg.data.square
     return stream.Stream(batches_from, mesh, identity, process_count)
 
 

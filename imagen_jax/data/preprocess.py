@@ -5,6 +5,8 @@ power of two times the stage's, and from there down by exact halvings. As the si
 of a cascade's stages are powers of two apart, they share that first size.
 """
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from imagen_jax.config import StageConfig
@@ -18,8 +20,12 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
 
 
-def picture(data: tf.Tensor, image_size: int) -> tf.Tensor:
-    """The picture of a stage: the middle square at `image_size`.
+def picture(
+    data: tf.Tensor,
+    image_size: int,
+    corner: Callable[[tf.Tensor], tf.Tensor] = lambda extra: extra // 2,
+) -> tf.Tensor:
+    """The picture of a stage: the middle square, or another, at `image_size`.
 
     The one resize that is no halving has a ratio below 2 and averages over areas: no
     ringing, no aliasing, the mean is kept, and it is the filter of the halvings.
@@ -27,15 +33,18 @@ def picture(data: tf.Tensor, image_size: int) -> tf.Tensor:
     Args:
       data: `[]` string, JPEG or PNG, its shorter side at least `image_size`.
       image_size: pixels of the result's sides.
+      corner: given by how many pixels the longer side is longer, the first of them
+        that the square has.
 
     Returns:
       `[image_size, image_size, 3]` uint8.
     """
     image = decode(data)
-    shape = tf.shape(image)
+    shape = tf.shape(image, out_type=tf.int64)
     side = tf.minimum(shape[0], shape[1])
-    top, left = (shape[0] - side) // 2, (shape[1] - side) // 2
+    top, left = corner(shape[0] - side), corner(shape[1] - side)
     image = image[top : top + side, left : left + side]
+    side = tf.cast(side, tf.int32)
     # The shift count: how many of image_size * 2, * 4, ... fit into the side.
     doubled = tf.constant([image_size * 2**k for k in range(1, 16)])
     halvings = tf.reduce_sum(tf.cast(doubled <= side, tf.int32))

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from imagen_jax.config import StageConfig
 from imagen_jax.data import preprocess
+from imagen_jax.data.crop import square_corner
 from imagen_jax.data.manifest import Manifest
 
 SPLIT = "train"
@@ -103,7 +104,8 @@ class StageFeatureConverter(seqio.FeatureConverter):
         cfg = self._cfg
 
         def convert(row):
-            image = preprocess.picture(row["image"], cfg.image_size)
+            corner = functools.partial(square_corner, cfg, row["id"], row["epoch"])
+            image = preprocess.picture(row["image"], cfg.image_size, corner)
             if cfg.crop_size:
                 image = preprocess.crop(image, cfg, row["id"], row["epoch"])
             text, mask = preprocess.padded_text(

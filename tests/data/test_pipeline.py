@@ -117,6 +117,23 @@ def test_resuming_equals_never_stopping(stage, records, mesh, consumed, crop):
     assert resumed.get_state() == whole.get_state() and len(state) < 400
 
 
+def test_random_squares_change_from_epoch_to_epoch(stage, records, pictures, mesh):
+    paths = enumerate(sorted(pictures.glob("*.[jp]*g")))
+    sizes = {i: Image.open(path).size for i, path in paths}
+    cfg = stage(records, batch_size=7, data={"square": "random"})
+    seen = {}
+    for batch in _take(make_pipeline(cfg, mesh), 12):
+        for id, image in zip(batch.id.tolist(), batch.image):
+            seen.setdefault(id, set()).add(image.tobytes())
+    for id, squares in seen.items():
+        height, width = sizes[id]
+        assert (len(squares) > 1) == (height != width)
+    middle = stage(records, batch_size=7)
+    stream = make_pipeline(middle, mesh)
+    with pytest.raises(UserError, match="data.square 'random', this run has 'middle'"):
+        stream.set_state(make_pipeline(cfg, mesh).get_state())
+
+
 def test_crops_change_from_epoch_to_epoch(stage, records, mesh):
     cfg = stage(records, batch_size=7, lowres_size=4, crop_size=8)
     whole = {
