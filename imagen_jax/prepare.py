@@ -130,7 +130,8 @@ def prepare(
     if embedder and not npz:
         # Before the bar, which its start would interrupt.
         start_tensorflow()
-    share = _Progress(work, index, count, progress)
+    # A pipeline shows its own progress.
+    share = _Progress(work, index, count, progress, bar=progress and not runner)
     if npz:
         return share.finish(memory_file.write(work, asked, share.update))
     if runner:
@@ -219,7 +220,7 @@ def _finished(path: pathlib.Path, asked: dict[str, Any]) -> manifests.Manifest |
 class _Progress:
     """What a person sees of a job."""
 
-    def __init__(self, work: jobs.Job, index: int, count: int, shown: bool):
+    def __init__(self, work: jobs.Job, index: int, count: int, shown: bool, bar: bool):
         self._work, self._shown = work, shown
         total = work.originals.count
         own = len(range(index, work.originals.shards, count))
@@ -227,11 +228,11 @@ class _Progress:
             total = math.ceil(total * own / work.originals.shards)
         if shown and (expected := estimate.estimate(work)):
             print(expected)
-        self._bar = tqdm.tqdm(total=total, unit=" examples", disable=not shown)
+        self._bar = tqdm.tqdm(total=total, unit=" examples", disable=not bar)
 
     def update(self, examples: int, resumed: bool = False) -> None:
         """Moves the bar; what an earlier run has done does not count as speed."""
-        if resumed and self._shown:
+        if resumed and not self._bar.disable:
             self._bar.initial += examples
         self._bar.update(examples)
 

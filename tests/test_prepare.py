@@ -52,6 +52,25 @@ def test_equal_input_makes_equal_bytes(pictures, tmp_path, name, source):
     assert read_manifest(other).content_sha256 != manifest.content_sha256
 
 
+@pytest.mark.parametrize("source", ["folder", "shapes:5", "parquet"])
+def test_three_processes_write_what_one_does(pictures, tmp_path, source):
+    if source == "folder":
+        source = f"folder:{pictures}"
+    elif source == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        pq = pytest.importorskip("pyarrow.parquet")
+        files = [(pictures / f"{i}.png").read_bytes() for i in range(5)]
+        table = pa.table({"image": files, "text": [f"noise {i}" for i in range(5)]})
+        pq.write_table(table, tmp_path / "x.parquet")
+        source = f"parquet:{tmp_path}/x.parquet"
+    _prepare(source, tmp_path / "one", shard_examples=1)
+    for index in (1, 2, 0):
+        divided = {"process_index": index, "process_count": 3}
+        _prepare(source, tmp_path / "three", shard_examples=1, **divided)
+    assert len(_bytes(tmp_path / "one")) == 3 + 2 * 5
+    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "three")
+
+
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 def test_what_is_prepared_already_is_kept(pictures, tmp_path, name, capsys):
     source, output = f"folder:{pictures}", tmp_path / name

@@ -16,7 +16,8 @@ class Estimate:
 
     Attributes:
       sample: examples that it was estimated from.
-      examples: of the source; None when it does not know.
+      examples: of the source that can be used; None when it does not know.
+      exact: whether the source knows how many it has.
       image_bytes: of one picture as it is stored.
       text_bytes: of one caption's embedding.
       free_bytes: on the disk of the output.
@@ -24,6 +25,7 @@ class Estimate:
 
     sample: int
     examples: int | None
+    exact: bool
     image_bytes: float
     text_bytes: float
     free_bytes: int
@@ -38,7 +40,8 @@ class Estimate:
             return f"estimated: {parts}; the free disk has room for {room} examples"
         total = self.examples * each
         line = (
-            f"estimated: {size(total)} for {self.examples:,} examples ({parts}), "
+            f"estimated: {size(total)} for {'' if self.exact else 'about '}"
+            f"{self.examples:,} examples ({parts}), "
             f"{size(self.free_bytes)} free"
         )
         return line + ("; THIS DOES NOT FIT" if total > self.free_bytes else "")
@@ -65,6 +68,7 @@ def estimate(job: Job) -> Estimate | None:
     return Estimate(
         len(items),
         None if count is None else round(count * len(chosen) / len(items)),
+        job.originals.exact,
         sum(len(c.picture.data) for c in chosen) / len(chosen),
         text / len(chosen),
         shutil.disk_usage(there).free,

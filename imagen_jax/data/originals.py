@@ -6,6 +6,7 @@ process can read any shard, and finds the same examples in it.
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import os
@@ -55,9 +56,10 @@ class Originals:
     Attributes:
       shards: into how many parts it is divided.
       read: yields what is in a shard, given its number, in order.
-      count: examples of all shards; None if that is known only when all are read.
+      count: examples of all shards; None if nothing is known of it.
       problems: what cannot be used and belongs to no shard.
       sha256: changes when names, captions or lengths of files do.
+      exact: whether `count` is; else it is an estimate.
     """
 
     shards: int
@@ -65,6 +67,7 @@ class Originals:
     count: int | None
     problems: list[Problem]
     sha256: str
+    exact: bool = True
 
 
 def open_originals(
@@ -105,8 +108,6 @@ def files_of(pattern: str, what: str) -> list[str]:
     Raises:
       UserError: when there are none; `what` says what is looked for.
     """
-    import glob
-
     files = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     if not files:
         raise UserError(f"no {what} matches {pattern!r} (quote it for your shell)")

@@ -6,6 +6,7 @@ key is the path up to the first dot of its last part. One tar is one shard.
 
 import io
 import json
+import os
 import pathlib
 import tarfile
 import zlib
@@ -47,17 +48,16 @@ def open_tars(pattern: str) -> originals.Originals:
         numbers = range(shard, 2**63, len(files))
         return _read_tar(files[shard], numbers)
 
-    return originals.Originals(
-        len(files),
-        read,
-        _count(files),
-        [],
-        originals.sha256_of_files(files),
-    )
+    count, exact = _count(files)
+    sha256 = originals.sha256_of_files(files)
+    return originals.Originals(len(files), read, count, [], sha256, exact)
 
 
-def _count(files: list[str]) -> int | None:
-    """By the statistics beside the tars, ours or img2dataset's, if all are there."""
+def _count(files: list[str]) -> tuple[int | None, bool]:
+    """Examples of all tars, and whether that is exact.
+
+    By the statistics beside them, ours or img2dataset's, else by the first tar's.
+    """
     total = 0
     for file in files:
         beside = pathlib.Path(file)
@@ -66,8 +66,17 @@ def _count(files: list[str]) -> int | None:
             stats = json.loads(beside.read_text())
             total += stats["examples"] if "examples" in stats else stats["successes"]
         except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return total
+            break
+    else:
+        return total, True
+    try:
+        # Not compressed: only headers are read.
+        with tarfile.open(files[0], "r:") as tar:
+            pictures = sum(_split(name)[1] in _PICTURES for name in tar.getnames())
+    except _CUT:
+        return None, False
+    sizes = [os.path.getsize(file) for file in files]
+    return round(pictures * sum(sizes) / sizes[0]) or None, False
 
 
 def _read_tar(file, numbers) -> Iterator[originals.Example | originals.Problem]:

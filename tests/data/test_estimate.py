@@ -32,26 +32,31 @@ def test_near_what_is_written(tmp_path):
         assert abs(300 * mean / total - 1) < 4 * 0.5 / 64**0.5
 
 
-def test_of_tars_the_number_may_be_unknown(tmp_path):
+def test_of_tars_the_number_is_estimated(tmp_path):
     png = originals.open_originals("shapes:1", 8, 0, 1).read(0).__next__().read()
     rows = [(f"{i}", "png", png if i % 2 else b"", {"caption": "x"}) for i in range(8)]
     webdataset.write_tar(tmp_path / "0.tar", rows)
     job = _job(tmp_path / "none" / "yet", f"webdataset:{tmp_path}/*.tar")
     expected = estimate.estimate(job)
-    assert expected.examples is None and expected.image_bytes == len(png)
+    # Half of the eight pictures in the only tar are broken.
+    assert (expected.examples, expected.exact) == (4, False)
+    assert expected.image_bytes == len(png)
     # "x" and the end, each 64 int8 and a scale.
     assert expected.text_bytes == 2 * 68
-    assert "the free disk has room for" in str(expected)
+    assert "for about 4 examples" in str(expected)
     (tmp_path / "0_stats.json").write_text(json.dumps({"successes": 8}))
     job = _job(tmp_path, f"webdataset:{tmp_path}/*.tar")
-    assert estimate.estimate(job).examples == 4
+    expected = estimate.estimate(job)
+    assert (expected.examples, expected.exact) == (4, True)
 
 
 def test_says_that_it_does_not_fit():
-    tight = estimate.Estimate(64, 1000, 1e6, 1e3, 10**9)
+    tight = estimate.Estimate(64, 1000, True, 1e6, 1e3, 10**9)
     assert "1 GB for 1,000 examples (1 MB a picture, 1 kB a caption)" in str(tight)
     assert str(tight).endswith("THIS DOES NOT FIT")
-    assert "NOT FIT" not in str(estimate.Estimate(64, 999, 1e6, 0, 10**9))
+    unknown = estimate.Estimate(64, None, False, 1e6, 1e3, 10**9)
+    assert str(unknown).endswith("has room for 999 examples")
+    assert "NOT FIT" not in str(estimate.Estimate(64, 999, True, 1e6, 0, 10**9))
 
 
 def test_sizes():

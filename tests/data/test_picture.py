@@ -126,6 +126,14 @@ def test_broken_pictures():
         assert "0x" not in str(error.value)
 
 
+def test_enormous_pictures():
+    with io.BytesIO() as file:
+        Image.new("1", (20_000, 9_000)).save(file, "PNG")
+        data = file.getvalue()
+    with pytest.raises(picture.BrokenPicture, match="180000000 pixels.* exceeds limit"):
+        picture.verify(data)
+
+
 def _wave(height, width, period):
     x = np.arange(width) + 0.5
     line = 127.5 + 100 * np.sin(2 * np.pi * x / period)

@@ -135,14 +135,20 @@ def test_other_damage(tmp_path):
         _read(tmp_path / "*.tgz")
 
 
-def test_the_count_of_img2dataset(tmp_path):
+def test_the_count(tmp_path):
     for k in range(2):
         _tar(tmp_path / f"{k:05d}.tar", _members(3))
+    opened = webdataset.open_tars(str(tmp_path / "*.tar"))
+    assert (opened.count, opened.exact) == (6, False)
+    (tmp_path / "00001.tar").write_bytes((tmp_path / "00001.tar").read_bytes() * 4)
+    assert webdataset.open_tars(str(tmp_path / "*.tar")).count == 3 * (1 + 4)
+    (tmp_path / "00000.tar").write_bytes(b"")
     assert webdataset.open_tars(str(tmp_path / "*.tar")).count is None
     for k in range(2):
         stats = {"count": 5, "successes": 3, "failed_to_download": 2}
         (tmp_path / f"{k:05d}_stats.json").write_text(json.dumps(stats))
-    assert webdataset.open_tars(str(tmp_path / "*.tar")).count == 6
+    opened = webdataset.open_tars(str(tmp_path / "*.tar"))
+    assert (opened.count, opened.exact) == (6, True)
 
 
 def test_the_sum_is_of_names_and_lengths(tmp_path):
