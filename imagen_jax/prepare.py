@@ -119,7 +119,7 @@ def prepare(
         "settings": settings,
         "source_sha256": work.originals.sha256,
         "encoder": embedder.encoder.identity if embedder else _NO_ENCODER,
-        "embedding_dtype": embedding_dtype,
+        "embedding_dtype": embedding_dtype if embedder else _NO_ENCODER,
     }
     npz = path.suffix == ".npz"
     old = _finished(path, asked) if npz else jobs.start(path, asked)
@@ -292,7 +292,7 @@ def define_flags() -> None:
         "image_size", 64, "pixels of a side, of drawn scenes and pictures in a .npz"
     )
     flags.DEFINE_integer("min_side", 1, "least pixels of a picture's shorter side")
-    flags.DEFINE_float("max_aspect", 0, "longest side over shortest; 0: no limit")
+    flags.DEFINE_float("max_aspect", 0.0, "longest side over shortest; 0: no limit")
     flags.DEFINE_integer(
         "stored_size", 0, "pixels to which the shorter side is reduced; 0: as it is"
     )

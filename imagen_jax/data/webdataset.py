@@ -6,6 +6,7 @@ key is the path up to the first dot of its last part. One tar is one shard.
 
 import io
 import json
+import lzma
 import os
 import pathlib
 import tarfile
@@ -14,10 +15,13 @@ from collections.abc import Iterator
 
 from imagen_jax.data import originals
 from imagen_jax.data.folder import decode_caption
+from imagen_jax.errors import UserError
 
 _PICTURES = {"bmp", "gif", "jpeg", "jpg", "png", "webp"}
 _TEXTS = {"txt", "json"}
-_CUT = (tarfile.ReadError, EOFError, zlib.error, OSError)
+# Of what tarfile and the decompressors raise on damaged files. That a file cannot be
+# read is an OSError as well, but one with a number.
+_CUT = (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error)
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -102,8 +106,11 @@ def _read_tar(file, numbers) -> Iterator[originals.Example | originals.Problem]:
                 of_group[extension] = tar.extractfile(member).read()
             is_whole = getattr(tar, "is_whole", False)
     except _CUT as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
-            raise
+        if getattr(error, "errno", None):
+            raise UserError(
+                f"{file!r} cannot be read ({error.strerror}); start the same command "
+                "again when it can"
+            ) from None
         is_whole, reason = False, f"{type(error).__name__}: {error}"
     # The group at a cut may lack members.
     complete = bool(_TEXTS & of_group.keys() and _PICTURES & of_group.keys())

@@ -135,6 +135,15 @@ def test_other_damage(tmp_path):
         _read(tmp_path / "*.tgz")
 
 
+def test_tars_that_cannot_be_read(tmp_path):
+    """Not one line for thousands of pictures: the job stops and can continue."""
+    (tmp_path / "a.tar").mkdir()
+    with pytest.raises(
+        UserError, match="a.tar' cannot be read .Is a directory.; start"
+    ):
+        _read(tmp_path / "*.tar")
+
+
 def test_the_count(tmp_path):
     for k in range(2):
         _tar(tmp_path / f"{k:05d}.tar", _members(3))
