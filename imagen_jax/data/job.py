@@ -8,11 +8,11 @@ A folder of records, and while they are being written:
   quarantine.jsonl        written last but one: what could not be used, and why
   manifest.json           written last: with it the job is finished
 
-All but the last two are written under another name first and then renamed. A process
-works on the shards whose number modulo the number of processes is its own; the one
-that finds all of them finished writes the last two files, which are the same whoever
-writes them. So a job that was killed continues when it is started again, with as many
-processes as one likes.
+All are written under another name and then renamed. A process works on the shards
+whose number modulo the number of processes is its own; the one that finds all of them
+finished writes the last two files, which are the same whoever writes them. So a job
+that was killed continues when it is started again, with as many processes as one
+likes.
 """
 
 import dataclasses
