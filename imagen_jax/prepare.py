@@ -165,6 +165,11 @@ def _check_numbers(settings: dict[str, Any], max_bad_share: float) -> None:
 def _check_ways(output: str, embedder: Embedder | None, count: int, runner: str):
     if not output:
         raise UserError("--output is empty: give a folder to be, or FILE.npz")
+    if "://" in output:
+        raise UserError(
+            f"--output is {output!r}: mount the bucket (gcsfuse, s3fs) and give the "
+            "folder"
+        )
     if output.endswith(".npz") and (count > 1 or not embedder):
         raise UserError(
             f"--output={output!r} is written by one process and has embeddings: give "

@@ -196,6 +196,7 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
             "is written by one process",
         ),
         ({"output": "x.npz", "encoder": "none"}, "and has embeddings"),
+        ({"output": "gs://bucket/records"}, "mount the bucket .gcsfuse, s3fs."),
         ({"runner": "DirectRunner"}, "--runner=DirectRunner prepares pictures only"),
         ({"source": "webdataset:/no/*.tar"}, "no tar matches '/no/.*'"),
         ({"source": "parquet:/no/*"}, "no Parquet file matches"),

@@ -87,7 +87,7 @@ def start(folder: pathlib.Path, asked: dict[str, Any]) -> manifests.Manifest | N
     """Makes the folder of a job that was asked for `asked`, or returns to it.
 
     Returns:
-      the manifest of a job that is finished already.
+      the manifest of a job that is finished already, and lacks no file.
 
     Raises:
       UserError: when the folder holds something else.
@@ -106,7 +106,9 @@ def start(folder: pathlib.Path, asked: dict[str, Any]) -> manifests.Manifest | N
     check_same(folder, json.loads(file.read_text("utf8")), asked)
     for name in (manifests.FILE_NAME, manifests.PICTURES_FILE):
         if (folder / name).is_file():
-            return manifests.from_json((folder / name).read_text("utf8"), name)
+            old = manifests.from_json((folder / name).read_text("utf8"), name)
+            if all((folder / shard["file"]).is_file() for shard in old.shards):
+                return old
     return None
 
 

@@ -262,6 +262,10 @@ def test_a_shard_whose_file_is_gone_is_written_again(tars, whole, tmp_path):
     (output / "records-00002.tfrecord").unlink()
     _prepare(tars, output)
     assert _files(output) == whole
+    # Also of a job that was finished.
+    (output / "records-00003.tfrecord").unlink()
+    _prepare(tars, output)
+    assert _files(output) == whole
 
 
 def test_pictures_without_embeddings(tars, whole, tmp_path):
