@@ -29,6 +29,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "pillow>=11.0",
+        "pyarrow>=25.0",
         "tensorboardX>=2.6",
         "tqdm>=4.66",
         # Only imagen_jax/data imports these.
@@ -41,6 +42,8 @@ setup(
         "cuda": ["jax[cuda12]"],
         # Reads T5X checkpoints. It has no release on PyPI.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
+        # `prepare --runner=...`: pictures on many machines.
+        "prepare": ["apache-beam>=2.77"],
         # Makes the references that tests/references holds.
         "parity": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.36"],
         # Formatting changes between minor releases of ruff.

@@ -18,6 +18,7 @@ _CHOICES = {
     "diffusion.schedule": ("cosine", "linear"),
     "diffusion.prediction": ("eps", "x0", "v"),
     "diffusion.weighting": ("plain", "min_snr", "sigmoid"),
+    "data.square": ("middle", "random"),
     "optimizer.name": ("adam", "adafactor"),
     "sampler.name": ("ddpm", "ddim", "dpmpp"),
     "sampler.schedule": ("trained", "cosine", "linear"),

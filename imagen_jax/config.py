@@ -102,12 +102,15 @@ class DataConfig:
       records: a folder written by `prepare` (holds manifest.json), or a .npz file
         of it (read without TensorFlow).
       shuffle_examples: size of the shuffle buffer, in examples.
-      seed: of the order of the examples.
+      seed: of the order of the examples, and of where they are cut.
+      square: which square of a picture is trained on: the "middle" one, or a "random"
+        one, every epoch another.
     """
 
     records: str = ""
     shuffle_examples: int = 10_000
     seed: int = 0
+    square: str = "middle"
 
 
 @dataclasses.dataclass(frozen=True)

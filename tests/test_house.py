@@ -43,7 +43,12 @@ ONE_ROOM = {
     "ml_collections": "doors",
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio"}
-TENSORFLOW_FILES = {"data/preprocess.py", "data/tasks.py", "data/pipeline.py"}
+TENSORFLOW_FILES = {
+    "data/preprocess.py",
+    "data/tasks.py",
+    "data/pipeline.py",
+    "data/tfds_source.py",
+}
 # Hides the accelerators from it before the others are imported.
 STARTS_TENSORFLOW = "data/start_tensorflow.py"
 

@@ -52,6 +52,25 @@ def test_equal_input_makes_equal_bytes(pictures, tmp_path, name, source):
     assert read_manifest(other).content_sha256 != manifest.content_sha256
 
 
+@pytest.mark.parametrize("source", ["folder", "shapes:5", "parquet"])
+def test_three_processes_write_what_one_does(pictures, tmp_path, source):
+    if source == "folder":
+        source = f"folder:{pictures}"
+    elif source == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        pq = pytest.importorskip("pyarrow.parquet")
+        files = [(pictures / f"{i}.png").read_bytes() for i in range(5)]
+        table = pa.table({"image": files, "text": [f"noise {i}" for i in range(5)]})
+        pq.write_table(table, tmp_path / "x.parquet")
+        source = f"parquet:{tmp_path}/x.parquet"
+    _prepare(source, tmp_path / "one", shard_examples=1)
+    for index in (1, 2, 0):
+        divided = {"process_index": index, "process_count": 3}
+        _prepare(source, tmp_path / "three", shard_examples=1, **divided)
+    assert len(_bytes(tmp_path / "one")) == 3 + 2 * 5
+    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "three")
+
+
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 def test_what_is_prepared_already_is_kept(pictures, tmp_path, name, capsys):
     source, output = f"folder:{pictures}", tmp_path / name
@@ -68,23 +87,16 @@ def test_what_is_prepared_already_is_kept(pictures, tmp_path, name, capsys):
     assert read_manifest(output) == first
 
 
-def test_outputs_that_hold_something_else(pictures, tmp_path):
+@pytest.mark.parametrize("name", ["full", "full.npz"])
+def test_outputs_that_hold_something_else(pictures, tmp_path, name):
     (tmp_path / "empty").mkdir()
     _prepare("shapes:2", tmp_path / "empty")
-    output = tmp_path / "full"
+    output = tmp_path / name
     output.mkdir()
     (output / "thesis.tex").write_text("...")
-    with pytest.raises(UserError, match="exists and was not written by `prepare`"):
+    with pytest.raises(UserError, match="was not written by this version of `prepare`"):
         _prepare(f"folder:{pictures}", output)
     assert _bytes(output) == {"thesis.tex": b"..."}
-
-
-def test_what_a_killed_process_left_is_replaced(tmp_path):
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "records-00000.tfrecord").write_bytes(b"half")
-    _prepare("shapes:2", tmp_path / "out")
-    assert not partial.exists() and read_manifest(tmp_path / "out").examples == 2
 
 
 @pytest.mark.parametrize("name", ["out", "out.npz"])
@@ -106,24 +118,28 @@ def test_broken_pictures_are_skipped_and_named(pictures, tmp_path, name, capsys)
 def test_mostly_broken_sources_write_nothing(pictures, tmp_path, name):
     for i in range(3):
         (pictures / f"{i}.png").write_bytes(b"?")
-    message = "3 of 5 examples .* '[012].png': it is no picture of a known format; noth"
+    message = "3 of 5 examples .* '[012].png': it is no picture of a known format"
     with pytest.raises(UserError, match=message):
         _prepare(f"folder:{pictures}", tmp_path / name, image_size=16)
     for i in range(3, 5):
         (pictures / f"{i}.png").write_bytes(b"?")
     with pytest.raises(UserError, match="5 of 5 examples"):
-        _prepare(f"folder:{pictures}", tmp_path / name, image_size=16)
-    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+        _prepare(f"folder:{pictures}", tmp_path / f"2{name}", image_size=16)
+    # The finished shards are kept, but nothing that training would read.
+    with pytest.raises(UserError, match="half-written|there is no"):
+        read_manifest(tmp_path / f"2{name}")
+    if name == "out":
+        lines = (tmp_path / f"2{name}" / "quarantine.jsonl").read_text().splitlines()
+        assert sorted(json.loads(line)["file"][0] for line in lines) == list("01234")
 
 
-def test_an_interrupt_leaves_nothing(pictures, tmp_path, monkeypatch):
-    def interrupt(data):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare.folder, "verify", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        _prepare(f"folder:{pictures}", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+def test_the_share_that_may_be_bad(pictures, tmp_path):
+    (pictures / "0.png").write_bytes(b"?")
+    with pytest.raises(UserError, match="1 of 5 examples .*--max_bad_share=0.1"):
+        _prepare(f"folder:{pictures}", tmp_path / "out", max_bad_share=0.1)
+    # Not a property of the records: what is finished is kept.
+    manifest = _prepare(f"folder:{pictures}", tmp_path / "out", max_bad_share=0.2)
+    assert (manifest.examples, manifest.skipped) == (4, 1)
 
 
 def test_pictures_smaller_than_a_npz(pictures, tmp_path):
@@ -159,7 +175,7 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
             {"source": "foldr:x"},
             r"'foldr:x' \(did you mean 'folder'\?\); it is folder:",
         ),
-        ({"source": "folder:"}, "it is folder:DIR or shapes:N"),
+        ({"source": "folder:"}, "it is folder:DIR, webdataset:GLOB, .* or shapes:N"),
         ({"source": "shapes:many"}, "give a number above zero"),
         ({"source": "folder:/no/where"}, "there is no folder '/no/where'"),
         ({"output": ""}, "--output is empty"),
@@ -167,6 +183,23 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
         ({"text_length": 0}, "--text_length is 0"),
         ({"seed": -1}, "--seed is -1"),
         ({"shard_examples": -1}, "--shard_examples is -1"),
+        ({"min_side": 0}, "--min_side is 0"),
+        ({"stored_size": -2}, "--stored_size is -2"),
+        ({"stored_size": 8, "min_side": 9}, "--stored_size is 8, less than --min_side"),
+        ({"max_aspect": 0.5}, "--max_aspect is 0.5; .*give 1 or more"),
+        ({"max_bad_share": 1.5}, "--max_bad_share is 1.5; give 0 to 1"),
+        ({"embedding_dtype": "int9"}, r"'int9' \(did you mean 'int8'\?\)"),
+        ({"process_index": 1}, "--process_index and --process_count go together"),
+        ({"process_index": 2, "process_count": 2}, "is one of 0 to 1"),
+        (
+            {"output": "x.npz", "process_index": 0, "process_count": 2},
+            "is written by one process",
+        ),
+        ({"output": "x.npz", "encoder": "none"}, "and has embeddings"),
+        ({"output": "gs://bucket/records"}, "mount the bucket .gcsfuse, s3fs."),
+        ({"runner": "DirectRunner"}, "--runner=DirectRunner prepares pictures only"),
+        ({"source": "webdataset:/no/*.tar"}, "no tar matches '/no/.*'"),
+        ({"source": "parquet:/no/*"}, "no Parquet file matches"),
     ],
 )
 def test_wrong_arguments(tmp_path, options, message):

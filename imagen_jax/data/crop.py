@@ -1,4 +1,4 @@
-"""Where a training crop lies in its picture."""
+"""Where a square lies in its picture, and a training crop in the square."""
 
 from typing import Any
 
@@ -25,14 +25,34 @@ def crop_corner(cfg: StageConfig, ids, epoch) -> tuple[Any, Any]:
     """
     step = cfg.image_size // cfg.lowres_size if cfg.lowres_size else 1
     places = (cfg.image_size - cfg.crop_size) // step + 1
+    return tuple(_draw(cfg, ids, epoch, axis) % places * step for axis in (0, 1))
 
-    def corner(axis):
-        mixed = ids * 0 + cfg.data.seed % _PRIME
-        for value in (ids, epoch, axis):
-            mixed = (mixed * 48_271 + value % _PRIME + 1) % _PRIME
-            # x**5 permutes the residues of this prime; products stay below 2**62.
-            square = mixed * mixed % _PRIME
-            mixed = square * square % _PRIME * mixed % _PRIME
-        return mixed % places * step
 
-    return corner(0), corner(1)
+def square_corner(cfg: StageConfig, ids, epoch, extra) -> Any:
+    """Where in its longer side the square of a picture begins.
+
+    The middle one, or with data.square "random" a function of (data.seed, id, epoch):
+    every epoch another, and in all stages of one seed the same.
+
+    Args:
+      cfg: the stage.
+      ids: `[...]` int64, of the examples.
+      epoch: `[...]` or `[]` int64.
+      extra: `[...]` int64, pixels by which the longer side is longer.
+
+    Returns:
+      `[...]` int64 in [0, extra].
+    """
+    if cfg.data.square == "middle":
+        return extra // 2
+    return _draw(cfg, ids, epoch, 2) % (extra + 1)
+
+
+def _draw(cfg, ids, epoch, purpose):
+    mixed = ids * 0 + cfg.data.seed % _PRIME
+    for value in (ids, epoch, purpose):
+        mixed = (mixed * 48_271 + value % _PRIME + 1) % _PRIME
+        # x**5 permutes the residues of this prime; products stay below 2**62.
+        square = mixed * mixed % _PRIME
+        mixed = square * square % _PRIME * mixed % _PRIME
+    return mixed

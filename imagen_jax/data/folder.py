@@ -1,18 +1,13 @@
 """Captioned pictures as files: the ImageFolder convention, or name.png by name.txt."""
 
 import dataclasses
-import io
 import json
 import pathlib
-
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from imagen_jax.errors import UserError
 
 _PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 _METADATA = "metadata.jsonl"
-_EXIF_ORIENTATION = 0x0112
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,30 +16,12 @@ class Listing:
 
     Attributes:
       pairs: (path of the picture relative to the folder, caption), sorted by path.
-      problems: (path, reason) of what has a caption or a picture only.
+      problems: (path, reason) of what has a caption or a picture only, or a caption
+        that is empty or not UTF-8.
     """
 
     pairs: list[tuple[str, str]]
     problems: list[tuple[str, str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture that is known to decode.
-
-    Attributes:
-      data: its JPEG or PNG file.
-      side: pixels of its shorter side.
-      reencoded: whether `data` is a PNG made here, not the file's own bytes.
-    """
-
-    data: bytes
-    side: int
-    reencoded: bool
-
-
-class BrokenPicture(Exception):
-    """The bytes are no picture, or not all of one; the text says why."""
 
 
 def list_folder(folder: str) -> Listing:
@@ -78,6 +55,8 @@ def list_folder(folder: str) -> Listing:
     for name, caption in captions.items():
         if name not in pictures:
             problems.append((name, "has a caption, but there is no such picture"))
+        elif caption is None:
+            problems.append((name, "the caption is not UTF-8 text"))
         elif not caption:
             problems.append((name, "the caption is empty"))
         else:
@@ -110,7 +89,7 @@ def _read_metadata(path: pathlib.Path) -> dict[str, str]:
     return captions
 
 
-def _read_text_files(root, files, pictures) -> dict[str, str]:
+def _read_text_files(root, files, pictures) -> dict[str, str | None]:
     picture_of = {}
     for name in sorted(pictures):
         stem = pathlib.PurePosixPath(name).with_suffix("").as_posix()
@@ -128,9 +107,17 @@ def _read_text_files(root, files, pictures) -> dict[str, str]:
             "beside each NAME.png"
         )
     return {
-        picture_of.get(name[:-4], name): _read_text(root / name).strip()
+        picture_of.get(name[:-4], name): decode_caption((root / name).read_bytes())
         for name in texts
     }
+
+
+def decode_caption(data: bytes) -> str | None:
+    """The text of a caption's file without the space around it; None if not UTF-8."""
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return None
 
 
 def _read_text(path: pathlib.Path) -> str:
@@ -138,53 +125,3 @@ def _read_text(path: pathlib.Path) -> str:
         return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{str(path)!r} is not UTF-8 text: {error}") from None
-
-
-def verify(data: bytes) -> Picture:
-    """Decodes a picture's file, whatever PIL reads, to the end.
-
-    JPEG and PNG that mean the same to every decoder stay as they are. What only some
-    would show alike is made RGB here: transparency lies on white, and EXIF rotation,
-    palettes, 16 bit, CMYK and other formats are resolved.
-
-    Raises:
-      BrokenPicture: when it does not decode.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        kind = image.format
-        image.load()
-        plain = (
-            kind in ("JPEG", "PNG")
-            and image.mode in ("L", "RGB")
-            and "transparency" not in image.info
-            and image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-        )
-        if not plain:
-            data = _rgb_png(image)
-    except UnidentifiedImageError:
-        # PIL's text names an address in memory.
-        raise BrokenPicture("it is no picture of a known format") from None
-    # PIL's decoders raise almost anything on damaged input.
-    except Exception as error:  # noqa: BLE001
-        raise BrokenPicture(f"{type(error).__name__}: {error}") from None
-    return Picture(data, min(image.size), not plain)
-
-
-def _rgb_png(image: Image.Image) -> bytes:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bit grey; convert() would clip it
-        grey = np.asarray(image, np.int64).clip(0, 65_535) // 257
-        image = Image.fromarray(grey.astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return encode_png(np.asarray(image.convert("RGB")))
-
-
-def encode_png(picture: np.ndarray) -> bytes:
-    """`[H, W, 3]` uint8 to a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()

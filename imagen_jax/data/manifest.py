@@ -15,9 +15,12 @@ from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
-# A folder under this name is still being written, or was left by a killed process.
-PARTIAL = ".partial"
+FORMAT = 2
+# What a job was asked for; beside it, without a manifest, the job is not finished.
+JOB_FILE = "prepare.json"
+QUARANTINE_FILE = "quarantine.jsonl"
+# In its place in a folder of pictures without embeddings.
+PICTURES_FILE = "pictures.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +29,24 @@ class Manifest:
 
     Attributes:
       settings: what `prepare` was asked for: source, text_length, image_size, ...
-      source_sha256: of the names, captions and picture bytes of the source.
+      source_sha256: of the source's names and lengths of files, and of captions where
+        they are known before pictures are read.
       encoder: identity of the text encoder.
       text_dim: width of one token's embedding.
+      embedding_dtype: "bfloat16" or "int8" (`imagen_jax.data.embeddings`).
+      cosine_error: {"mean", "worst"} of 1 - cosine between a token's embedding as the
+        encoder gave it and as it is stored.
       examples: number of records.
+      text_bytes: of all embeddings.
+      image_bytes: of all pictures' files.
       tokens_max: tokens of the longest caption as stored.
       tokens_mean: mean over the captions as stored.
       cut_captions: captions that were longer than text_length and lost their tail.
-      reencoded: pictures stored as RGB PNG in place of their file (transparent,
-        rotated by their EXIF tag, 16 bit, CMYK, WebP, ...).
+      reencoded: pictures stored as a file made here in place of their own (reduced,
+        transparent, rotated by their EXIF tag, 16 bit, CMYK, WebP, ...).
       skipped: number of examples of the source that are not in the records.
-      skipped_files: the first of them, each {"file": ..., "reason": ...}.
+      skipped_files: the first of them, each {"file": ..., "reason": ...}; all are in
+        quarantine.jsonl beside the manifest.
       shards: of each file of records {"file", "examples", "sha256", "sides"}; "sides"
         counts its pictures by their shorter side in pixels. In a .npz file the only
         entry is that of the arrays.
@@ -46,7 +56,11 @@ class Manifest:
     source_sha256: str
     encoder: str
     text_dim: int
+    embedding_dtype: str
+    cosine_error: dict[str, float]
     examples: int
+    text_bytes: int
+    image_bytes: int
     tokens_max: int
     tokens_mean: float
     cut_captions: int
@@ -85,10 +99,12 @@ def from_json(text: str, where: str) -> Manifest:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where} is not valid JSON ({error}); prepare again") from None
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+    found = values.pop("format", None) if isinstance(values, dict) else None
+    if found != FORMAT:
+        what = f"of format {found}" if found else "no manifest"
         raise UserError(
-            f"{where} is no manifest of format {FORMAT}: it was not written by this "
-            "version of `prepare`; prepare again"
+            f"{where} is {what}, this version of the program reads format {FORMAT}: "
+            "prepare again, into a new folder"
         )
     names = {field.name for field in dataclasses.fields(Manifest)}
     if set(values) != names:
@@ -119,7 +135,12 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
     if path.is_file():
         return _read_npz_manifest(path)
     file = path / FILE_NAME
-    if path.name.endswith(PARTIAL):
+    if (path / PICTURES_FILE).is_file():
+        raise UserError(
+            f"{str(path)!r} has pictures without embeddings; add them: `python -m "
+            f"imagen_jax.prepare --source=webdataset:{path}/*.tar --output=...`"
+        )
+    if (path / JOB_FILE).is_file() and not file.is_file():
         raise UserError(
             f"{str(path)!r} is half-written: `prepare` did not finish; run it again"
         )

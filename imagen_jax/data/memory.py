@@ -5,14 +5,13 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch, downsample, pad_text
 from imagen_jax.config import StageConfig
+from imagen_jax.data import embeddings, stream
 from imagen_jax.data import manifest as manifests
-from imagen_jax.data import stream
 from imagen_jax.data.crop import crop_corner
 from imagen_jax.errors import UserError
 
@@ -21,24 +20,26 @@ _CHUNK = 256
 
 
 def arrays(
-    images: list[np.ndarray], text: list[np.ndarray], ids: list[int]
+    images: list[np.ndarray], text: list[bytes], ids: list[int], row_bytes: int
 ) -> dict[str, np.ndarray]:
     """The arrays of a .npz file, without captions and manifest.
 
     Args:
       images: each `[S, S, 3]` uint8.
-      text: each `[n, D]` bfloat16.
+      text: `embeddings.to_bytes` of each.
       ids: of the examples.
+      row_bytes: of one token of `text`.
 
     Returns:
-      "image" `[N, S, S, 3]` uint8, "text" `[sum of n, D]` uint16 (the bits of
-      bfloat16, which .npz files do not know), "offset" `[N + 1]` int64 (example i
-      has the rows offset[i] to offset[i + 1]), "id" `[N]` int64.
+      "image" `[N, S, S, 3]` uint8, "text" `[sum of n, row_bytes]` uint8 (tokens as
+      `embeddings` writes them), "offset" `[N + 1]` int64 (example i has the rows
+      offset[i] to offset[i + 1]), "id" `[N]` int64.
     """
+    lengths = [len(data) // row_bytes for data in text]
     return {
         "image": np.stack(images),
-        "text": np.concatenate(text).astype(ml_dtypes.bfloat16).view(np.uint16),
-        "offset": np.cumsum([0, *map(len, text)], dtype=np.int64),
+        "text": np.frombuffer(b"".join(text), np.uint8).reshape(-1, row_bytes),
+        "offset": np.cumsum([0, *lengths], dtype=np.int64),
         "id": np.asarray(ids, np.int64),
     }
 
@@ -77,16 +78,20 @@ def make_memory(
 
     Raises:
       UserError: when the file is missing, damaged, of another text encoder, or of a
-        picture size that does not halve to the stage's.
+        picture size that does not halve to the stage's, and for random squares.
     """
     manifest = manifests.read_manifest(cfg.data.records)
+    if cfg.data.square != "middle":
+        raise UserError(
+            f"config.data.square is {cfg.data.square!r}, but {cfg.data.records!r} has "
+            "the middle squares only: prepare a folder of records"
+        )
     stream.check_text(cfg, manifest)
     local = stream.local_batch_size(cfg, mesh, process_count)
     with np.load(pathlib.Path(cfg.data.records), allow_pickle=False) as file:
         image, text, offset, ids = (
             file[name] for name in ("image", "text", "offset", "id")
         )
-    text = text.view(ml_dtypes.bfloat16)
     side = image.shape[1]
     if (
         side < cfg.image_size
@@ -123,7 +128,14 @@ def make_memory(
                     for whole, top, left in zip(pictures, *corners)
                 ]
             )
-        ragged = [text[offset[row] : offset[row + 1]] for row in rows]
+        ragged = [
+            embeddings.from_bytes(
+                text[offset[row] : offset[row + 1]].tobytes(),
+                cfg.text.dim,
+                manifest.embedding_dtype,
+            )
+            for row in rows
+        ]
         padded, mask = pad_text(ragged, cfg.text.length, cfg.text.dim)
         return Batch(pictures, padded, mask, ids[rows].astype(np.int32))
 

@@ -59,7 +59,7 @@ def make_pipeline(
         dataset = _examples_from(
             cfg, manifest, process_index, process_count, start * batch_size, own
         )
-        dataset = tasks.StageFeatureConverter(cfg)(
+        dataset = tasks.StageFeatureConverter(cfg, manifest.embedding_dtype)(
             dataset,
             {"image": cfg.train_size, "text": cfg.text.length, "id": 1, "epoch": 1},
         )
@@ -74,6 +74,7 @@ def make_pipeline(
 
     identity = stream.identity(cfg, manifest.content_sha256, usable)
     identity["data.shuffle_examples"] = cfg.data.shuffle_examples
+    identity["data.square"] = cfg.data.square
     return stream.Stream(batches_from, mesh, identity, process_count)
 
 

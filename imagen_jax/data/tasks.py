@@ -11,11 +11,12 @@ import tensorflow as tf
 
 from imagen_jax.config import StageConfig
 from imagen_jax.data import preprocess
+from imagen_jax.data.crop import square_corner
 from imagen_jax.data.manifest import Manifest
 
 SPLIT = "train"
-# image: the picture's JPEG or PNG file. caption: UTF-8. text: `text.to_bytes` of its
-# embeddings. side: pixels of the picture's shorter side.
+# image: the picture's JPEG or PNG file. caption: UTF-8. text: `embeddings.to_bytes`
+# of its embeddings. side: pixels of the picture's shorter side.
 FIELDS = {
     "id": tf.io.FixedLenFeature([], tf.int64),
     "image": tf.io.FixedLenFeature([], tf.string),
@@ -89,9 +90,10 @@ class StageFeatureConverter(seqio.FeatureConverter):
     }
     PACKING_FEATURE_DTYPES = None
 
-    def __init__(self, cfg: StageConfig):
+    def __init__(self, cfg: StageConfig, embedding_dtype: str = "bfloat16"):
         super().__init__(pack=False)
         self._cfg = cfg
+        self._embedding_dtype = embedding_dtype
 
     def get_model_feature_lengths(self, task_feature_lengths):
         """Lengths of the `MODEL_FEATURES`, for seqio's checks."""
@@ -102,11 +104,15 @@ class StageFeatureConverter(seqio.FeatureConverter):
         cfg = self._cfg
 
         def convert(row):
-            image = preprocess.picture(row["image"], cfg.image_size)
+            corner = functools.partial(square_corner, cfg, row["id"], row["epoch"])
+            image = preprocess.picture(row["image"], cfg.image_size, corner)
             if cfg.crop_size:
                 image = preprocess.crop(image, cfg, row["id"], row["epoch"])
             text, mask = preprocess.padded_text(
-                row["text"], task_feature_lengths["text"], cfg.text.dim
+                row["text"],
+                task_feature_lengths["text"],
+                cfg.text.dim,
+                self._embedding_dtype,
             )
             id = tf.cast(row["id"], tf.int32)
             return {"image": image, "text": text, "mask": mask, "id": id}

@@ -1,4 +1,4 @@
-"""Frozen text encoders, and the bytes in which their embeddings are kept.
+"""Frozen text encoders.
 
 An encoder has
 
@@ -186,22 +186,3 @@ def embed(encoder: TinyEncoder, captions: list[str], length: int):
       `text` `[B, length, dim]` bfloat16 and `mask` `[B, length]` bool.
     """
     return pad_text(encoder.encode(captions, length), length, encoder.dim)
-
-
-def to_bytes(row: np.ndarray) -> bytes:
-    """`[n, D]` to its bfloat16 values, little-endian, row by row."""
-    return row.astype(ml_dtypes.bfloat16).view("<u2").tobytes()
-
-
-def from_bytes(data: bytes, dim: int) -> np.ndarray:
-    """The inverse of `to_bytes`: `[n, dim]` bfloat16.
-
-    Raises:
-      UserError: when `data` is not a whole number of rows.
-    """
-    if len(data) % (2 * dim):
-        raise UserError(
-            f"{len(data)} bytes are no bfloat16 embeddings of width {dim}: the "
-            "records and their manifest disagree"
-        )
-    return np.frombuffer(data, "<u2").view(ml_dtypes.bfloat16).reshape(-1, dim)

@@ -65,12 +65,20 @@ def _truncate(path):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda f: (f / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda f: (f / "manifest.json").unlink(), "half-written.*run it again"),
+        (
+            lambda f: [(f / n).unlink() for n in ("manifest.json", "prepare.json")],
+            "has no manifest.json",
+        ),
+        (
+            lambda f: (f / "manifest.json").rename(f / "pictures.json"),
+            "has pictures without embeddings; add them: .*--source=webdataset",
+        ),
         (lambda f: shutil.rmtree(f), "there is no '.*prepare"),
         (lambda f: (f / "records-00002.tfrecord").unlink(), "lacks 1 of its 5 files"),
         (lambda f: _truncate(f / "manifest.json"), "is not valid JSON"),
-        (lambda f: _edit(f, format=0), "no manifest of format 1"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "no manifest of format 1"),
+        (lambda f: _edit(f, format=1), "is of format 1, .* reads format 2: prepare ag"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "is no manifest, this"),
         (lambda f: _edit(f, colour="red"), r"damaged: \['colour'\]"),
     ],
 )
@@ -78,12 +86,6 @@ def test_damaged_folders(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
         read_manifest(copy)
-
-
-def test_half_written_folder(copy):
-    partial = copy.rename(f"{copy}.partial")
-    with pytest.raises(UserError, match="half-written"):
-        read_manifest(partial)
 
 
 def test_no_records(stage, records, mesh):

@@ -106,3 +106,8 @@ def test_the_file_holds_captions_and_no_pickles(npz, pictures):
     lines = (pictures / "metadata.jsonl").read_text().splitlines()
     want = [json.loads(lines[i])["text"].strip() for i in ids]
     assert captions.tolist() == want
+
+
+def test_has_middle_squares_only(stage, npz, mesh):
+    with pytest.raises(UserError, match="data.square is 'random', but .*middle squ"):
+        make_memory(stage(npz, data={"square": "random"}), mesh)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax import config, sharding
+from imagen_jax import config, prepare, sharding
 from imagen_jax.batch import batch_spec, check_batch, downsample
-from imagen_jax.data import text
+from imagen_jax.data import embeddings, text
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.data.memory import make_memory
 from imagen_jax.data.source import open_records
@@ -60,6 +60,29 @@ def test_batches_are_what_was_prepared(stage, records, pictures, mesh):
             assert gap.max() < 2, lines[id]
 
 
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_batches_of_int8_embeddings(stage, pictures, tmp_path, mesh, name):
+    """Both readers give what the bytes of a caption's embedding say."""
+    output = str(tmp_path / name)
+    options = {"embedding_dtype": "int8", "image_size": 31, "progress": False}
+    prepare.prepare(f"folder:{pictures}", output, **options)
+    manifest = read_manifest(output)
+    assert 0 < manifest.cosine_error["mean"] < manifest.cosine_error["worst"] < 1e-3
+    tokens = round(manifest.tokens_mean * manifest.examples)
+    assert manifest.text_bytes == tokens * (64 + 4)
+    lines = [
+        json.loads(line) for line in (pictures / "metadata.jsonl").open().readlines()
+    ]
+    encoder = text.load_encoder("tiny")
+    size = 31 if name.endswith("npz") else 16
+    (batch,) = _take(open_records(stage(output, size, batch_size=7), mesh), 1)
+    for row, mask, id in zip(batch.text, batch.mask, batch.id):
+        (whole,) = encoder.encode([lines[id]["text"]], 8)
+        want = embeddings.from_bytes(embeddings.to_bytes(whole, "int8"), 64, "int8")
+        np.testing.assert_array_equal(row[mask], want)
+        assert not row[~mask].any()
+
+
 def test_an_epoch_has_every_example_once_in_another_order(stage, records, mesh):
     first, second, third = (
         _ids(_take(make_pipeline(stage(records, batch_size=7), mesh), 9)[i : i + 3])
@@ -92,6 +115,23 @@ def test_resuming_equals_never_stopping(stage, records, mesh, consumed, crop):
     assert resumed.get_state() == state
     _assert_equal(_take(resumed, 3), _take(whole, 3))
     assert resumed.get_state() == whole.get_state() and len(state) < 400
+
+
+def test_random_squares_change_from_epoch_to_epoch(stage, records, pictures, mesh):
+    paths = enumerate(sorted(pictures.glob("*.[jp]*g")))
+    sizes = {i: Image.open(path).size for i, path in paths}
+    cfg = stage(records, batch_size=7, data={"square": "random"})
+    seen = {}
+    for batch in _take(make_pipeline(cfg, mesh), 12):
+        for id, image in zip(batch.id.tolist(), batch.image):
+            seen.setdefault(id, set()).add(image.tobytes())
+    for id, squares in seen.items():
+        height, width = sizes[id]
+        assert (len(squares) > 1) == (height != width)
+    middle = stage(records, batch_size=7)
+    stream = make_pipeline(middle, mesh)
+    with pytest.raises(UserError, match="data.square 'random', this run has 'middle'"):
+        stream.set_state(make_pipeline(cfg, mesh).get_state())
 
 
 def test_crops_change_from_epoch_to_epoch(stage, records, mesh):

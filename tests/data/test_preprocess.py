@@ -1,3 +1,4 @@
+import functools
 import io
 
 import ml_dtypes
@@ -6,8 +7,8 @@ import pytest
 from PIL import Image
 
 from imagen_jax.batch import downsample, pad_text
-from imagen_jax.data import text
-from imagen_jax.data.crop import crop_corner
+from imagen_jax.data import embeddings
+from imagen_jax.data.crop import crop_corner, square_corner
 from imagen_jax.data.start_tensorflow import start_tensorflow
 
 start_tensorflow()
@@ -86,14 +87,56 @@ def test_decode():
     assert np.abs(preprocess.decode(jpeg).numpy() - want).max() <= 2
 
 
-def test_padded_text_is_pad_text():
+@pytest.mark.parametrize("dtype", embeddings.DTYPES)
+def test_padded_text_is_pad_text(dtype):
     rng = np.random.default_rng(0)
     for n in (1, 5, 8):
         row = rng.normal(size=(n, 6)).astype(ml_dtypes.bfloat16)
-        want_text, want_mask = pad_text([row], 5, 6)
-        have_text, have_mask = preprocess.padded_text(text.to_bytes(row), 5, 6)
+        data = embeddings.to_bytes(row, dtype)
+        stored = embeddings.from_bytes(data, 6, dtype)
+        want_text, want_mask = pad_text([stored], 5, 6)
+        have_text, have_mask = preprocess.padded_text(data, 5, 6, dtype)
         np.testing.assert_array_equal(have_text.numpy(), want_text[0])
         np.testing.assert_array_equal(have_mask.numpy(), want_mask[0])
+
+
+class TestSquare:
+    @pytest.mark.parametrize("shape", [(64, 200), (200, 64), (64, 64)])
+    def test_tensorflow_cuts_where_numpy_does(self, stage, records, shape):
+        cfg = stage(records, 64, data={"square": "random", "seed": 3})
+        image, extra = _noise(*shape), max(shape) - 64
+        for id, epoch in [(0, 0), (0, 1), (3, 1), (2**31, 2)]:
+            at = int(square_corner(cfg, np.int64(id), np.int64(epoch), np.int64(extra)))
+            top, left = (at, 0) if shape[0] > 64 else (0, at)
+            have = preprocess.picture(
+                _file(image),
+                64,
+                functools.partial(
+                    square_corner,
+                    cfg,
+                    tf.constant(id, tf.int64),
+                    tf.constant(epoch, tf.int64),
+                ),
+            )
+            np.testing.assert_array_equal(have, image[top : top + 64, left : left + 64])
+
+    def test_squares_are_spread(self, stage, records):
+        cfg = stage(records, 64, data={"square": "random"})
+        ids, epochs = np.arange(200)[:, None], np.arange(20)
+        places = square_corner(cfg, ids, epochs, ids * 0 + 15)
+        counts = np.bincount(places.ravel(), minlength=16)
+        # Chi-squared of 15 degrees of freedom: 5 standard deviations above its mean.
+        assert ((counts - 250) ** 2 / 250).sum() < 15 + 5 * 30**0.5
+        assert all(len(set(row)) > 5 for row in places)
+        # Not those of the crops.
+        crops = crop_corner(
+            stage(records, 64, lowres_size=16, crop_size=4), ids, epochs
+        )
+        assert (
+            np.abs(np.corrcoef(places.ravel(), crops[0].ravel())[0, 1]) < 5 / 4000**0.5
+        )
+        middle = stage(records, 64)
+        assert square_corner(middle, 5, 0, 9) == 4
 
 
 class TestCrop:

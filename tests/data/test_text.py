@@ -121,17 +121,6 @@ def test_load_encoder():
         text.load_encoder("tiny", "x.npz")
 
 
-def test_bytes_are_little_endian_bfloat16():
-    row = np.array([[1.0, -2.0], [0.5, 3.0]], ml_dtypes.bfloat16)
-    # 1.0 is 0x3f80: the upper half of a float32.
-    assert text.to_bytes(row)[:4] == b"\x80\x3f\x00\xc0"
-    np.testing.assert_array_equal(text.from_bytes(text.to_bytes(row), 2), row)
-    with pytest.raises(
-        UserError, match="8 bytes are no bfloat16 embeddings of width 3"
-    ):
-        text.from_bytes(text.to_bytes(row), 3)
-
-
 def test_embed():
     rows, mask = text.embed(ENCODER, ["red", "a red ring"], 6)
     assert rows.shape == (2, 6, 64) and rows.dtype == ml_dtypes.bfloat16

@@ -1,0 +1,70 @@
+"""The bytes in which embeddings are kept: ragged, bfloat16 or int8.
+
+A token of width D is one row. "bfloat16": D little-endian values. "int8": the row's
+scale as a little-endian float32, then D int8 values; the embedding is their product,
+rounded to bfloat16. The scale is the row's largest magnitude over 127.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from imagen_jax.errors import UserError, did_you_mean
+
+DTYPES = ("bfloat16", "int8")
+# Of the float32 in front of a row of int8.
+SCALE_BYTES = 4
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises `UserError` unless `dtype` is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise UserError(
+            f"--embedding_dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}; it is one "
+            f"of {', '.join(DTYPES)}"
+        )
+
+
+def row_bytes(dim: int, dtype: str = "bfloat16") -> int:
+    """Bytes of one token."""
+    return 2 * dim if dtype == "bfloat16" else SCALE_BYTES + dim
+
+
+def to_bytes(rows: np.ndarray, dtype: str = "bfloat16") -> bytes:
+    """`[n, D]` floats to bytes, row by row."""
+    if dtype == "bfloat16":
+        return rows.astype(ml_dtypes.bfloat16).view("<u2").tobytes()
+    rows = rows.astype(np.float32)
+    scale = np.abs(rows).max(axis=1, keepdims=True) / np.float32(127)
+    values = np.rint(rows / np.where(scale > 0, scale, 1)).astype(np.int8)
+    scale = scale.astype("<f4").view(np.int8)
+    return np.concatenate([scale, values], axis=1).tobytes()
+
+
+def from_bytes(data: bytes, dim: int, dtype: str = "bfloat16") -> np.ndarray:
+    """The inverse of `to_bytes`: `[n, dim]` bfloat16.
+
+    Raises:
+      UserError: when `data` is not a whole number of rows.
+    """
+    if len(data) % row_bytes(dim, dtype):
+        raise UserError(
+            f"{len(data)} bytes are no {dtype} embeddings of width {dim}: the records "
+            "and their manifest disagree"
+        )
+    if dtype == "bfloat16":
+        return np.frombuffer(data, "<u2").view(ml_dtypes.bfloat16).reshape(-1, dim)
+    rows = np.frombuffer(data, np.int8).reshape(-1, SCALE_BYTES + dim)
+    scale = np.ascontiguousarray(rows[:, :SCALE_BYTES]).view("<f4")
+    return (rows[:, SCALE_BYTES:] * scale).astype(ml_dtypes.bfloat16)
+
+
+def cosine_error(rows: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """1 - cosine between each row of two `[n, D]` arrays: `[n]` float64, at least 0.
+
+    A row of zeros that is stored as zeros has no error.
+    """
+    a, b = rows.astype(np.float64), stored.astype(np.float64)
+    same = (a == b).all(axis=1)
+    norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    cosine = (a * b).sum(1) / np.where(norms > 0, norms, 1)
+    return np.where(same, 0.0, np.maximum(0.0, 1 - cosine))
