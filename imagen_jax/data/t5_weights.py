@@ -1,12 +1,13 @@
 """The T5 encoder's parameters from a checkpoint, tensor by tensor onto devices."""
 
 import dataclasses
+import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -55,6 +56,7 @@ _FEED_FORWARD = {
 }
 # transformers stores the embedding under one of two names, or under both.
 _ALIASES = {"shared.weight": "encoder.embed_tokens.weight"}
+_OF_LAYER = re.compile(r"encoder\.block\.|target\.encoder\.layers_")
 _OF_ENCODER = re.compile(r"(target\.)?encoder\.|shared\.|target\.token_embedder\.")
 
 
@@ -63,6 +65,8 @@ class _Tensor:
     """A parameter of ours in a checkpoint: its name there and how it is stored."""
 
     path: str
+    # The same parameter of the first layer.
+    first: str
     name: str
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
@@ -71,21 +75,20 @@ class _Tensor:
 
 def tensors(config: T5Config, kind: str) -> Iterator[_Tensor]:
     """Every parameter of an encoder as a checkpoint of `kind` stores it."""
-    shapes = traverse_util.flatten_dict(
-        jax.tree.map(jnp.shape, nn.unbox(_abstract_params(config))), sep="."
-    )
-    names = list(_ONCE)
+    first_layer = _first_layer(config)
+    names = [(ours, *others, ours) for ours, *others in _ONCE]
     for i in range(config.num_layers):
         for ours, theirs, t5x in (*_LAYER, *_FEED_FORWARD[config.gated]):
             theirs = f"encoder.block.{i}.layer.{theirs}.weight"
-            names.append((ours.format(i), theirs, f"target.encoder.layers_{i}.{t5x}"))
-    for ours, theirs, t5x in names:
-        shape, leaf = shapes[ours], ours.rpartition(".")[-1]
+            t5x = f"target.encoder.layers_{i}.{t5x}"
+            names.append((ours.format(i), theirs, t5x, ours.format(0)))
+    for ours, theirs, t5x, first in names:
+        shape, leaf = first_layer[first].value.shape, ours.rpartition(".")[-1]
         flat = shape
         if leaf in ("query", "key", "value"):
             flat = (shape[0], shape[1] * shape[2])
         elif leaf == "out":
-            flat = (shape[-1] and int(np.prod(shape[:-1])), shape[-1])
+            flat = (math.prod(shape[:-1]), shape[-1])
         # torch keeps kernels as [out, in]; T5X keeps the bias as [heads, buckets].
         if kind == "t5x":
             transposed = leaf == "relative_bias"
@@ -93,22 +96,26 @@ def tensors(config: T5Config, kind: str) -> Iterator[_Tensor]:
             transposed = leaf not in ("relative_bias", "token_embedding", "scale")
         stored = flat[::-1] if transposed else flat
         name = t5x if kind == "t5x" else theirs
-        yield _Tensor(ours, name, shape, stored, transposed)
+        yield _Tensor(ours, first, name, shape, stored, transposed)
 
 
-def _abstract_params(config: T5Config):
+@functools.cache
+def _first_layer(config: T5Config) -> dict:
+    """By path, what is not of a layer and what is of the first: abstract and boxed."""
+    # The other layers are like it, and tracing 24 of them takes a second.
+    model = T5Encoder(dataclasses.replace(config, num_layers=1))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    init = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, mask)
-    return init["params"]
+    init = jax.eval_shape(model.init, jax.random.key(0), ids, mask)
+    return traverse_util.flatten_dict(init["params"], sep=".")
 
 
 def load_params(path: str, config: T5Config, mesh: Mesh) -> tuple[dict, str]:
     """Reads an encoder onto the devices of `mesh`.
 
-    Kernels and the embedding are kept in `config.dtype`, which they are cast to
-    anyway where they are used; norms and the position bias in float32. On the host
-    there is never more than one tensor, as it is stored and as it is kept.
+    Kernels are kept in `config.dtype`, which they are cast to anyway where they are
+    used; embedding, norms and position bias in float32. On the host there is never
+    more than one tensor, as it is stored and as it is kept.
 
     Args:
       path: as `t5_checkpoints.open_checkpoint` takes it.
@@ -125,16 +132,14 @@ def load_params(path: str, config: T5Config, mesh: Mesh) -> tuple[dict, str]:
     """
     checkpoint = t5_checkpoints.open_checkpoint(path)
     wanted = _check_shapes(checkpoint, path, config)
-    shardings = traverse_util.flatten_dict(
-        state_shardings(_abstract_params(config), mesh), sep="."
-    )
+    shardings = state_shardings(_first_layer(config), mesh)
     params, digest = {}, hashlib.sha256()
     for tensor in tqdm.tqdm(wanted, desc="weights", leave=False, disable=None):
         array = _read(checkpoint, tensor, config.dtype)
         digest.update(json.dumps([tensor.path, *tensor.shape]).encode())
         digest.update(array.view(np.uint8).reshape(-1))
         # Waited for, or the next tensor would be read while this one is still sent.
-        placed = jax.block_until_ready(jax.device_put(array, shardings[tensor.path]))
+        placed = jax.block_until_ready(jax.device_put(array, shardings[tensor.first]))
         if not jnp.isfinite(placed).all():
             raise UserError(
                 f"{tensor.name!r} in {path!r} holds values that are inf or NaN: the "
@@ -146,8 +151,8 @@ def load_params(path: str, config: T5Config, mesh: Mesh) -> tuple[dict, str]:
 
 def _read(checkpoint, tensor: _Tensor, dtype: str) -> np.ndarray:
     array = checkpoint.read(tensor.name)
-    small = tensor.path.endswith(("scale", "relative_bias"))
-    dtype = np.float32 if small or dtype == "float32" else ml_dtypes.bfloat16
+    exact = tensor.path.endswith(("scale", "relative_bias", "token_embedding"))
+    dtype = np.float32 if exact or dtype == "float32" else ml_dtypes.bfloat16
     # One step each, so that no more than two copies are held.
     array = array.astype(dtype, copy=False)
     if tensor.transposed:
@@ -179,18 +184,18 @@ def _check_shapes(checkpoint, path: str, config: T5Config) -> list[_Tensor]:
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise UserError(
-            f"the checkpoint {path!r} {faults[0]}{more}{_size_hint(checkpoint)}"
+            f"the checkpoint {path!r} {faults[0]}{more}{_size_hint(checkpoint, config)}"
         )
     return found
 
 
-def _size_hint(checkpoint) -> str:
+def _size_hint(checkpoint, asked: T5Config) -> str:
     have = checkpoint.shapes
     for name, config in SIZES.items():
-        wanted = tensors(config, checkpoint.kind)
-        if all(have.get(t.name, t.stored_shape) == t.stored_shape for t in wanted):
-            names = {t.name for t in tensors(config, checkpoint.kind)}
-            layers = {n for n in have if ".layer" in n and _OF_ENCODER.match(n)}
-            if layers and layers <= names:
-                return f": its shapes are those of {name}; give --encoder={name}"
+        if dataclasses.replace(config, dtype=asked.dtype) == asked:
+            continue
+        wanted = {t.name: t.stored_shape for t in tensors(config, checkpoint.kind)}
+        layers = {k: v for k, v in have.items() if _OF_LAYER.match(k)}
+        if layers and all(wanted.get(k) == v for k, v in layers.items()):
+            return f": its shapes are those of {name}; give --encoder={name}"
     return ""
