@@ -61,6 +61,7 @@ def prepare(
     output: str,
     encoder: str = "tiny",
     encoder_weights: str = "",
+    encoder_dtype: str = "",
     text_length: int = 128,
     image_size: int = 64,
     shard_examples: int = 1000,
@@ -77,6 +78,7 @@ def prepare(
       output: a folder to be, or FILE.npz.
       encoder: name of the text encoder.
       encoder_weights: its weights, for encoders that have none built in.
+      encoder_dtype: "bfloat16" (default) or "float32", of a T5's computation.
       text_length: tokens of a caption that are kept.
       image_size: pixels of a side, of drawn scenes and of pictures in a .npz file;
         records of a folder keep the files of its pictures.
@@ -99,7 +101,7 @@ def prepare(
         raise UserError(f"--seed is {seed}; it must not be negative")
     if not output:
         raise UserError("--output is empty: give a folder to be, or FILE.npz")
-    encode = text.load_encoder(encoder, encoder_weights)
+    encode = text.load_encoder(encoder, encoder_weights, encoder_dtype)
     source_now = originals.open_originals(source, image_size, seed)
     settings = {
         "source": source,
@@ -344,8 +346,16 @@ def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     flags.DEFINE_string("source", None, "folder:DIR or shapes:N")
     flags.DEFINE_string("output", None, "a folder to be, or FILE.npz")
-    flags.DEFINE_string("encoder", "tiny", "the frozen text encoder")
+    flags.DEFINE_string(
+        "encoder",
+        "tiny",
+        "the frozen text encoder: tiny, t5_1_1_SIZE, t5_1_0_SIZE, hf:NAME_OR_PATH or "
+        "t5x:CHECKPOINT (docs/text_encoders.md)",
+    )
     flags.DEFINE_string("encoder_weights", "", "its weights, if it has none built in")
+    flags.DEFINE_string(
+        "encoder_dtype", "", "bfloat16 (default) or float32, of a T5's computation"
+    )
     flags.DEFINE_integer("text_length", 128, "tokens of a caption that are kept")
     flags.DEFINE_integer(
         "image_size", 64, "pixels of a side, of drawn scenes and pictures in a .npz"
@@ -358,8 +368,8 @@ def define_flags() -> None:
 def main() -> None:
     """Prepares what the flags ask for."""
     names = (
-        "source output encoder encoder_weights text_length image_size shard_examples "
-        "seed"
+        "source output encoder encoder_weights encoder_dtype text_length image_size "
+        "shard_examples seed"
     )
     prepare(**{name: flags.FLAGS[name].value for name in names.split()})
 

@@ -141,6 +141,8 @@ def sample_prompts(
                 f"with {text_cfg.length}, the rest is cut"
             )
     text, mask = embed(encoder, list(prompts), text_cfg.length)
+    # T5-XXL's weights leave the devices before the stages run.
+    del encoder
     total = len(prompts) * len(trained)
     with tqdm.tqdm(
         total=total, desc="sample", unit="picture", disable=not progress

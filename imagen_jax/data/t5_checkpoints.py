@@ -195,8 +195,15 @@ class T5X:
         """
         if name not in self._stores:
             return np.asarray(self._leaves[name])
+        import tensorstore
+
+        store = self._stores[name]
+        out = np.empty(store.shape, store.dtype.numpy_dtype)
         try:
-            return self._stores[name].read().result()
+            # Into memory of ours: tensorstore's threads keep for themselves what they
+            # allocated and freed.
+            tensorstore.array(out, copy=False).write(store).result()
+            return out
         except ValueError as error:
             place = self._folder / _folder_of(self._leaves[name])
             raise UserError(_damaged(place, error)) from None

@@ -1,10 +1,10 @@
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import jax
 import ml_dtypes
@@ -19,10 +19,11 @@ from imagen_jax.config import MeshConfig
 from imagen_jax.data import t5_checkpoints, t5_weights
 from imagen_jax.errors import UserError
 from imagen_jax.models import t5
+from imagen_jax.models.t5 import T5Config
 from tests import drawn
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "references"
-CONFIG = t5.T5Config(96, 2, 32, 48, 8, 4, dtype="float32")
+CONFIG = T5Config(96, 2, 32, 48, 8, 4, dtype="float32")
 RELU = dataclasses.replace(CONFIG, gated=False)
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
@@ -336,7 +337,7 @@ def test_published_sizes_equal_transformers(monkeypatch, name, cut):
 
 @pytest.mark.parametrize("axes", [(1, 1, 8), (1, 8, 1), (2, 2, 2)])
 def test_eight_devices_equal_one(tmp_path, axes):
-    config = t5.T5Config(96, 2, 64, 96, 16, 8, dtype="float32")
+    config = T5Config(96, 2, 64, 96, 16, 8, dtype="float32")
     path = write_safetensors(tmp_path / "x", hugging_face(config))
     ids = np.random.default_rng(0).integers(1, 96, (8, 24))
     ids[3, 9:] = 0
@@ -359,3 +360,59 @@ def test_eight_devices_equal_one(tmp_path, axes):
     # Float32 sums of at most 96 terms in another order, through four residual sums.
     bound = 4 * 96 * np.finfo(np.float32).eps * np.abs(want).max()
     assert np.abs(np.asarray(out) - np.asarray(want))[ids > 0].max() <= bound
+
+
+MEASURE = """
+import dataclasses, json, sys
+import jax, numpy as np
+from imagen_jax import sharding
+from imagen_jax.config import MeshConfig
+from imagen_jax.data.t5_weights import load_params
+from imagen_jax.models.t5 import T5Config
+
+def held(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(field))
+
+small, large, config, dtype = json.loads(sys.argv[1])
+config = T5Config(**config | {"dtype": dtype})
+mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1))
+# Libraries are loaded, and programs compiled, by then.
+load_params(small, dataclasses.replace(config, num_layers=1), mesh)
+before = held("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # forgets the peak so far
+params, _ = load_params(large, config, mesh)
+on_devices = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(held("VmHWM") - before - on_devices, on_devices)
+"""
+
+
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc"
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["safetensors", "t5x"])
+def test_the_host_holds_less_than_three_tensors(tmp_path, kind, dtype):
+    """Beside what lies on the devices, which on a CPU are the host's memory too."""
+    config = T5Config(64, 6, 1024, 2048, 64, 8)
+    paths = {}
+    for layers in (1, config.num_layers):
+        cut = dataclasses.replace(config, num_layers=layers)
+        tensors, folder = hugging_face(cut), tmp_path / str(layers)
+        if kind == "t5x":
+            folder.mkdir()
+            write_t5x(folder, as_t5x(tensors, cut), chunk=512)
+        else:
+            write_safetensors(folder, tensors, files=2)
+        paths[layers] = str(folder)
+    largest = max(x.nbytes for x in tensors.values())
+    stored = sum(x.nbytes for x in tensors.values())
+    assert stored > 20 * largest
+    arguments = json.dumps([*paths.values(), dataclasses.asdict(config), dtype])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    held, on_devices = map(int, done.stdout.split())
+    assert on_devices > stored / (1 if dtype == "float32" else 2) * 0.99
+    assert held < 3 * largest, f"{held / largest:.2f} times the largest tensor"
