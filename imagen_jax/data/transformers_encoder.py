@@ -91,6 +91,9 @@ def _load(place: str):
             f"--encoder=hf:... needs transformers and torch, which cannot be imported "
             f"({error}): pip install 'imagen-jax[encoders]'"
         ) from None
+    verbosity = transformers.logging.get_verbosity()
+    # It lists what a checkpoint has beside the text encoder; what it lacks is below.
+    transformers.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         config = transformers.AutoConfig.from_pretrained(place)
@@ -103,6 +106,8 @@ def _load(place: str):
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"transformers cannot load {place!r}: {reason}") from None
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     # It draws at random what a checkpoint lacks, and goes on.
     lacking = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if lacking:
