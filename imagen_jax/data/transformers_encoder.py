@@ -105,7 +105,10 @@ def _load(place: str):
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"transformers cannot load {place!r}: {reason}") from None
+        raise UserError(
+            f"transformers cannot load {place!r}: {reason}; if it lies in a folder, "
+            "give that as --encoder_weights"
+        ) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
     # It draws at random what a checkpoint lacks, and goes on.

@@ -10,9 +10,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
-import tensorstore
-from flax import serialization, traverse_util
 
 from imagen_jax import sharding
 from imagen_jax.config import MeshConfig
@@ -21,109 +18,12 @@ from imagen_jax.errors import UserError
 from imagen_jax.models import t5
 from imagen_jax.models.t5 import T5Config
 from tests import drawn
+from tests.t5_files import as_t5x, hugging_face, write_safetensors, write_t5x
 
 REFERENCES = pathlib.Path(__file__).parents[1] / "references"
 CONFIG = T5Config(96, 2, 32, 48, 8, 4, dtype="float32")
 RELU = dataclasses.replace(CONFIG, gated=False)
 ONE_DEVICE = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-def hugging_face(config):
-    """Drawn tensors under transformers' names; [out, in] as torch has them."""
-    d, inner = config.d_model, config.num_heads * config.d_kv
-    shapes = {
-        "shared.weight": (config.vocab_size, d),
-        "encoder.final_layer_norm.weight": (d,),
-    }
-    for i in range(config.num_layers):
-        attention, ff = (f"encoder.block.{i}.layer.{j}." for j in (0, 1))
-        for name in "qkv":
-            shapes[f"{attention}SelfAttention.{name}.weight"] = (inner, d)
-        shapes[f"{attention}SelfAttention.o.weight"] = (d, inner)
-        for name in ("wi_0", "wi_1") if config.gated else ("wi",):
-            shapes[f"{ff}DenseReluDense.{name}.weight"] = (config.d_ff, d)
-        shapes[f"{ff}DenseReluDense.wo.weight"] = (d, config.d_ff)
-        shapes |= {f"{x}layer_norm.weight": (d,) for x in (attention, ff)}
-    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    shapes[bias] = (32, config.num_heads)
-    # What a whole model has beside its encoder.
-    shapes |= {"lm_head.weight": (8, d), "decoder.final_layer_norm.weight": (d,)}
-    return {name: drawn.t5(name, shape) for name, shape in shapes.items()}
-
-
-def write_safetensors(folder, tensors, files=3):
-    """As save_pretrained writes a large model: several files and an index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if files == 1:
-        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-        return folder
-    index = {}
-    for k in range(files):
-        part = {n: tensors[n] for n in list(tensors)[k::files]}
-        file = f"model-{k + 1:05d}-of-{files:05d}.safetensors"
-        safetensors.numpy.save_file(part, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    text = json.dumps({"metadata": {"total_size": 0}, "weight_map": index})
-    (folder / "model.safetensors.index.json").write_text(text)
-    return folder
-
-
-def as_t5x(tensors, config):
-    """The same numbers as T5X names them; its kernels are [in, out]."""
-    flat = {
-        "token_embedder/embedding": tensors["shared.weight"],
-        "encoder/encoder_norm/scale": tensors["encoder.final_layer_norm.weight"],
-        "decoder/decoder_norm/scale": tensors["decoder.final_layer_norm.weight"],
-        "encoder/relpos_bias/rel_embedding": tensors[
-            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        ].T,
-    }
-    names = {
-        "layer.0.layer_norm": "pre_attention_layer_norm/scale",
-        "layer.0.SelfAttention.q": "attention/query/kernel",
-        "layer.0.SelfAttention.k": "attention/key/kernel",
-        "layer.0.SelfAttention.v": "attention/value/kernel",
-        "layer.0.SelfAttention.o": "attention/out/kernel",
-        "layer.1.layer_norm": "pre_mlp_layer_norm/scale",
-        "layer.1.DenseReluDense.wi": "mlp/wi/kernel",
-        "layer.1.DenseReluDense.wi_0": "mlp/wi_0/kernel",
-        "layer.1.DenseReluDense.wi_1": "mlp/wi_1/kernel",
-        "layer.1.DenseReluDense.wo": "mlp/wo/kernel",
-    }
-    for i in range(config.num_layers):
-        for theirs, t5x in names.items():
-            name = f"encoder.block.{i}.{theirs}.weight"
-            if name in tensors:
-                flat[f"encoder/layers_{i}/{t5x}"] = tensors[name].T
-    return flat
-
-
-def write_t5x(folder, flat, inline=("encoder/encoder_norm/scale",), chunk=40):
-    """As T5X's checkpoints.py does: gzipped zarr arrays, their specs in msgpack."""
-    leaves = {}
-    for name, array in flat.items():
-        if name in inline:
-            leaves[f"target/{name}"] = array
-            continue
-        spec = {
-            "driver": "zarr",
-            "dtype": array.dtype.name,
-            "kvstore": {"driver": "file", "path": f"target.{name.replace('/', '.')}/"},
-            "metadata": {
-                "shape": list(array.shape),
-                "chunks": [min(n, chunk) for n in array.shape],
-                "compressor": {"id": "gzip", "level": 1},
-            },
-        }
-        here = spec | {"kvstore": {"driver": "file", "path": f"{folder}/target."}}
-        here["kvstore"]["path"] += name.replace("/", ".") + "/"
-        tensorstore.open(here, create=True).result().write(array).result()
-        leaves[f"target/{name}"] = spec
-    leaves["state/step"] = np.int32(1_000_000)
-    tree = traverse_util.unflatten_dict(leaves, sep="/")
-    content = {"version": 3, "optimizer": tree}
-    (folder / "checkpoint").write_bytes(serialization.to_bytes(content))
-    return folder
 
 
 def load(path, config=CONFIG, mesh=ONE_DEVICE):
@@ -152,35 +52,6 @@ def test_safetensors_and_t5x_are_the_same_arrays(tmp_path, config):
     out = tensors["encoder.block.1.layer.0.SelfAttention.o.weight"]
     head = np.asarray(params["attention_1"]["out"])[2]
     np.testing.assert_array_equal(head, out[:, 16:24].T)
-
-
-def test_the_embedding_may_have_its_other_name(tmp_path):
-    tensors = hugging_face(CONFIG)
-    params, digest = load(write_safetensors(tmp_path / "a", tensors))
-    tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
-    assert load(write_safetensors(tmp_path / "b", tensors))[1] == digest
-
-
-def test_older_and_newer_specs_of_t5x(tmp_path):
-    """A path beside the kvstore (gs://t5-data), and Orbax's placeholders."""
-    flat = as_t5x(hugging_face(CONFIG), CONFIG)
-    folder = write_t5x(tmp_path / "new", flat, inline=())
-    digest = load(folder)[1]
-    tree = serialization.msgpack_restore((folder / "checkpoint").read_bytes())
-    leaves = traverse_util.flatten_dict(
-        tree["optimizer"], is_leaf=lambda _, v: "driver" in v
-    )
-    old, orbax = {}, {}
-    for path, leaf in leaves.items():
-        if path[0] == "target":
-            place = leaf["kvstore"]["path"]
-            kvstore = {"driver": "gcs", "bucket": "t5x-dummy-bucket"}
-            old[path] = leaf | {"kvstore": kvstore, "path": place.strip("/")}
-            orbax[path] = f"PLACEHOLDER://{place.strip('/')}"
-    old = {"version": 3, "optimizer": traverse_util.unflatten_dict(old)}
-    for content in (old, traverse_util.unflatten_dict(orbax)):
-        (folder / "checkpoint").write_bytes(serialization.to_bytes(content))
-        assert load(folder)[1] == digest
 
 
 def test_kernels_are_kept_in_the_compute_type(tmp_path):
@@ -254,44 +125,6 @@ def test_the_size_that_would_fit_is_named():
     Base.shapes = lacking
     with pytest.raises(UserError, match=r"lacks .*final_layer_norm.*\(768,\)$"):
         t5_weights._check_shapes(Base, "PATH", t5.SIZES["t5_1_1_base"])
-
-
-def test_what_is_not_whole(tmp_path):
-    with pytest.raises(UserError, match="no weights at"):
-        load(tmp_path / "nothing")
-    with pytest.raises(UserError, match="copy them first"):
-        load("gs://t5-data/pretrained_models/t5x/t5_1_1_xxl/checkpoint_1000000")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "pytorch_model.bin").touch()
-    with pytest.raises(UserError, match="PyTorch's .bin files"):
-        load(tmp_path / "bin")
-    tensors = hugging_face(CONFIG)
-    folder = write_safetensors(tmp_path / "x", tensors)
-    part = folder / "model-00002-of-00003.safetensors"
-    content = part.read_bytes()
-    part.write_bytes(content[:-100])
-    with pytest.raises(UserError, match="00002.*no safetensors file, or is damaged"):
-        load(folder)
-    part.unlink()
-    with pytest.raises(UserError, match="1 are not there, first 'model-00002"):
-        load(folder)
-    eight = {n: x.astype(np.int8) for n, x in tensors.items()}
-    with pytest.raises(UserError, match="is stored as I8"):
-        load(write_safetensors(tmp_path / "y", eight))
-    flat = as_t5x(tensors, CONFIG)
-    folder = write_t5x(tmp_path / "run" / "checkpoint_7", flat, chunk=16)
-    with pytest.raises(UserError, match="one is in 'checkpoint_7' below it"):
-        load(tmp_path / "run")
-    # tensorstore would take a chunk that is not there for zeros.
-    (folder / "target.encoder.layers_1.mlp.wo.kernel" / "1.1").unlink()
-    with pytest.raises(UserError, match="wo.kernel' is damaged or was copied in part"):
-        load(folder)
-    shutil.rmtree(folder / "target.encoder.layers_0.mlp.wo.kernel")
-    with pytest.raises(UserError, match="lacks 'target.encoder.layers_0.mlp.wo.ker"):
-        load(folder)
-    (folder / "checkpoint").write_bytes(b"\xc1")
-    with pytest.raises(UserError, match="no checkpoint of T5X, or is damaged"):
-        load(folder)
 
 
 class Drawn:
@@ -390,8 +223,9 @@ print(held("VmHWM") - before - on_devices, on_devices)
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc"
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["safetensors", "t5x"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("safetensors", "float32"), ("t5x", "bfloat16")]
+)
 def test_the_host_holds_less_than_three_tensors(tmp_path, kind, dtype):
     """Beside what lies on the devices, which on a CPU are the host's memory too."""
     config = T5Config(64, 6, 1024, 2048, 64, 8)
