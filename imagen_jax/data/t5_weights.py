@@ -72,6 +72,11 @@ class _Tensor:
     stored_shape: tuple[int, ...]
     transposed: bool
 
+    @property
+    def exact(self) -> bool:
+        """Whether it stays float32 where the computation is bfloat16."""
+        return self.path.endswith(("scale", "relative_bias", "token_embedding"))
+
 
 def tensors(config: T5Config, kind: str) -> Iterator[_Tensor]:
     """Every parameter of an encoder as a checkpoint of `kind` stores it."""
@@ -151,8 +156,7 @@ def load_params(path: str, config: T5Config, mesh: Mesh) -> tuple[dict, str]:
 
 def _read(checkpoint, tensor: _Tensor, dtype: str) -> np.ndarray:
     array = checkpoint.read(tensor.name)
-    exact = tensor.path.endswith(("scale", "relative_bias", "token_embedding"))
-    dtype = np.float32 if exact or dtype == "float32" else ml_dtypes.bfloat16
+    dtype = np.float32 if tensor.exact or dtype == "float32" else ml_dtypes.bfloat16
     if not tensor.transposed:
         array = np.ascontiguousarray(array.astype(dtype, copy=False))
         return array.reshape(tensor.shape)
