@@ -30,14 +30,7 @@ def open_checkpoint(path: str) -> "Safetensors | T5X":
     Raises:
       UserError: when it is none of them, or not whole.
     """
-    if "://" in path:
-        raise UserError(
-            f"weights are read from a disk, not from {path!r}: copy them first "
-            "(docs/text_encoders.md has the command)"
-        )
-    place = pathlib.Path(path)
-    if not place.exists():
-        raise UserError(f"there are no weights at {path!r}")
+    place = existing(path)
     if place.is_file() and place.name == "checkpoint":
         place = place.parent
     if place.is_file():
@@ -56,6 +49,23 @@ def open_checkpoint(path: str) -> "Safetensors | T5X":
         f"{_SINGLE} or {_INDEX} (Hugging Face) or with a file `checkpoint` (T5X)"
         + _other_weights(place)
     )
+
+
+def existing(path: str) -> pathlib.Path:
+    """The file or folder of weights.
+
+    Raises:
+      UserError: when there is none.
+    """
+    if "://" in path:
+        raise UserError(
+            f"weights are read from a disk, not from {path!r}: copy them first "
+            "(docs/text_encoders.md has the command)"
+        )
+    place = pathlib.Path(path)
+    if not place.exists():
+        raise UserError(f"there are no weights at {path!r}")
+    return place
 
 
 def _other_weights(place: pathlib.Path) -> str:

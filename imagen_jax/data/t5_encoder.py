@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from imagen_jax.config import MeshConfig
 from imagen_jax.data.caption_groups import END, PAD, ROWS, cut, encode_groups
+from imagen_jax.data.t5_checkpoints import existing
 from imagen_jax.data.t5_weights import load_params
 from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import SIZES, T5Config, T5Encoder
@@ -108,7 +108,7 @@ def _open_vocabulary(weights: str):
     """The SentencePiece model beside the weights, and the bytes of its file."""
     import sentencepiece
 
-    place = pathlib.Path(weights)
+    place = existing(weights)
     folder = place if place.is_dir() else place.parent
     # T5X has one model for all checkpoints of a run.
     for path in (f / n for f in (folder, folder.parent) for n in _VOCABULARIES):
