@@ -30,7 +30,11 @@ setup(
         "orbax-checkpoint>=0.12",
         "pillow>=11.0",
         "pyarrow>=25.0",
+        # Reads the weights of text encoders; imported when used.
+        "safetensors>=0.8",
+        "sentencepiece>=0.2.3",
         "tensorboardX>=2.6",
+        "tensorstore>=0.1.86",
         "tqdm>=4.66",
         # Only imagen_jax/data imports these.
         "seqio>=0.0.20",
@@ -40,7 +44,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
-        # Reads T5X checkpoints. It has no release on PyPI.
+        # Text encoders of Hugging Face (--encoder=hf:...).
+        "encoders": ["torch>=2.6", "transformers>=5.0"],
+        # T5X's own network (--encoder=t5x:...). It has no release on PyPI.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
         # `prepare --runner=...`: pictures on many machines.
         "prepare": ["apache-beam>=2.77"],

@@ -36,6 +36,7 @@ def prepare(
     output: str,
     encoder: str = "tiny",
     encoder_weights: str = "",
+    encoder_dtype: str = "",
     text_length: int = 128,
     embedding_dtype: str = "bfloat16",
     image_size: int = 64,
@@ -63,6 +64,7 @@ def prepare(
       encoder: name of the text encoder; "none" writes tars of pictures, from which
         records are prepared with --source=webdataset.
       encoder_weights: its weights, for encoders that have none built in.
+      encoder_dtype: "bfloat16" (default) or "float32", of a T5's computation.
       text_length: tokens of a caption that are kept.
       embedding_dtype: in which embeddings are stored, "bfloat16" or "int8".
       image_size: pixels of a side, of drawn scenes and of pictures in a .npz file.
@@ -101,7 +103,7 @@ def prepare(
     path = pathlib.Path(output)
     embedder = None
     if encoder != _NO_ENCODER:
-        loaded = text.load_encoder(encoder, encoder_weights)
+        loaded = text.load_encoder(encoder, encoder_weights, encoder_dtype)
         embedder = Embedder(loaded, text_length, embedding_dtype)
     index, count = _processes(process_index, process_count, embedder)
     _check_ways(output, embedder, count, runner)
@@ -288,9 +290,15 @@ def define_flags() -> None:
     flags.DEFINE_string("source", None, originals.FORMS)
     flags.DEFINE_string("output", None, "a folder to be, or FILE.npz")
     flags.DEFINE_string(
-        "encoder", "tiny", "the frozen text encoder; none: pictures without embeddings"
+        "encoder",
+        "tiny",
+        "the frozen text encoder: tiny, t5_1_1_SIZE, t5_1_0_SIZE, hf:NAME_OR_PATH or "
+        "t5x:CHECKPOINT (docs/text_encoders.md); none: pictures without embeddings",
     )
     flags.DEFINE_string("encoder_weights", "", "its weights, if it has none built in")
+    flags.DEFINE_string(
+        "encoder_dtype", "", "bfloat16 (default) or float32, of a T5's computation"
+    )
     flags.DEFINE_integer("text_length", 128, "tokens of a caption that are kept")
     flags.DEFINE_string("embedding_dtype", "bfloat16", "bfloat16 or int8")
     flags.DEFINE_integer(

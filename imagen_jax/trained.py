@@ -145,6 +145,8 @@ def sample_prompts(
                 f"with {text_cfg.length}, the rest is cut"
             )
     text, mask = embed(encoder, list(prompts), text_cfg.length)
+    # T5-XXL's weights leave the devices before the stages run.
+    del encoder
     text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
     total = len(seeds) * len(trained)
     with tqdm.tqdm(

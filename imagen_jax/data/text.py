@@ -9,177 +9,96 @@ An encoder has
   encode(captions, length) -> list of `[n_i, dim]` bfloat16, n_i <= length.
 """
 
-import dataclasses
-import functools
-import math
 import re
-import zlib
+from typing import Protocol
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from imagen_jax.batch import pad_text
+from imagen_jax.data.t5_encoder import PretrainedT5
+from imagen_jax.data.tiny_encoder import TinyEncoder
 from imagen_jax.errors import UserError, did_you_mean
-from imagen_jax.models.t5 import BUCKETS, T5Config, T5Encoder
-
-_PAD, _END = 0, 1
-# Captions in one call of the compiled encoder, and the lengths it is compiled for.
-_ROWS = 64
-_LENGTHS = (16, 32, 64, 128)
-_TINY = T5Config(
-    vocab_size=32_768,
-    num_layers=2,
-    d_model=64,
-    d_ff=128,
-    d_kv=16,
-    num_heads=4,
-    dtype="float32",
-)
-_ADDED = 0.3
+from imagen_jax.models.t5 import SIZES
 
 
-@dataclasses.dataclass(frozen=True)
-class TinyEncoder:
-    """A small T5 with fixed random weights: no files, no training.
+class TextEncoder(Protocol):
+    """What `load_encoder` returns; see above."""
 
-    It has learnt nothing. Words are told apart and their order shows in the
-    embeddings, which is enough to train a small model on a small world of captions;
-    it does not know that "crimson" is near "red". Pretrained weights come through
-    the same door, `load_encoder`.
-
-    The weights are drawn as T5 initialises them, with two exceptions. The position
-    bias is set so that three heads look at the word before, the word after and the one
-    two before, and the last at all words. What a layer adds is scaled by `_ADDED`: in a
-    random network of full strength a word's embedding depends on its neighbours so
-    much that words do not carry over to new combinations (benchmarks/README.md).
-    """
-
-    identity: str = "tiny@v2-seed0-2x64"
-    dim: int = _TINY.d_model
+    identity: str
+    dim: int
 
     def tokenize(self, caption: str) -> list[int]:
-        """Words and punctuation marks, lower-cased and hashed; then the end."""
-        words = re.findall(r"\w+|[^\w\s]", caption.lower())
-        free = _TINY.vocab_size - 2
-        return [2 + zlib.crc32(word.encode()) % free for word in words] + [_END]
+        """All of the caption's tokens, the end included."""
 
     def encode(self, captions: list[str], length: int) -> list[np.ndarray]:
-        """Embeds captions; what is longer than `length` tokens loses its tail.
-
-        An embedding depends on its own caption only: neither on the other captions
-        nor on their number.
-
-        Returns:
-          one `[n_i, dim]` bfloat16 per caption, `1 <= n_i <= length`.
-        """
-        tokens = {caption: _cut(self.tokenize(caption), length) for caption in captions}
-        rows = {}
-        params = _tiny_params()
-        for padded in sorted({_padded_length(len(t)) for t in tokens.values()}):
-            group = [c for c, t in tokens.items() if _padded_length(len(t)) == padded]
-            for start in range(0, len(group), _ROWS):
-                chunk = group[start : start + _ROWS]
-                ids = np.full((_ROWS, padded), _PAD, np.int32)
-                for i, caption in enumerate(chunk):
-                    ids[i, : len(tokens[caption])] = tokens[caption]
-                out = np.asarray(_tiny_apply(params, ids))
-                for i, caption in enumerate(chunk):
-                    rows[caption] = out[i, : len(tokens[caption])]
-        return [rows[caption].astype(ml_dtypes.bfloat16) for caption in captions]
+        """Of each caption `[n_i, dim]` bfloat16, `1 <= n_i <= length`."""
 
 
-def _cut(tokens: list[int], length: int) -> list[int]:
-    # The end stays: the encoder has a token for it, as T5's own truncation does.
-    return tokens if len(tokens) <= length else tokens[: length - 1] + [_END]
+_FORMS = ("tiny", *SIZES, "hf:NAME_OR_PATH", "t5x:CHECKPOINT")
+# What follows a name in an identity: of "tiny" its version, of others the type that
+# they compute in and the hash of their weights.
+_IDENTITY = re.compile(r"(.+)@((?:v\d|bfloat16-|float32-)[\w-]*)")
 
 
-def _padded_length(n: int) -> int:
-    longest = _LENGTHS[-1]
-    steps = (*_LENGTHS, math.ceil(n / longest) * longest)
-    return next(step for step in steps if n <= step)
-
-
-@jax.jit
-def _tiny_apply(params, ids):
-    # A TPU multiplies float32 in bfloat16 passes unless told otherwise.
-    with jax.default_matmul_precision("highest"):
-        return T5Encoder(_TINY).apply({"params": params}, ids, ids != _PAD)
-
-
-@functools.cache
-def _tiny_params():
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    shapes = jax.eval_shape(T5Encoder(_TINY).init, jax.random.key(0), ids, mask)
-    # numpy's frozen generator: jax's bits depend on its version and its flags.
-    random = np.random.RandomState(0)
-
-    def draw(path, leaf):
-        name, shape = path[-1].key, leaf.shape
-        if name == "scale":
-            return np.ones(shape, np.float32)
-        if name == "relative_bias":
-            return _neighbour_bias(*shape)
-        stddev = {
-            "token_embedding": 1.0,
-            "query": (shape[0] * shape[-1]) ** -0.5,
-            "key": shape[0] ** -0.5,
-            "value": shape[0] ** -0.5,
-            "out": _ADDED * math.prod(shape[:-1]) ** -0.5,
-        }.get(name, math.prod(shape[:-1]) ** -0.5)
-        return (stddev * random.standard_normal(shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes)["params"])
-
-
-def _neighbour_bias(buckets: int, heads: int) -> np.ndarray:
-    # e**6 = 400 to 1 against any other token of equal content. Small distances have
-    # a bucket each: d to the left is bucket d, d to the right is BUCKETS / 2 + d.
-    bias = np.zeros((buckets, heads), np.float32)
-    for head, bucket in enumerate((1, BUCKETS // 2 + 1, 2)):
-        bias[bucket, head] = 6.0
-    return bias
-
-
-# "hf:NAME" and "t5x:PATH" take their argument after the colon.
-ENCODERS = {"tiny": TinyEncoder}
-
-
-def load_encoder(name: str, weights: str = "") -> TinyEncoder:
-    """The encoder called `name`.
+def load_encoder(name: str, weights: str = "", dtype: str = "") -> TextEncoder:
+    """The encoder called `name`, with its weights on this process's devices.
 
     Args:
-      name: a key of `ENCODERS`, or the identity that a manifest or a checkpoint
-        carries.
-      weights: file or folder of the encoder's weights; "tiny" has none.
+      name: "tiny"; "t5_1_1_SIZE" or "t5_1_0_SIZE", a key of `models.t5.SIZES`;
+        "hf:NAME_OR_PATH" of what transformers loads; "t5x:CHECKPOINT" for T5X's own
+        network; or the identity that a manifest or a checkpoint carries.
+      weights: file or folder of the encoder's weights. "tiny" has none; for "hf:" and
+        "t5x:" it takes the place of what follows the colon.
+      dtype: "bfloat16" (default) or "float32", of a T5's computation. An identity
+        brings its own.
 
     Raises:
-      UserError: for an unknown name, and for an identity of another version.
+      UserError: for an unknown name, weights that do not fit it, and an identity
+        whose weights, tokens or version are others.
     """
-    kind = name.partition("@")[0]
-    if kind not in ENCODERS:
+    match = _IDENTITY.fullmatch(name)
+    asked, version = match.groups() if match else (name, "")
+    kind, _, argument = asked.partition(":")
+    if version and not version.startswith("v"):
+        dtype = version.partition("-")[0]
+    if kind == "tiny" and not argument:
+        encoder = _tiny(weights, dtype)
+    elif kind in SIZES and not argument:
+        encoder = PretrainedT5(kind, weights, dtype or "bfloat16")
+    elif kind == "hf" and (argument or weights):
+        from imagen_jax.data.transformers_encoder import TransformersEncoder
+
+        encoder = TransformersEncoder(argument, weights, dtype or "float32")
+    elif kind == "t5x" and (argument or weights):
+        from imagen_jax.data.t5x_encoder import load_t5x
+
+        encoder = load_t5x(weights or argument, dtype or "bfloat16")
+    else:
         raise UserError(
-            f"there is no text encoder {name!r}{did_you_mean(kind, ENCODERS)}; "
-            f"there is: {', '.join(ENCODERS)}"
+            f"there is no text encoder {name!r}{did_you_mean(asked, _FORMS)}; there "
+            f"is: {', '.join(_FORMS)}"
         )
-    if weights:
+    if version and name != encoder.identity:
         raise UserError(
-            f"the encoder {kind!r} has built-in weights; leave out the weights "
-            f"{weights!r}"
-        )
-    encoder = ENCODERS[kind]()
-    if "@" in name and name != encoder.identity:
-        raise UserError(
-            f"the text encoder {name!r} was asked for; this version of the program "
-            f"has {encoder.identity!r}, whose embeddings differ"
+            f"the text encoder {name!r} was asked for; "
+            + (f"the weights {weights!r} make" if weights else "here is")
+            + f" {encoder.identity!r}, whose embeddings differ"
         )
     return encoder
 
 
-def embed(encoder: TinyEncoder, captions: list[str], length: int):
+def _tiny(weights: str, dtype: str) -> TinyEncoder:
+    if weights:
+        raise UserError(
+            "the encoder 'tiny' has built-in weights; leave out the weights "
+            f"{weights!r}"
+        )
+    if dtype not in ("", "float32"):
+        raise UserError(f"the encoder 'tiny' runs in float32 only, not in {dtype!r}")
+    return TinyEncoder()
+
+
+def embed(encoder: TextEncoder, captions: list[str], length: int):
     """Padded embeddings of captions, as a batch or a sampler takes them.
 
     Returns:

@@ -1,8 +1,8 @@
-"""The T5 v1.1 encoder: the frozen network that turns captions into embeddings.
+"""The T5 encoder: the frozen network that turns captions into embeddings.
 
 Source: Raffel et al. 2020 (arXiv 1910.10683), sections 2.1 and 3.1.1; version 1.1
-has a gated GELU (Shazeer 2020, arXiv 2002.05202) in the feed-forward layer. Imagen
-uses the XXL encoder (paper section 2.1).
+has a gated GELU (Shazeer 2020, arXiv 2002.05202) in the feed-forward layer for 1.0's
+ReLU. Imagen uses the XXL encoder of version 1.1 (paper section 2.1).
 """
 
 import dataclasses
@@ -13,8 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imagen_jax.errors import UserError, did_you_mean
+from imagen_jax.sharding import gather_fsdp, split_rows
+
 BUCKETS = 32
 MAX_DISTANCE = 128
+DTYPES = ("bfloat16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,13 @@ class T5Config:
       d_ff: width inside the feed-forward layer.
       d_kv: channels of one attention head.
       num_heads: attention heads.
-      dtype: of the computation and of the result; parameters are float32.
+      gated: gelu(x W_gate) * (x W_linear), as in version 1.1; else relu(x W_linear),
+        as in version 1.0.
+      dtype: "bfloat16" or "float32", of the computation and of the result. Parameters
+        may have this type or float32: they are cast before they are used.
+
+    Raises:
+      UserError: for another dtype.
     """
 
     vocab_size: int = 32_128
@@ -37,7 +47,48 @@ class T5Config:
     d_ff: int = 10_240
     d_kv: int = 64
     num_heads: int = 64
+    gated: bool = True
     dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.dtype == "float16":
+            raise UserError(
+                "T5 does not run in float16: inside its feed-forward layers (XXL's "
+                "above all) values pass 65504, float16's largest, and the embeddings "
+                "become inf or NaN; use bfloat16 or float32"
+            )
+        if self.dtype not in DTYPES:
+            raise UserError(
+                f"T5 does not run in {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}; "
+                f"use {' or '.join(DTYPES)}"
+            )
+
+
+def _sizes():
+    # Layers, d_model, d_ff, d_kv, heads. Source: T5X's examples/t5/t5_1_1/*.gin and
+    # t5_1_0/*.gin, which agree with the model cards of google/t5-v1_1-* and t5-*.
+    gated = {
+        "small": (8, 512, 1024, 64, 6),
+        "base": (12, 768, 2048, 64, 12),
+        "large": (24, 1024, 2816, 64, 16),
+        "xl": (24, 2048, 5120, 64, 32),
+        "xxl": (24, 4096, 10_240, 64, 64),
+    }
+    relu = {
+        "small": (6, 512, 2048, 64, 8),
+        "base": (12, 768, 3072, 64, 12),
+        "large": (24, 1024, 4096, 64, 16),
+        "3b": (24, 1024, 16_384, 128, 32),
+        "11b": (24, 1024, 65_536, 128, 128),
+    }
+    sizes = {f"t5_1_1_{k}": T5Config(32_128, *v) for k, v in gated.items()}
+    return sizes | {
+        f"t5_1_0_{k}": T5Config(32_128, *v, gated=False) for k, v in relu.items()
+    }
+
+
+# Every size that was published, by the name that `--encoder` takes.
+SIZES = _sizes()
 
 
 def relative_position_buckets(length: int) -> np.ndarray:
@@ -87,8 +138,11 @@ class T5Encoder(nn.Module):
             raise ValueError(
                 f"ids {ids.shape} and mask {mask.shape} must both be [B, L]"
             )
+        # The sum of what the layers add is float32: rounded to bfloat16 after each of
+        # 24, it would lose more than the products do. The table is not gathered: it is
+        # cheaper to move the few rows that are looked up.
         table = _param(self, "token_embedding", (cfg.vocab_size, cfg.d_model), 1.0)
-        x = jnp.take(table, ids, axis=0).astype(cfg.dtype)
+        x = split_rows(jnp.take(table, ids, axis=0).astype(jnp.float32))
         bias_table = _param(
             self, "relative_bias", (BUCKETS, cfg.num_heads), cfg.d_model**-0.5
         )
@@ -98,7 +152,7 @@ class T5Encoder(nn.Module):
             h = RMSNorm(cfg.dtype, name=f"attention_norm_{i}")(x)
             x = x + SelfAttention(cfg, name=f"attention_{i}")(h, bias, mask)
             h = RMSNorm(cfg.dtype, name=f"feed_forward_norm_{i}")(x)
-            x = x + GatedFeedForward(cfg, name=f"feed_forward_{i}")(h)
+            x = x + FeedForward(cfg, name=f"feed_forward_{i}")(h)
         return RMSNorm(cfg.dtype, name="final_norm")(x)
 
 
@@ -115,10 +169,9 @@ class SelfAttention(nn.Module):
 
         # 1/sqrt(width) of ordinary attention is in the initial query instead.
         def project(name, stddev):
-            kernel = _param(self, name, (d, heads, width), stddev)
-            return jnp.einsum("bld,dhk->blhk", x, kernel.astype(cfg.dtype))
+            kernel = _kernel(self, name, (d, heads, width), stddev)
+            return _product("bld,dhk->blhk", x, kernel)
 
-        # The softmax inside is float32 whatever the dtype of its inputs.
         y = jax.nn.dot_product_attention(
             project("query", (d * width) ** -0.5),
             project("key", d**-0.5),
@@ -127,12 +180,12 @@ class SelfAttention(nn.Module):
             mask=mask[:, None, None, :],
             scale=1.0,
         )
-        out = _param(self, "out", (heads, width, d), (heads * width) ** -0.5)
-        return jnp.einsum("blhk,hkd->bld", y, out.astype(cfg.dtype))
+        out = _kernel(self, "out", (heads, width, d), (heads * width) ** -0.5)
+        return split_rows(_product("blhk,hkd->bld", y.astype(cfg.dtype), out))
 
 
-class GatedFeedForward(nn.Module):
-    """gelu(x W_gate) * (x W_linear), projected back."""
+class FeedForward(nn.Module):
+    """Wide and back; `T5Config.gated` says with what in between."""
 
     config: T5Config
 
@@ -141,10 +194,21 @@ class GatedFeedForward(nn.Module):
         """`[B, L, D]` to the same."""
         cfg = self.config
         d, hidden = cfg.d_model, cfg.d_ff
-        gate = _param(self, "gate", (d, hidden), d**-0.5).astype(cfg.dtype)
-        linear = _param(self, "linear", (d, hidden), d**-0.5).astype(cfg.dtype)
-        out = _param(self, "out", (hidden, d), hidden**-0.5).astype(cfg.dtype)
-        return (nn.gelu(x @ gate, approximate=True) * (x @ linear)) @ out
+        linear = _kernel(self, "linear", (d, hidden), d**-0.5)
+        y = _product("bld,df->blf", x, linear)
+        if cfg.gated:
+            gate = _kernel(self, "gate", (d, hidden), d**-0.5)
+            gate = _product("bld,df->blf", x, gate)
+            y = nn.gelu(gate, approximate=True) * y
+        else:
+            y = nn.relu(y)
+        out = _kernel(self, "out", (hidden, d), hidden**-0.5)
+        return split_rows(_product("blf,fd->bld", y.astype(cfg.dtype), out))
+
+
+def _product(subscripts, x, kernel):
+    # The sum is float32 anyway; rounding it to bfloat16 would be an error for nothing.
+    return jnp.einsum(subscripts, x, kernel, preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nn.Module):
@@ -170,12 +234,22 @@ _LOGICAL_AXES = {
     "SelfAttention.out": ("heads", "head_dim", "in"),
     "gate": ("in", "out"),
     "linear": ("in", "out"),
-    "GatedFeedForward.out": ("out", "in"),
+    "FeedForward.out": ("out", "in"),
     "scale": ("norm",),
 }
 
 
+def _axes(module, name):
+    return _LOGICAL_AXES.get(name) or _LOGICAL_AXES[f"{type(module).__name__}.{name}"]
+
+
 def _param(module, name, shape, stddev):
-    axes = _LOGICAL_AXES.get(name) or _LOGICAL_AXES[f"{type(module).__name__}.{name}"]
     init = nn.initializers.ones if stddev is None else nn.initializers.normal(stddev)
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+    init = nn.with_logical_partitioning(init, _axes(module, name))
+    return module.param(name, init, shape)
+
+
+def _kernel(module, name, shape, stddev):
+    # Cast before it is gathered, so half as much is sent.
+    kernel = _param(module, name, shape, stddev).astype(module.config.dtype)
+    return gather_fsdp(kernel, _axes(module, name))

@@ -11,6 +11,7 @@ import pytest
 
 from imagen_jax import sharding
 from imagen_jax.config import MeshConfig
+from imagen_jax.errors import UserError
 from imagen_jax.models import t5
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "references" / "t5.npz"
@@ -125,10 +126,46 @@ def test_xxl_has_the_published_size_and_every_axis_a_rule():
     assert len(jax.tree.leaves(shardings)) == len(leaves)
 
 
+def test_sizes_are_the_published_ones():
+    """Millions of parameters, as transformers' T5EncoderModel has them."""
+    counted = {}
+    for name, size in t5.SIZES.items():
+        inner = size.num_heads * size.d_kv
+        layer = 4 * size.d_model * inner + 2 * size.d_model
+        layer += (3 if size.gated else 2) * size.d_model * size.d_ff
+        table = size.vocab_size * size.d_model + 32 * size.num_heads
+        total = table + size.num_layers * layer + size.d_model
+        counted[name] = round(total / 1e6, 1)
+    assert counted == {
+        "t5_1_1_small": 35.3,
+        "t5_1_1_base": 109.6,
+        "t5_1_1_large": 341.2,
+        "t5_1_1_xl": 1223.5,
+        "t5_1_1_xxl": 4762.3,
+        "t5_1_0_small": 35.3,
+        "t5_1_0_base": 109.6,
+        "t5_1_0_large": 334.9,
+        "t5_1_0_3b": 1240.9,
+        "t5_1_0_11b": 4864.8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [
+        ("float16", "inside its feed-forward layers .* 65504.* use bfloat16 or float3"),
+        ("bfloat", "'bfloat' .did you mean 'bfloat16'"),
+    ],
+)
+def test_other_types_are_refused(dtype, message):
+    with pytest.raises(UserError, match=message):
+        t5.T5Config(dtype=dtype)
+
+
 def test_init_keeps_the_logits_near_one():
     """Neither uniform nor saturated attention, so a random encoder is of use."""
     ids = jnp.arange(32)[None]
-    config = t5.T5Config(200, 1, 256, 256, 32, 8, "float32")
+    config = t5.T5Config(200, 1, 256, 256, 32, 8, dtype="float32")
     variables = t5.T5Encoder(config).init(jax.random.key(0), ids, ids > -1)
     params = jax.tree.map(np.asarray, nn.unbox(variables)["params"])
     x, attention = params["token_embedding"], params["attention_0"]
