@@ -136,7 +136,7 @@ wait_for_slice() {
     fi
     [[ $state == "$before" ]] || say "${opt[name]} is $state"
     before=$state
-    ((SECONDS - start < opt[wait-seconds])) ||
+    ((SECONDS - start < ${opt[wait-seconds]})) ||
       die "${opt[name]} is still $state after ${opt[wait-seconds]} s" \
         "(--wait-seconds); delete it or go on waiting with the same command"
     sleep "${opt[poll-seconds]}"

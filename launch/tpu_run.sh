@@ -39,7 +39,7 @@ run() {
       failed) give_up "the training failed" ;;
       crashed)
         say "${opt[name]}: $detail"
-        ((SECONDS - start - silence < opt[short-run-seconds])) || crashes=0
+        ((SECONDS - start - silence < ${opt[short-run-seconds]})) || crashes=0
         ((++crashes < 3)) || give_up "the training crashed three times in a row"
         # Whatever is left would hold the chips.
         each_worker 1 on_worker "$(worker_sh stop "${opt[name]}" "${opt[stop-seconds]}")"
@@ -122,7 +122,7 @@ watch_training() {
         fi
         answer=${answer%%$'\n'*}
         silence=${answer#running }
-        if ((silence > opt[hang-seconds])); then
+        if ((silence > ${opt[hang-seconds]})); then
           outcome=crashed detail="no line in worker 0's log for $silence s"
           return
         fi
@@ -174,7 +174,7 @@ judge() {
   elif [[ -v 'kinds[exited 1]' || -v 'kinds[exited 2]' ]]; then
     outcome=failed
   elif [[ ${#kinds[@]} == 1 && -v 'kinds[exited 0]' ]]; then
-    outcome=done
+    outcome="done"
   else
     outcome=crashed
   fi
