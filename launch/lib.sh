@@ -92,9 +92,13 @@ check_options() {
         ;;
     esac
     case $name in
-      retries | parallel | slices | hosts | chips-per-host | max-restarts | *-seconds)
+      retry-seconds | retry-max-seconds | poll-seconds)
         [[ ${opt[$name]} =~ ^[0-9]+(\.[0-9]+)?$ ]] ||
           die 2 "--$name is '${opt[$name]}': write a number"
+        ;;
+      retries | parallel | slices | chips-per-host | max-restarts | *-seconds)
+        [[ ${opt[$name]} =~ ^[0-9]+$ ]] ||
+          die 2 "--$name is '${opt[$name]}': write a whole number"
         ;;
     esac
   done

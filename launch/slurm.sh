@@ -14,8 +14,8 @@
 #   sbatch --nodes=4 launch/slurm.sh --config=configs/base64.py --workdir=/shared/base
 #
 # Every #SBATCH line gives way to a flag of sbatch's own; all that follows the script
-# are flags of imagen_jax.train. In the environment: PYTHON (default .venv/bin/python, in the folder
-# that sbatch is called from) and START_TIMEOUT_SECONDS (default 600).
+# are flags of imagen_jax.train. In the environment: PYTHON (default .venv/bin/python,
+# in the folder that sbatch is called from) and START_TIMEOUT_SECONDS (default 600).
 #
 # 300 seconds before its time is over the training gets SIGTERM, saves and ends with
 # status 3; the job then goes back to the queue and resumes. A preempted job does the
@@ -37,8 +37,8 @@ if ! command -v "$python" >/dev/null; then
     "virtual environment is"
   exit 2
 fi
-# A step that srun starts without a distribution of its own takes the job's.
-export SLURM_CPU_BIND=${SLURM_CPU_BIND:-none}
+# Since Slurm 22.05 a step does not take this from its job.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 # jax.distributed gives process i of a node its GPU i: each has to see all of them, so
 # no --gpus-per-task. One that ends must not end the others while they save.
 status=0

@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-import pathlib
 from collections.abc import Iterator
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch, downsample, pad_text
@@ -82,7 +82,10 @@ def make_memory(
     manifest = manifests.read_manifest(cfg.data.records)
     stream.check_text(cfg, manifest)
     local = stream.local_batch_size(cfg, mesh, process_count)
-    with np.load(pathlib.Path(cfg.data.records), allow_pickle=False) as file:
+    with (
+        epath.Path(cfg.data.records).open("rb") as opened,
+        np.load(opened, allow_pickle=False) as file,
+    ):
         image, text, offset, ids = (
             file[name] for name in ("image", "text", "offset", "id")
         )
