@@ -118,6 +118,30 @@ ask_for_slice() {
   fi
 }
 
+# There is a slice afterwards: the one that is there, or is on its way, or a new one.
+create() {
+  local state request=ABSENT type
+  state=$(slice_state)
+  [[ ${opt[queued]} == false ]] || request=$(request_state)
+  if [[ $state == UNKNOWN || $request == UNKNOWN ]]; then
+    die "gcloud does not tell whether there is a ${opt[name]}:" \
+      "$(tail -n 5 "$scratch/describe")"
+  fi
+  if [[ $state != ABSENT ]] && ! is_gone "$state"; then
+    type=$(tpu_vm describe "${opt[name]}" --format='value(acceleratorType)')
+    [[ ${type##*/} == "${opt[accelerator-type]}" ]] ||
+      die "there is a ${opt[name]} already, a $type and no ${opt[accelerator-type]}:" \
+        "give another --name, or delete it"
+    wait_for_slice && say "${opt[name]} is ready" && return
+  elif [[ $request =~ ^(WAITING_FOR_RESOURCES|ACCEPTED|CREATING|PROVISIONING)$ ]]; then
+    # It keeps its place in the line.
+    wait_for_slice && say "${opt[name]} is ready" && return
+  fi
+  # A suspended request, or a preempted slice, is in the way of a new one.
+  [[ $state == ABSENT && $request == ABSENT ]] || release || true
+  obtain
+}
+
 # Waits for what was asked for. Status 1: it was refused or taken away meanwhile.
 wait_for_slice() {
   local start=$SECONDS state before=""
@@ -356,15 +380,6 @@ main() {
   trap 'rm -rf "$scratch"' EXIT
   place
   case $command in
-    create)
-      local state
-      state=$(slice_state)
-      [[ $state != UNKNOWN ]] || die "gcloud does not tell whether there is a" \
-        "${opt[name]}: $(tail -n 5 "$scratch/describe")"
-      [[ $state == ABSENT ]] || die "there is a ${opt[name]} already, it is $state:" \
-        "go on with it, or 'launch/tpu.sh delete' it first"
-      obtain
-      ;;
     logs) follow_logs ;;
     status) show_status ;;
     delete) release || say "there is no ${opt[name]}" ;;

@@ -8,7 +8,7 @@ run() {
     INT TERM
   while :; do
     if [[ $outcome == gone ]]; then
-      ensure_slice
+      create
       if ! install; then
         slice_is_lost && continue
         die "the slice stays and costs money: $(later)"
@@ -56,24 +56,6 @@ later() {
   printf 'launch/tpu.sh logs|delete %s' "${words[*]}"
 }
 
-ensure_slice() {
-  local state
-  while :; do
-    state=$(slice_state)
-    case $state in
-      READY) say "${opt[name]} is ready" && return ;;
-      UNKNOWN) say "nobody tells how ${opt[name]} stands" ;;
-      CREATING | STARTING | RESTARTING | REPAIRING) say "${opt[name]} is $state" ;;
-      *)
-        # A suspended request, or a preempted slice, is in the way of a new one.
-        [[ $state == ABSENT && ${opt[queued]} == false ]] || release || true
-        obtain
-        return
-        ;;
-    esac
-    sleep "${opt[poll-seconds]}"
-  done
-}
 
 # Whether the slice is gone; what does not answer is asked again.
 slice_is_lost() {

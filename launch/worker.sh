@@ -117,7 +117,7 @@ stop() {
   is_running || return 0
   touch "$folder/stopped"
   kill -TERM "$(<"$folder/group")"
-  for ((waits = 0; waits < ${1:-300}; waits++)); do
+  for ((waits = 0; waits < 5 * ${1:-300}; waits++)); do
     is_running || break
     sleep 1
   done
