@@ -20,7 +20,7 @@ workdir||of the run, such as gs://BUCKET/base
 env||VARIABLE=value words for the training
 start-timeout-seconds|600|how long a worker waits for the others
 worker|all|for logs: one worker'\''s number
-stages|base configs/base64.py v4-512 --config.mesh.fsdp=16; sr256 configs/sr256.py v4-256; sr1024 configs/sr1024.py v4-256|for cascade: NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...] of each stage
+stages|base configs/base64.py v4-512 --config.mesh.fsdp=16; sr256 configs/sr256.py v4-256 --config.mesh.fsdp=8; sr1024 configs/sr1024.py v4-256 --config.mesh.fsdp=8|for cascade: NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...] of each stage
 keep|false|run leaves the slice when it is done
 parallel|16|workers that are talked to at once
 retries|20|times that a refused slice is asked for again, and 3 at most for a worker
@@ -77,7 +77,7 @@ queued_resource() { gcloud compute tpus queued-resources "$@" "${place_words[@]}
 # What a refused request says when asking again may help; the rest is the user's to mend.
 RETRY='quota|no more capacity|insufficient.*capacity|RESOURCE_EXHAUSTED|RESOURCE_POOL'
 RETRY+='|UNAVAILABLE|INTERNAL|DEADLINE_EXCEEDED|try again|timed out|connection'
-ABSENT='not found|NOT_FOUND|could not fetch resource'
+ABSENT='not found|NOT_FOUND'
 
 # Prints the state of the slice: READY, CREATING, PREEMPTED, ..., ABSENT when there is
 # none, UNKNOWN when nobody answers.

@@ -119,7 +119,7 @@ stop() {
   kill -TERM "$(<"$folder/group")"
   for ((waits = 0; waits < 5 * ${1:-300}; waits++)); do
     is_running || break
-    sleep 1
+    sleep 0.2
   done
   if is_running; then
     echo "$run did not end: killed"
