@@ -9,7 +9,9 @@ run() {
   while :; do
     if [[ $outcome == gone ]]; then
       create
-      if ! install; then
+      if is_training; then
+        say "${opt[name]} is training already"
+      elif ! install; then
         slice_is_lost && continue
         die "the slice stays and costs money: $(later)"
       fi
@@ -47,6 +49,11 @@ run() {
         ;;
     esac
   done
+}
+
+# The loop may have been away.
+is_training() {
+  [[ $(ask_worker_0) == running* ]]
 }
 
 later() {

@@ -12,7 +12,15 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
+TRAIN = ("--name=a", "--config=configs/base64.py", "--workdir=gs://b/base")
+
+needs_tools = pytest.mark.skipif(
+    not all(map(shutil.which, ("git", "flock", "setsid"))),
+    reason="needs git and util-linux",
+)
 
 GCLOUD = r"""
 import fcntl, json, os, pathlib, shutil, subprocess, sys
