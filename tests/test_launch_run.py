@@ -42,7 +42,7 @@ PREEMPTED_ONCE = """
 if [ "$NUMBER" = 1 ]; then
   sleep 0.5
   printf PREEMPTED >"$FAKE_SLICE/state"
-  exit 143
+  exit 1  # as JAX does when another worker is gone
 fi
 """
 

@@ -42,7 +42,8 @@ class Bucket(MemoryFileSystem):
 @pytest.fixture
 def bucket(monkeypatch):
     """The root of an empty bucket, as etils sees it without TensorFlow."""
-    monkeypatch.setenv("EPATH_USE_TF", "0")
+    # As where TensorFlow is not installed: its own client would go to Google.
+    monkeypatch.setattr("etils.epath.gpath._is_tf_installed", lambda: False)
     monkeypatch.setattr(Bucket, "store", {})
     monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
     fsspec.register_implementation("gcs", Bucket, clobber=True)
