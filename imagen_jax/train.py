@@ -3,8 +3,10 @@
 python -m imagen_jax.train --config=configs/tiny.py:base --workdir=DIR \
     --config.data.records=RECORDS --config.optimizer.learning_rate=3e-4
 
-The workdir gets config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/ and
-events.jsonl. Ctrl-C saves and leaves with status 3.
+The workdir, a folder or gs://BUCKET/FOLDER, gets config.json, checkpoints/,
+metrics.jsonl, tensorboard/, samples/ and events.jsonl. Ctrl-C saves and leaves with
+status 3. With --distributed the same command is started once on each host of a TPU
+slice or for each task of a Slurm job (see launch/README.md).
 """
 
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.manifest import read_manifest, with_text
 from imagen_jax.data.source import open_records
+from imagen_jax.errors import UserError
 from imagen_jax.sharding import check_batch_size, make_mesh
 from imagen_jax.training.loop import BatchIterator, train
 from imagen_jax.training.state import TrainState
@@ -34,6 +37,29 @@ def resolve(values: Mapping[str, Any]) -> StageConfig:
     """
     cfg = from_dict(values)
     return with_text(cfg, read_manifest(cfg.data.records))
+
+
+def join_processes(timeout_seconds: int) -> None:
+    """Makes one training of the processes that TPU VMs, GKE or Slurm have started.
+
+    Comes before anything else of JAX. JAX finds the others by itself.
+
+    Raises:
+      UserError: when this process is alone, or the others do not come in time.
+    """
+    try:
+        jax.distributed.initialize(initialization_timeout=timeout_seconds)
+    except ValueError as error:
+        raise UserError(
+            f"--distributed: {error} JAX does not see other processes here: it knows "
+            "those of TPU VMs, GKE and Slurm (see launch/README.md). On one host "
+            "leave --distributed out"
+        ) from None
+    except RuntimeError as error:
+        raise UserError(
+            "--distributed: not all processes came within --start_timeout_seconds="
+            f"{timeout_seconds}: {' '.join(str(error).split())}"
+        ) from None
 
 
 def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
@@ -66,12 +92,21 @@ def _peek(batches: BatchIterator, count: int) -> Batch:
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     config_flags.DEFINE_config_file("config", None, "FILE.py[:variant]")
-    flags.DEFINE_string("workdir", None, "folder of this run")
+    flags.DEFINE_string("workdir", None, "folder of this run, or gs://BUCKET/FOLDER")
+    flags.DEFINE_bool("distributed", False, "one process of a TPU slice or Slurm job")
+    flags.DEFINE_integer(
+        "start_timeout_seconds",
+        600,
+        "with --distributed: how long to wait for the other processes",
+        lower_bound=1,
+    )
     flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     """Trains what the flags ask for."""
+    if flags.FLAGS.distributed:
+        join_processes(flags.FLAGS.start_timeout_seconds)
     train_stage(resolve(cli.config_values()), flags.FLAGS.workdir)
 
 

@@ -1,11 +1,11 @@
 """Trained cascades: opened from their workdirs, and given prompts."""
 
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 import tqdm
+from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.config import SamplerConfig, StageConfig
@@ -62,7 +62,7 @@ def open_stages(workdirs: Sequence[str]) -> list[Trained]:
 
 
 def _open(workdir: str) -> Checkpointer:
-    if not (pathlib.Path(workdir) / "config.json").is_file():
+    if not (epath.Path(workdir) / "config.json").exists():
         raise UserError(
             f"--stage={workdir} is no training workdir (it has no config.json); give "
             "the --workdir of a `python -m imagen_jax.train`"

@@ -14,7 +14,9 @@ import imagen_jax
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "imagen_jax"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] + [*ROOT.glob("launch/*.md")]
+)
 SHELL_BREAKS = {"|", "||", "&", "&&", ";", ">", ">>", "<", "2>&1", "2>"}
 
 

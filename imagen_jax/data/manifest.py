@@ -5,11 +5,11 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 import zipfile
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
@@ -126,7 +126,7 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
             "config.data.records is empty: give a folder or a .npz file that "
             "`python -m imagen_jax.prepare` has written"
         )
-    path = pathlib.Path(records)
+    path = epath.Path(records)
     if not path.exists():
         raise UserError(
             f"there is no {str(path)!r}; make it with `python -m imagen_jax.prepare "
@@ -150,7 +150,9 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
             "`python -m imagen_jax.prepare`, or not to the end"
         )
     manifest = from_json(file.read_text("utf8"), str(file))
-    missing = [s["file"] for s in manifest.shards if not (path / s["file"]).is_file()]
+    # One listing, not a question for each file: a bucket takes its time to answer.
+    there = {p.name for p in path.iterdir()}
+    missing = [s["file"] for s in manifest.shards if s["file"] not in there]
     if missing:
         raise UserError(
             f"{str(path)!r} lacks {len(missing)} of its {len(manifest.shards)} files, "
@@ -159,9 +161,9 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
     return manifest
 
 
-def _read_npz_manifest(path: pathlib.Path) -> Manifest:
+def _read_npz_manifest(path: epath.Path) -> Manifest:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             text = str(file["manifest"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise UserError(

@@ -2,10 +2,10 @@
 
 import hashlib
 import os
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch, downsample, pad_text
@@ -88,7 +88,10 @@ def make_memory(
         )
     stream.check_text(cfg, manifest)
     local = stream.local_batch_size(cfg, mesh, process_count)
-    with np.load(pathlib.Path(cfg.data.records), allow_pickle=False) as file:
+    with (
+        epath.Path(cfg.data.records).open("rb") as opened,
+        np.load(opened, allow_pickle=False) as file,
+    ):
         image, text, offset, ids = (
             file[name] for name in ("image", "text", "offset", "id")
         )

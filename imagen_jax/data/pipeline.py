@@ -2,12 +2,12 @@
 
 import logging
 import os
-import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 import seqio
 import tensorflow as tf
+from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch
@@ -119,7 +119,7 @@ def _examples_from(
 ) -> tf.data.Dataset:
     # A position is an epoch and a place in it, so resuming reads at most one epoch
     # of raw records and decodes none of what it skips.
-    task = tasks.make_task(pathlib.Path(cfg.data.records), manifest, cfg.image_size)
+    task = tasks.make_task(epath.Path(cfg.data.records), manifest, cfg.image_size)
     by_file = len(manifest.shards) >= process_count
     shard = seqio.ShardInfo(process_index, process_count) if by_file else None
 

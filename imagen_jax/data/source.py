@@ -1,8 +1,7 @@
 """From a config to its batches, whatever the records are."""
 
-import pathlib
-
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.config import StageConfig
@@ -24,7 +23,7 @@ def open_records(cfg: StageConfig, mesh: Mesh) -> Stream:
         "process_count": jax.process_count(),
     }
     read_manifest(cfg.data.records)
-    if pathlib.Path(cfg.data.records).is_file():
+    if epath.Path(cfg.data.records).is_file():
         from imagen_jax.data.memory import make_memory
 
         return make_memory(cfg, mesh, **hosts)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import seqio
 import tensorflow as tf
+from etils import epath
 
 from imagen_jax.config import StageConfig
 from imagen_jax.data import preprocess
@@ -44,14 +45,14 @@ def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> N
             writer.write(example.SerializePartialToString(deterministic=True))
 
 
-def make_task(folder: pathlib.Path, manifest: Manifest, image_size: int) -> seqio.Task:
+def make_task(folder: epath.Path, manifest: Manifest, image_size: int) -> seqio.Task:
     """The records of a prepared folder whose pictures have `image_size`.
 
     The task is not registered: it belongs to who made it, and two of the same
     records do not collide.
     """
     # seqio takes file names for patterns.
-    root = pathlib.Path(glob.escape(str(folder)))
+    root = epath.Path(glob.escape(str(folder)))
     source = seqio.TFExampleDataSource(
         {SPLIT: [str(root / shard["file"]) for shard in manifest.shards]},
         FIELDS,

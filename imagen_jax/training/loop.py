@@ -6,11 +6,12 @@ import itertools
 import signal
 import threading
 import time
-from pathlib import Path
 from typing import Protocol
 
 import jax
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -58,11 +59,14 @@ class BatchIterator(Protocol):
 def check_workdir(cfg: StageConfig, workdir: str) -> None:
     """Claims `workdir` for `cfg`, or says why it cannot be.
 
+    Every process looks, process 0 writes.
+
     Raises:
       UserError: when the folder holds a run of another config.
     """
-    folder = Path(workdir)
+    folder = epath.Path(workdir)
     path = folder / "config.json"
+    partial = folder / "config.partial"
     if path.exists():
         old = config_lib.from_json(path.read_text(), str(path))
         lines = [
@@ -76,15 +80,15 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
                 "the old values. It differs in (there -> here):\n  "
                 + "\n  ".join(lines)
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(p.name != partial.name for p in folder.iterdir()):
         raise UserError(
             f"{workdir} is not empty and holds no config.json: it is not a workdir of "
             "this program; give another --workdir"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(config_lib.to_json(cfg))
-    partial.rename(path)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_text(config_lib.to_json(cfg))
+        partial.replace(path)
 
 
 def train(
@@ -98,8 +102,8 @@ def train(
 
     Args:
       cfg: the stage, resolved.
-      workdir: gets config.json, checkpoints/, metrics.jsonl, tensorboard/, samples/
-        and events.jsonl.
+      workdir: local or gs://; gets config.json, checkpoints/, metrics.jsonl,
+        tensorboard/, samples/ and events.jsonl.
       batches: yields global batches placed on `mesh`.
       mesh: of all devices.
       preview: examples on the host that are sampled, over and over, as training
@@ -160,7 +164,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             if preview is not None and every and (step % every == 0 or step == last):
                 _preview(cfg, workdir, state, preview, mesh, step, writer)
                 log.restart_clock()
-            if stopped():
+            if stopped(step):
                 checkpointer.save(state, cfg, batches.get_state())
                 writer.event("stop", step)
                 raise Stopped(f"stopped on a signal at step {step}, saved in {workdir}")
@@ -233,26 +237,35 @@ def _bucket_means(rows) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _signals():
-    """Yields a function that tells whether SIGINT or SIGTERM has come.
+    """Yields a function that tells after each step whether to stop.
 
-    The second signal meets the handlers that were there before.
+    It is when SIGINT or SIGTERM has come; of several processes, when it has come to
+    one of them and all are at the same step. The second signal meets the handlers that
+    were there before.
     """
     came = []
     before = {}
+    alone = jax.process_count() == 1
 
     def handler(number, frame):
         came.append(number)
         restore()
+        if not alone:
+            signal.raise_signal(signal.SIGTERM)
 
     def restore():
         for number, old in before.items():
             signal.signal(number, old)
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # Of several processes JAX takes SIGTERM itself, and tells the others.
+        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
             before[number] = signal.signal(number, handler)
     try:
-        yield lambda: bool(came)
+        if alone:
+            yield lambda step: bool(came)
+        else:
+            yield multihost_utils.reached_preemption_sync_point
     finally:
         restore()
 
@@ -283,7 +296,7 @@ def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:
     if jax.process_index() == 0:
         both = np.concatenate([made, truth], axis=1)
         sheet = pictures.grid(both, min(8, len(both)))
-        folder = Path(workdir) / "samples"
+        folder = epath.Path(workdir) / "samples"
         folder.mkdir(exist_ok=True)
         pictures.save(folder / f"{step:08d}.png", sheet)
         writer.image(step, "samples", sheet)
