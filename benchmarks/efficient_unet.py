@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from configs import sr256
-from imagen_jax import benchmark, config
+from imagen_jax import compiled, config, timings
 from imagen_jax.compilation import compiler_options
 from imagen_jax.models import network
 from imagen_jax.models.flops import forward_flops
@@ -49,8 +49,8 @@ def stage(architecture):
 
 def runs(cfg, mesh):
     """`(forward, train)`, each to be called and waited for."""
-    _, compiled = benchmark.compile_step(cfg, mesh)
-    state, batch = create_state(cfg, mesh), benchmark.random_batch(cfg, mesh)
+    _, train_step = compiled.compile_step(cfg, mesh)
+    state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
     inputs = jax.tree.map(
         lambda x: jnp.ones(x.shape, x.dtype), network.abstract_inputs(cfg)[1:]
     )
@@ -65,7 +65,7 @@ def runs(cfg, mesh):
 
     def train():
         nonlocal state
-        state, metrics = compiled(state, batch)
+        state, metrics = train_step(state, batch)
         jax.block_until_ready(metrics)
 
     return {"forward": forward, "train": train}
@@ -85,7 +85,7 @@ def main():
                 if turn:
                     seconds[name, what].append(time.perf_counter() - start)
     for (name, what), times in seconds.items():
-        size = benchmark.params(stages[name])["parameters"] / 1e6
+        size = compiled.params(stages[name])["parameters"] / 1e6
         flops = forward_flops(stages[name]) / 1e9
         milliseconds = [1e3 * f(times) for f in (statistics.median, min, max)]
         print(

@@ -28,7 +28,7 @@ def ours(stage):
     """`(step, facts)` of imagen_jax."""
     import jax
 
-    from imagen_jax import benchmark, config
+    from imagen_jax import compiled, config, timings
     from imagen_jax.sharding import make_mesh
     from imagen_jax.training.state import create_state
 
@@ -58,15 +58,15 @@ def ours(stage):
         }
     )
     mesh = make_mesh(cfg.mesh)
-    _, compiled = benchmark.compile_step(cfg, mesh)
-    state, batch = create_state(cfg, mesh), benchmark.random_batch(cfg, mesh)
+    _, train_step = compiled.compile_step(cfg, mesh)
+    state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
 
     def step():
         nonlocal state
-        state, metrics = compiled(state, batch)
+        state, metrics = train_step(state, batch)
         jax.block_until_ready(metrics)
 
-    sizes = benchmark.params(cfg)
+    sizes = compiled.params(cfg)
     return step, {
         "parameters": sizes["parameters"],
         "forward_flops": sizes["forward_flops_per_image"],

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base64, sr256
-from imagen_jax import benchmark, config
+from imagen_jax import compiled, config, prepare, timings, train
 from imagen_jax.errors import UserError
 from imagen_jax.models import flops, network
 from imagen_jax.sharding import make_mesh
@@ -53,7 +53,7 @@ def test_arithmetic_is_near_the_compilers_own_count(module):
 
 
 def test_params_are_all_counted(cfg):
-    report = benchmark.params(cfg)
+    report = compiled.params(cfg)
     mesh = make_mesh(cfg.mesh)
     params = jax.tree.leaves(abstract_state(cfg, mesh).params)
     assert report["parameters"] == sum(leaf.size for leaf in params)
@@ -64,7 +64,7 @@ def test_params_are_all_counted(cfg):
 def test_a_compiled_step_needs_the_state_once(cfg):
     """Donated buffers: what goes in and comes out lies in the same place."""
     mesh = make_mesh(config.MeshConfig(data=2, fsdp=4))
-    report, _ = benchmark.compile_step(cfg, mesh)
+    report, _ = compiled.compile_step(cfg, mesh)
     state = sum(
         leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
         for leaf in jax.tree.leaves(abstract_state(cfg, mesh))
@@ -89,7 +89,7 @@ def test_sums_that_are_scattered_are_told_from_whole_ones():
   %d = f32[2] reduce-scatter(%y), to_apply=%add.3
   %e = bf16[8,64] all-gather(%z), dimensions={0}
 """
-    assert benchmark.collectives(program) == {
+    assert compiled.collectives(program) == {
         "all-reduce-start": 1,
         "reduce-scatter": 2,
         "all-gather": 1,
@@ -106,26 +106,61 @@ def test_a_step_that_does_not_fit_is_a_message(cfg, monkeypatch):
         def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 40G of 31G\nmore")
 
-    monkeypatch.setattr(benchmark, "compile_train_step", lambda *_: Lowered())
+    monkeypatch.setattr(compiled, "compile_train_step", lambda *_: Lowered())
     mesh = make_mesh(cfg.mesh)
     with pytest.raises(UserError, match=r"fit.* 8 devices.*fsdp.* 40G of 31G$"):
-        benchmark.compile_step(cfg, mesh)
+        compiled.compile_step(cfg, mesh)
 
 
 def test_the_largest_array():
     """By its bytes: 1,200 of 300 elements, beside 1,024 of 512 and of 1,024."""
     program = "%a = bf16[8,64]{1,0} add(f32[3,10,10]{2,1,0} %b, u8[1024]{0} %c)"
-    assert benchmark.largest_array(program) == "f32[3,10,10]"
+    assert compiled.largest_array(program) == "f32[3,10,10]"
 
 
 def test_timed_steps_agree_with_themselves(cfg, monkeypatch):
-    monkeypatch.setattr(benchmark, "matmul_flops_per_second", lambda *_: 1e10)
+    monkeypatch.setattr(timings, "matmul_flops_per_second", lambda *_: 1e10)
     mesh = make_mesh(cfg.mesh, jax.devices()[:1])
-    report = benchmark.time_steps(cfg, mesh, seconds=0)
+    report = timings.time_steps(cfg, mesh, seconds=0)
     seconds = report["step_seconds"]
     assert seconds["min"] <= seconds["median"] <= seconds["max"]
     rate = report["images_per_second"]
     assert rate == pytest.approx(cfg.training.batch_size / seconds["median"])
     done = 3 * flops.forward_flops(cfg) * rate
     assert report["share_of_matmul"] == pytest.approx(done / (1e10 * mesh.size))
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_a_timed_sampler_agrees_with_itself(cfg):
+    """Of four steps three are guided; 6 pictures make two for each of 8 devices."""
+    sampler = {"steps": 4, "guidance_schedule": [1.0, 2.0, 2.0, 2.0], "batch_size": 6}
+    mesh = make_mesh(config.MeshConfig())
+    report = timings.time_sampler(tiny.sr_stage(sampler=sampler), mesh, seconds=0)
+    assert report["batch_size"] == 8 and report["network_passes"] == 7
+    seconds = report["batch_seconds"]
+    assert seconds["min"] <= seconds["median"] <= seconds["max"]
+    assert report["images_per_second"] == pytest.approx(8 / seconds["median"])
+    outside = report["outside_seconds_per_image_and_step"] * 8 * 4
+    inside = report["pass_seconds_per_image"] * 8 * 7
+    assert outside + inside == pytest.approx(seconds["median"])
+    assert report["share_outside_the_network"] == pytest.approx(
+        outside / seconds["median"]
+    )
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_a_timed_pipeline_agrees_with_itself(tmp_path):
+    records = str(tmp_path / "records.npz")
+    prepare.prepare("shapes:32", records, text_length=4, image_size=8, progress=False)
+    cfg = tiny.stage(
+        text={"dim": 64, "encoder": ""}, data={"records": records}, mesh={"data": -1}
+    )
+    cfg = train.resolve(dataclasses.asdict(cfg))
+    report = timings.time_data(cfg, make_mesh(cfg.mesh), seconds=0)
+    assert report["batch_size"] == 8
+    assert report["batches"] >= 3 and report["training_steps"] >= 3
+    assert 0 <= report["share_of_the_step_waiting"] <= 1
+    waited = report["wait_seconds_per_step"] * report["training_steps_per_second"]
+    assert report["share_of_the_step_waiting"] == pytest.approx(waited)
+    assert report["queues_gib"] >= 0
     assert json.loads(json.dumps(report)) == report

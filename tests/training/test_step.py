@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax import benchmark
+from imagen_jax import compiled
 from imagen_jax.config import MeshConfig, OptimizerConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import batch_sharding, make_mesh
@@ -61,8 +61,8 @@ def test_weights_come_to_the_rows_and_once(make, loops):
     model = {"channels": (64, 128), "scan_blocks": loops}
     cfg = make(training={"batch_size": 8 * 13}, model=model)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    report, compiled = benchmark.compile_step(cfg, mesh)
-    program = compiled.as_text()
+    report, made = compiled.compile_step(cfg, mesh)
+    program = made.as_text()
     gathered = re.findall(r"= (\S+) all-gather(?:-start)?\(", program)
     rows = [int(re.search(r"\[(\d+)", shape)[1]) for shape in gathered]
     assert not [n for n in rows if n % 13 == 0]
