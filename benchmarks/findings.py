@@ -148,7 +148,7 @@ def augmentation(folder, mesh, count):
 
 
 def solver(folder, mesh, count):
-    """One row per sampler: both stages take it."""
+    """One row per sampler: both stages take it; seconds are with compilation."""
     prompts, seeds = captions(count)
     print("| sampler | steps | grid | colour | shape | seconds |")
     print("|---|---|---|---|---|---|")
@@ -168,7 +168,6 @@ def solver(folder, mesh, count):
             steps=[steps],
             grid=[grid],
         )
-        sample_prompts(trained, prompts[:1], seeds[:1], mesh, progress=False)
         start = time.perf_counter()
         made, _ = sample_prompts(trained, prompts, seeds, mesh, progress=False)
         seconds = time.perf_counter() - start
