@@ -19,7 +19,7 @@ from tests import tiny
 
 @pytest.fixture(scope="module")
 def cfg():
-    return tiny.sr_stage()
+    return tiny.sr_stage(model=tiny.ONE_LEVEL)
 
 
 def test_arithmetic_is_counted_by_hand():
@@ -135,7 +135,9 @@ def test_a_timed_sampler_agrees_with_itself(cfg):
     """Of four steps three are guided; 6 pictures make two for each of 8 devices."""
     sampler = {"steps": 4, "guidance_schedule": [1.0, 2.0, 2.0, 2.0], "batch_size": 6}
     mesh = make_mesh(config.MeshConfig())
-    report = timings.time_sampler(tiny.sr_stage(sampler=sampler), mesh, seconds=0)
+    report = timings.time_sampler(
+        tiny.sr_stage(model=tiny.ONE_LEVEL, sampler=sampler), mesh, 0
+    )
     assert report["batch_size"] == 8 and report["network_passes"] == 7
     seconds = report["batch_seconds"]
     assert seconds["min"] <= seconds["median"] <= seconds["max"]
@@ -153,10 +155,12 @@ def test_a_timed_pipeline_agrees_with_itself(tmp_path):
     records = str(tmp_path / "records.npz")
     prepare.prepare("shapes:32", records, text_length=4, image_size=8, progress=False)
     cfg = tiny.stage(
-        text={"dim": 64, "encoder": ""}, data={"records": records}, mesh={"data": -1}
+        model=tiny.ONE_LEVEL,
+        text={"dim": 64, "encoder": ""},
+        data={"records": records},
     )
     cfg = train.resolve(dataclasses.asdict(cfg))
-    report = timings.time_data(cfg, make_mesh(cfg.mesh), seconds=0)
+    report = timings.time_data(cfg, make_mesh(cfg.mesh, jax.devices()[:1]), seconds=0)
     assert report["batch_size"] == 8
     assert report["batches"] >= 3 and report["training_steps"] >= 3
     assert 0 <= report["share_of_the_step_waiting"] <= 1

@@ -15,7 +15,10 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 # A cascade that trains in seconds: two steps of the smallest networks.
 TINY = [
-    "--config.model.channels=(8,16)",
+    "--config.model.channels=(8,)",
+    "--config.model.num_res_blocks=(1,)",
+    "--config.model.self_attention=(True,)",
+    "--config.model.text_attention=(True,)",
     "--config.model.head_channels=8",
     "--config.training.batch_size=4",
     "--config.training.steps=2",

@@ -19,8 +19,8 @@ from tests import tiny
 
 PICTURES = 6
 CONFIGS = [
-    tiny.stage(sampler={"steps": 6, "guidance": 2.0, "batch_size": 8}),
-    tiny.sr_stage(sampler={"steps": 6, "guidance": 1.5, "batch_size": 8}),
+    tiny.stage(sampler={"steps": 6, "guidance": 2.0}),
+    tiny.sr_stage(model=tiny.ONE_LEVEL, sampler={"steps": 6, "guidance": 1.5}),
 ]
 
 
@@ -73,7 +73,6 @@ def test_a_picture_is_its_own(inputs, cfg):
     np.testing.assert_array_equal(_run(inputs, cfg, [3]), want[[3]])
     for others in (
         {"batch_size": 2},
-        {"devices": 8, "data": 8},
         {"devices": 8, "data": 2, "fsdp": 2, "tensor": 2},
     ):
         made = _run(inputs, cfg, everyone, **others)
@@ -99,7 +98,9 @@ def test_the_networks_input_carries_the_noise_that_it_is_told():
     pixel a weighted sum of 4 x 4, so of the noise's variance the sum of the squared
     weights.
     """
-    cfg = tiny.sr_stage(training={"batch_size": 32}, sampler={"steps": 1})
+    cfg = tiny.sr_stage(
+        model=tiny.ONE_LEVEL, training={"batch_size": 32}, sampler={"steps": 1}
+    )
     cfg = dataclasses.replace(cfg, image_size=64, lowres_size=32)
     params = nn.unbox(network.init(cfg, jax.random.key(0)))
     kept = np.square(_cubic(np.array([-1.25, -0.25, 0.75, 1.75]))).sum() ** 2

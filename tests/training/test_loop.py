@@ -42,7 +42,7 @@ def lines(path):
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, mesh):
     """Bitwise: parameters, average, optimizer, step, and the batches taken."""
-    cfg = tiny.stage()
+    cfg = tiny.stage(model=tiny.ONE_LEVEL)
     whole = train(cfg, tmp_path / "whole", mesh)
     train(tiny.with_steps(cfg, 2), tmp_path / "parts", mesh)
     assert_equal_states(train(cfg, tmp_path / "parts", mesh), whole)
@@ -50,7 +50,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, mesh):
 
 @pytest.mark.slow
 def test_a_signal_saves_and_stops(tmp_path, mesh):
-    cfg = tiny.stage()
+    cfg = tiny.stage(model=tiny.ONE_LEVEL)
 
     def interrupt(taken):
         if taken == 3:
@@ -68,7 +68,9 @@ def test_a_signal_saves_and_stops(tmp_path, mesh):
 
 
 def test_the_workdir_holds_what_it_should(tmp_path, mesh):
-    cfg = tiny.sr_stage(training={"sample_every_steps": 4, "steps": 5})
+    cfg = tiny.sr_stage(
+        model=tiny.ONE_LEVEL, training={"sample_every_steps": 4, "steps": 5}
+    )
     batches = tiny.Batches(cfg, mesh)
     preview = tiny.batch(cfg)
     preview = jax.tree.map(lambda x: x[:3], preview)
@@ -102,16 +104,16 @@ def test_only_the_newest_checkpoints_stay(tmp_path, mesh):
 
 
 def test_a_workdir_of_another_config_is_refused(tmp_path):
-    cfg = tiny.stage()
+    cfg = tiny.stage(model=tiny.ONE_LEVEL)
     loop.check_workdir(cfg, str(tmp_path / "run"))
     free = dataclasses.replace(
         cfg, mesh=MeshConfig(data=2), data=dataclasses.replace(cfg.data, records="x")
     )
     loop.check_workdir(tiny.with_steps(free, 9), str(tmp_path / "run"))
-    other = tiny.stage(optimizer={"learning_rate": 0.5})
+    other = tiny.stage(model=tiny.ONE_LEVEL, optimizer={"learning_rate": 0.5})
     with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.01 -> 0\.5"):
         loop.check_workdir(other, str(tmp_path / "run"))
-    encoder = tiny.stage(text={"encoder": "other@1"})
+    encoder = tiny.stage(model=tiny.ONE_LEVEL, text={"encoder": "other@1"})
     with pytest.raises(UserError, match=r"text\.encoder: 'fake@1' -> 'other@1'"):
         loop.check_workdir(encoder, str(tmp_path / "run"))
 
