@@ -49,7 +49,7 @@ CROSS = {
     **UNET,
     "model": {
         **UNET["model"],
-        "num_res_blocks": (1, 2, 3),
+        "num_res_blocks": (1, 1, 2),
         "text_conditioning": "cross",
         "text_norm": False,
         "scan_blocks": True,
