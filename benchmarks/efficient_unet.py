@@ -57,7 +57,9 @@ def runs(cfg, mesh):
     apply = jax.jit(
         network.apply,
         static_argnums=0,
-        compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
+        compiler_options=compiler_options(
+            mesh, dtype=cfg.model.dtype, size=cfg.train_size
+        ),
     )
 
     def forward():
