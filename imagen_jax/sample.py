@@ -34,11 +34,13 @@ def write(
     seeds: np.ndarray,
     made: Sequence[np.ndarray],
     cells: Sequence[Cell] = (),
+    lowres: Sequence[str] = (),
 ) -> None:
     """Writes what `sample_prompts` made.
 
     NNNN.png of the last stage, NNNN_SIZEpx.png of earlier ones, samples.json, grid.png
-    and, of several cells, sheet_NNNN.png of each prompt.
+    and, of several cells, sheet_NNNN.png of each prompt. `lowres` are the files that
+    the first stage started from: none, one, or one per prompt.
     """
     folder = pathlib.Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,6 +59,8 @@ def write(
             "guidance": cell.guidance,
             "aug_level": cell.aug_level,
         }
+        if lowres:
+            record["lowres"] = lowres[prompt % len(lowres)]
         records.append(record)
     if len(cells) > 1:
         columns = len({cell.guidance for cell in cells})
@@ -226,7 +230,7 @@ def main() -> None:
         recorded,
         show_steps=args.show_steps,
     )
-    write(args.output, trained, prompts, seeds, made, cells)
+    write(args.output, trained, prompts, seeds, made, cells, args.lowres)
     for stage, steps in zip(estimates, recorded, strict=True):
         if steps:
             path = pathlib.Path(args.output) / f"estimates_{stage.shape[2]}px.png"

@@ -24,7 +24,7 @@ from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.manifest import read_manifest, with_text
 from imagen_jax.data.source import open_records
 from imagen_jax.errors import UserError
-from imagen_jax.sharding import check_batch_size, make_mesh
+from imagen_jax.sharding import make_mesh
 from imagen_jax.training.loop import BatchIterator, train
 from imagen_jax.training.state import TrainState
 
@@ -70,7 +70,6 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
       Stopped: on SIGINT or SIGTERM, after saving.
     """
     mesh = make_mesh(cfg.mesh)
-    check_batch_size(cfg.training.batch_size, mesh, "training.batch_size")
     batches = open_records(cfg, mesh)
     preview = None
     if cfg.training.sample_every_steps:

@@ -146,6 +146,7 @@ def test_values_compared_on_labelled_sheets(cascade, tmp_path):
     assert [(p["guidance"], p["aug_level"]) for p in described] == [
         ([w], [level]) for level in (0.0, 0.5) for w in (1.0, 3.0)
     ]
+    assert {p["lowres"] for p in described} == {str(small)}
     made = [np.asarray(Image.open(out / p["file"])) for p in described]
     # Hardly trained, the network makes little of the weight.
     assert len({picture.tobytes() for picture in made}) > 1
