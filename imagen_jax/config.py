@@ -192,11 +192,13 @@ class MeshConfig:
     Attributes:
       data: copies of the model, each with its share of the batch.
       fsdp: shards of parameters, optimizer and EMA (and of the batch).
+      spatial: shards of a picture's rows; what lies at a border is exchanged.
       tensor: shards of channels and heads.
     """
 
     data: int = -1
     fsdp: int = 1
+    spatial: int = 1
     tensor: int = 1
 
 

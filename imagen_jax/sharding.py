@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# Neighbours on the last axes are neighbours in the machine: they exchange the most.
+AXES = ("data", "fsdp", "spatial", "tensor")
 
 # Parameters are declared with these names; `None` is replicated. Weights are split
 # along their input over fsdp and along their output over tensor.
@@ -53,7 +55,33 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
             f"an axis can be one of {_divisors(len(devices))}"
         )
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+    return Mesh(_arranged(devices, sizes), AXES)
+
+
+def _arranged(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
+    """The devices in the mesh's shape; a TPU's so that axes follow its links.
+
+    Slices that are joined by a data centre's network are parts of the data axis, which
+    exchanges gradients once a step and nothing else.
+    """
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise UserError(
+            f"config.mesh.data is {sizes[0]}, which does not divide over {slices} "
+            f"slices: use a multiple of {slices}"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        [sizes[0] // slices, *sizes[1:]],
+        [slices, *([1] * (len(sizes) - 1))],
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def _divisors(n: int) -> list[int]:
@@ -135,14 +163,33 @@ def on_mesh(run: Callable, mesh: Mesh) -> Callable:
 def split_rows(x: jax.Array) -> jax.Array:
     """`x` with its rows on data and fsdp; of the other axes the compiler decides.
 
-    Without it XLA may split channels and gather activations of the whole batch.
-    Outside of `on_mesh`, and for rows that do not divide, it changes nothing.
+    Pixels' rows of pictures `[B, H, W, C]` are on spatial. Without it XLA may split
+    channels and gather activations of the whole batch. Outside of `on_mesh`, and for
+    rows that do not divide, it changes nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size < 2 or x.shape[0] % row_shards(mesh):
+    if mesh.size < 2:
         return x
-    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp"), *free))
+    if x.ndim == 4 and mesh.shape["spatial"] > 1:
+        spec = picture_spec(x.shape, mesh)
+    elif x.shape[0] % row_shards(mesh):
+        return x
+    else:
+        free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+        spec = PartitionSpec(("data", "fsdp"), *free)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def picture_spec(
+    shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh, multiple: int = 1
+) -> PartitionSpec:
+    """Where pictures `[B, H, W, C]` lie: each on data and fsdp, its rows on spatial.
+
+    What does not divide is whole; of H each device gets a multiple of `multiple`.
+    """
+    batch = None if shape[0] % row_shards(mesh) else ("data", "fsdp")
+    height = None if shape[1] % (mesh.shape["spatial"] * multiple) else "spatial"
+    return PartitionSpec(batch, height, None, None)
 
 
 def gather_fsdp(weight: jax.Array, names: Sequence[str]) -> jax.Array:

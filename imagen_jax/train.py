@@ -18,12 +18,11 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from imagen_jax import cli
+from imagen_jax import cli, processes
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.manifest import read_manifest, with_text
 from imagen_jax.data.source import open_records
-from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.loop import BatchIterator, train
 from imagen_jax.training.state import TrainState
@@ -37,29 +36,6 @@ def resolve(values: Mapping[str, Any]) -> StageConfig:
     """
     cfg = from_dict(values)
     return with_text(cfg, read_manifest(cfg.data.records))
-
-
-def join_processes(timeout_seconds: int) -> None:
-    """Makes one training of the processes that TPU VMs, GKE or Slurm have started.
-
-    Comes before anything else of JAX. JAX finds the others by itself.
-
-    Raises:
-      UserError: when this process is alone, or the others do not come in time.
-    """
-    try:
-        jax.distributed.initialize(initialization_timeout=timeout_seconds)
-    except ValueError as error:
-        raise UserError(
-            f"--distributed: {error} JAX does not see other processes here: it knows "
-            "those of TPU VMs, GKE and Slurm (see launch/README.md). On one host "
-            "leave --distributed out"
-        ) from None
-    except RuntimeError as error:
-        raise UserError(
-            "--distributed: not all processes came within --start_timeout_seconds="
-            f"{timeout_seconds}: {' '.join(str(error).split())}"
-        ) from None
 
 
 def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
@@ -99,14 +75,22 @@ def define_flags() -> None:
         "with --distributed: how long to wait for the other processes",
         lower_bound=1,
     )
+    flags.DEFINE_integer(
+        "heartbeat_timeout_seconds",
+        100,
+        "with --distributed: after so long without a sign of life a process is lost",
+        lower_bound=1,
+    )
     flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     """Trains what the flags ask for."""
-    if flags.FLAGS.distributed:
-        join_processes(flags.FLAGS.start_timeout_seconds)
-    train_stage(resolve(cli.config_values()), flags.FLAGS.workdir)
+    args = flags.FLAGS
+    if args.distributed:
+        processes.join(args.start_timeout_seconds, args.heartbeat_timeout_seconds)
+    with processes.losses_named():
+        train_stage(resolve(cli.config_values()), args.workdir)
 
 
 if __name__ == "__main__":

@@ -20,16 +20,17 @@ def _mesh(**axes):
 @pytest.mark.parametrize(
     ("axes", "want"),
     [
-        ({}, (8, 1, 1)),
-        ({"data": 8}, (8, 1, 1)),
-        ({"fsdp": 4}, (2, 4, 1)),
-        ({"data": 1, "fsdp": -1}, (1, 8, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 2)),
+        ({}, (8, 1, 1, 1)),
+        ({"data": 8}, (8, 1, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1, 1)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": -1}, (2, 2, 1, 2)),
+        ({"data": 1, "spatial": 4, "tensor": 2}, (1, 1, 4, 2)),
     ],
 )
 def test_the_mesh_takes_all_devices(axes, want):
     mesh = _mesh(**axes)
-    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.axis_names == ("data", "fsdp", "spatial", "tensor")
     assert tuple(mesh.shape.values()) == want
     assert list(mesh.devices.flat) == jax.devices()
 

@@ -73,7 +73,7 @@ def test_a_picture_is_its_own(inputs, cfg):
     np.testing.assert_array_equal(_run(inputs, cfg, [3]), want[[3]])
     for others in (
         {"batch_size": 2},
-        {"devices": 8, "data": 2, "fsdp": 2, "tensor": 2},
+        {"devices": 8, "fsdp": 2, "spatial": 2, "tensor": 2},
     ):
         made = _run(inputs, cfg, everyone, **others)
         # Sums are in another order. Their roundings, 1e-7, grow by at most some

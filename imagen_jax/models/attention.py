@@ -58,11 +58,14 @@ def flash_attention(
         return _flash(q, k, v, mask)
     rows = ("data", "fsdp")
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
-    spec = PartitionSpec(rows, None, heads)
+    whole = PartitionSpec(rows, None, heads)
+    # Queries are pixels, whose rows may be split; each looks at all keys.
+    divides = q.shape[1] % (_TILE * mesh.shape["spatial"]) == 0
+    queries = PartitionSpec(rows, "spatial" if divides else None, heads)
     return jax.shard_map(
         _flash,
-        in_specs=(spec, spec, spec, PartitionSpec(rows)),
-        out_specs=spec,
+        in_specs=(queries, whole, whole, PartitionSpec(rows)),
+        out_specs=queries,
         # A kernel does not say along which axes its answer varies.
         check_vma=False,
     )(q, k, v, mask)

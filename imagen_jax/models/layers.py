@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from imagen_jax.models.convolution import convolve
 from imagen_jax.sharding import gather_fsdp, split_rows
 
 _lecun = nn.initializers.lecun_normal()
@@ -60,6 +61,7 @@ def conv(
         (kernel, kernel),
         strides=stride,
         dtype=dtype,
+        conv_general_dilated=convolve,
         bias_init=_parameter(_zeros, "norm"),
         name=name,
         **_kernel(_zeros if zero else _lecun, "kernel_h", "kernel_w", "in", "out"),

@@ -166,6 +166,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
                 log.restart_clock()
             if stopped(step):
                 checkpointer.save(state, cfg, batches.get_state())
+                log.flush(step, bar)
                 writer.event("stop", step)
                 raise Stopped(f"stopped on a signal at step {step}, saved in {workdir}")
         log.flush(last, bar)

@@ -1,0 +1,136 @@
+"""The processes of one training: all of them come, and none goes unnoticed."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+from jax._src import clusters, distributed
+
+from imagen_jax.errors import UserError
+
+# Who finds that a process is gone waits so long for the others to find it too.
+_AGREE_SECONDS = 10
+
+
+def join(start_seconds: int, lost_seconds: int) -> None:
+    """Makes one training of the processes that TPU VMs, GKE or Slurm have started.
+
+    Comes before anything else of JAX.
+
+    Args:
+      start_seconds: how long to wait for processes that have not come.
+      lost_seconds: after so long without a sign of life a process is lost, and JAX
+        ends the others with a message that names it.
+
+    Raises:
+      UserError: when this process is alone, or others do not come in time.
+    """
+    address, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        None, None, None, None, None, start_seconds
+    )
+    if address is None or count is None or index is None:
+        raise UserError(
+            "--distributed: JAX does not see other processes here: it knows those of "
+            "TPU VMs, GKE and Slurm (see launch/README.md). On one host leave "
+            "--distributed out"
+        )
+    missing = roll_call(address, count, index, start_seconds)
+    if missing:
+        raise UserError(
+            f"--distributed: {_numbers(missing)} of {count} did not come within "
+            f"--start_timeout_seconds={start_seconds}; see the logs there. Process 0 "
+            f"is at {address}"
+        )
+    jax.distributed.initialize(
+        initialization_timeout=start_seconds, heartbeat_timeout_seconds=lost_seconds
+    )
+
+
+def roll_call(address: str, count: int, index: int, seconds: float) -> list[int]:
+    """Which of `count` processes are not there after `seconds`; all learn the same.
+
+    JAX would wait as long and then abort without saying whom it waited for.
+
+    Args:
+      address: "host:port" of process 0, on which nobody listens yet.
+      count: of all processes.
+      index: of this one.
+      seconds: how long to wait.
+    """
+    host, _, port = address.rpartition(":")
+    if index:
+        return _answer(host.strip("[]"), int(port), index, seconds)
+    until = time.monotonic() + seconds
+    here: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("", int(port))))
+        while len(here) < count - 1 and (left := until - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError, ValueError):
+                peer = stack.enter_context(server.accept()[0])
+                peer.settimeout(5)
+                here[int(peer.makefile().readline(16))] = peer
+        missing = sorted(set(range(1, count)) - set(here))
+        for peer in here.values():
+            with contextlib.suppress(OSError):
+                peer.sendall(json.dumps(missing).encode() + b"\n")
+    return missing
+
+
+def _answer(host: str, port: int, index: int, seconds: float) -> list[int]:
+    """The missing, from process 0; itself, when it does not come."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=left) as call:
+                call.sendall(f"{index}\n".encode())
+                # Process 0 may just have come, and waits as long from then on.
+                call.settimeout(seconds + 10)
+                return json.loads(call.makefile().readline())
+        except (OSError, ValueError):
+            time.sleep(min(0.2, max(0, left)))
+    return [0]
+
+
+@contextlib.contextmanager
+def losses_named() -> Iterator[None]:
+    """Ends this process, status 1, when what is run fails because another is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        lost = _lost() if jax.process_count() > 1 else []
+        if not lost:
+            raise
+        first = str(error).splitlines()[0]
+        print(
+            f"error: {_numbers(lost)} of {jax.process_count()} is gone; see its log. "
+            "The same command resumes from the last checkpoint when all are back. "
+            f"Noticed by: {first}",
+            file=sys.stderr,
+            flush=True,
+        )
+        # A normal end would wait for the lost process, and then abort.
+        os._exit(1)
+
+
+def _lost() -> list[int]:
+    """The processes that do not come to a barrier."""
+    try:
+        distributed.global_state.client.wait_at_barrier(
+            "who_is_left", _AGREE_SECONDS * 1000
+        )
+    except jax.errors.JaxRuntimeError as error:
+        _, _, names = str(error).partition("timed out task names:")
+        return [int(n) for n in re.findall(r"^\D*?(?:task:)?(\d+)$", names, re.M)]
+    return []
+
+
+def _numbers(processes: list[int]) -> str:
+    word = "process" if len(processes) == 1 else "processes"
+    return f"{word} {', '.join(map(str, processes))}"
