@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from imagen_jax.errors import Stopped, UserError
+from imagen_jax.errors import PeerLost, Stopped, UserError
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -19,7 +19,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     doors can import each other.
 
     Exits with 0 when done, 1 after a `UserError` (printed as one line), 2 for flags
-    that are wrong, 3 when stopped by a signal.
+    that are wrong, 3 when stopped by a signal, 4 after a `PeerLost`.
     """
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-help", "-h", "--helpfull", "-?"} & set(argv[1:]):
@@ -40,6 +40,8 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         _exit(1, str(error))
     except Stopped as stopped:
         _exit(3, str(stopped))
+    except PeerLost as lost:
+        _exit(4, str(lost))
     except KeyboardInterrupt:
         _exit(3, "interrupted")
     sys.exit(0)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import jax
 from jax._src import clusters, distributed
 
-from imagen_jax.errors import UserError
+from imagen_jax.errors import PeerLost, UserError
 
 # Who finds that a process is gone waits so long for the others to find it too.
 _AGREE_SECONDS = 10
@@ -29,7 +29,8 @@ def join(start_seconds: int, lost_seconds: int) -> None:
         ends the others with a message that names it.
 
     Raises:
-      UserError: when this process is alone, or others do not come in time.
+      UserError: when this process is alone.
+      PeerLost: when others do not come in time.
     """
     address, count, index, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, start_seconds
@@ -42,7 +43,7 @@ def join(start_seconds: int, lost_seconds: int) -> None:
         )
     missing = roll_call(address, count, index, start_seconds)
     if missing:
-        raise UserError(
+        raise PeerLost(
             f"--distributed: {_numbers(missing)} of {count} did not come within "
             f"--start_timeout_seconds={start_seconds}; see the logs there. Process 0 "
             f"is at {address}"
@@ -100,7 +101,7 @@ def _answer(host: str, port: int, index: int, seconds: float) -> list[int]:
 
 @contextlib.contextmanager
 def losses_named() -> Iterator[None]:
-    """Ends this process, status 1, when what is run fails because another is gone."""
+    """Ends this process, status 4, when what is run fails because another is gone."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -116,7 +117,7 @@ def losses_named() -> Iterator[None]:
             flush=True,
         )
         # A normal end would wait for the lost process, and then abort.
-        os._exit(1)
+        os._exit(4)
 
 
 def _lost() -> list[int]:
