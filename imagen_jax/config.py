@@ -99,9 +99,10 @@ class DataConfig:
     """Where the examples come from.
 
     Attributes:
-      records: a folder written by `prepare` (holds manifest.json), or a .npz file
-        of it (read without TensorFlow).
-      shuffle_examples: size of the shuffle buffer, in examples.
+      records: a folder written by `prepare` (holds manifest.json), a .npz file of it
+        (read without TensorFlow), or a mixture of folders, "DIR:WEIGHT,DIR:WEIGHT".
+      shuffle_examples: size of the shuffle buffer, in examples; folders that are mixed
+        have their shares of it.
       seed: of the order of the examples, and of where they are cut.
       square: which square of a picture is trained on: the "middle" one, or a "random"
         one, every epoch another.

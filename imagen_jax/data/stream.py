@@ -141,7 +141,9 @@ def local_batch_size(cfg: StageConfig, mesh: Mesh, process_count: int) -> int:
     return size // process_count
 
 
-def identity(cfg: StageConfig, content_sha256: str, examples: int) -> dict[str, Any]:
+def identity(
+    cfg: StageConfig, content_sha256: str | list[str], examples: int | list[int]
+) -> dict[str, Any]:
     """What the order of the examples depends on, under the names of the config."""
     return {
         "records": content_sha256,
