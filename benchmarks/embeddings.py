@@ -116,9 +116,8 @@ def main():
     prompts = [shapes.caption(scene) for scene in scenes]
     for kind in args.what or kinds:
         print(f"\n{kind}: {len(prompts)} held-out captions, {args.seeds} seeds\n")
-        print(
-            "| store | colour | difference | shape | difference |\n|---|---|---|---|---|"
-        )
+        print("| store | colour | difference | shape | difference |")
+        print("|---|---|---|---|---|")
         kinds[kind](pathlib.Path(args.demo), prompts, args.seeds)
 
 
