@@ -100,7 +100,7 @@ class DataConfig:
 
     Attributes:
       records: a folder written by `prepare` (holds manifest.json), a .npz file of it
-        (read without TensorFlow), or a mixture of folders, "DIR:WEIGHT,DIR:WEIGHT".
+        (read without TensorFlow), "tfds:NAME", or a mixture, "DIR:WEIGHT,DIR:WEIGHT".
       shuffle_examples: size of the shuffle buffer, in examples; folders that are mixed
         have their shares of it.
       seed: of the order of the examples, and of where they are cut.

@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.data.crop import PRIME, draw
-from imagen_jax.data.manifest import Manifest, read_manifest
+from imagen_jax.data.manifest import TFDS, Manifest, read_manifest
+from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
 # Of `draw`; crops and squares have the others.
@@ -42,16 +43,17 @@ def read_parts(records: str) -> list[Part]:
     """What `config.data.records` names.
 
     Args:
-      records: one folder or .npz file, or "DIR:WEIGHT,DIR:WEIGHT,...".
+      records: one folder or .npz file, "tfds:NAME" (`tfds_records`), or of folders and
+        these several with weights: "DIR:WEIGHT,DIR:WEIGHT,...".
 
     Raises:
       UserError: for records that are not right, weights that are no numbers above
         zero, and folders that do not go together.
     """
     if "," not in records or epath.Path(records).exists():
-        return [Part(records, 1.0, read_manifest(records))]
+        return [Part(records, 1.0, _manifest(records))]
     names = [_split(part) for part in records.split(",")]
-    parts = [Part(path, weight or 1.0, read_manifest(path)) for path, weight in names]
+    parts = [Part(path, weight or 1.0, _manifest(path)) for path, weight in names]
     _check(parts)
     if not all(weight for _, weight in names):
         example = ",".join(f"{p.path}:{p.manifest.examples}" for p in parts)
@@ -60,6 +62,15 @@ def read_parts(records: str) -> list[Part]:
             f"zero, DIR:WEIGHT. With {example!r} all pictures come equally often"
         )
     return parts
+
+
+def _manifest(path: str) -> Manifest:
+    if not path.startswith(TFDS):
+        return read_manifest(path)
+    start_tensorflow()
+    from imagen_jax.data import tfds_records
+
+    return tfds_records.read_manifest(path.removeprefix(TFDS))
 
 
 def _split(part: str) -> tuple[str, float]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import seqio
 import tensorflow as tf
-from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch
@@ -85,8 +84,14 @@ def make_pipeline(
         options.threading.private_threadpool_size = min(
             os.cpu_count() or 1, _MAX_THREADS
         )
-        for fields in dataset.with_options(options).as_numpy_iterator():
-            yield Batch(**fields)
+        try:
+            for fields in dataset.with_options(options).as_numpy_iterator():
+                yield Batch(**fields)
+        except tf.errors.InvalidArgumentError as error:
+            raise UserError(
+                f"{cfg.data.records!r} has a record that is not what it was prepared "
+                f"to be: {error.message.splitlines()[0]}"
+            ) from None
 
     contents = [part.manifest.content_sha256 for part in parts]
     if len(parts) == 1:
@@ -142,7 +147,7 @@ def _examples_from(
     # A position is an epoch and a place in it, so resuming reads at most one epoch
     # of raw records and decodes none of what it skips.
     part = parts[k]
-    task = tasks.make_task(epath.Path(part.path), part.manifest, cfg.image_size)
+    task = tasks.make_task(part.path, part.manifest, cfg.image_size)
     by_file = len(part.manifest.shards) >= process_count
     shard = seqio.ShardInfo(process_index, process_count) if by_file else None
     share = part.weight / sum(other.weight for other in parts)

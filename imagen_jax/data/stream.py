@@ -117,11 +117,15 @@ class Stream:
 def check_text(cfg: StageConfig, manifest: Manifest) -> None:
     """Raises `UserError` for text of another encoder; logs when captions are cut."""
     check_encoder(cfg, manifest)
-    if manifest.tokens_max > cfg.text.length:
+    cut = manifest.longer_than(cfg.text.length)
+    if cut:
         log.warning(
-            "the longest caption has %d tokens; config.text.length cuts it to %d",
-            manifest.tokens_max,
+            "%d of %d captions have more tokens than config.text.length %d, at most "
+            "%d: the rest of them is cut",
+            cut,
+            manifest.examples,
             cfg.text.length,
+            manifest.tokens_max,
         )
 
 
