@@ -106,12 +106,15 @@ class DataConfig:
       seed: of the order of the examples, and of where they are cut.
       square: which square of a picture is trained on: the "middle" one, or a "random"
         one, every epoch another.
+      flip: whether every epoch half of the pictures are mirrored, others each time.
+        Captions that tell left from right are then wrong as often.
     """
 
     records: str = ""
     shuffle_examples: int = 10_000
     seed: int = 0
     square: str = "middle"
+    flip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

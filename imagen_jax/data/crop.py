@@ -1,4 +1,4 @@
-"""Where a square lies in its picture, and a training crop in the square."""
+"""Where a square lies in its picture, a crop in the square, and what is mirrored."""
 
 from typing import Any
 
@@ -48,6 +48,19 @@ def square_corner(cfg: StageConfig, ids, epoch, extra) -> Any:
     if cfg.data.square == "middle":
         return extra // 2
     return draw(cfg.data.seed, ids, epoch, 2) % (extra + 1)
+
+
+def is_flipped(cfg: StageConfig, ids, epoch) -> Any:
+    """Whether with data.flip pictures are mirrored: `[...]` bool.
+
+    Half of them, a function of (data.seed, id, epoch), in all stages of one seed alike.
+
+    Args:
+      cfg: the stage.
+      ids: `[...]` int64, of the examples.
+      epoch: `[...]` or `[]` int64.
+    """
+    return draw(cfg.data.seed, ids, epoch, 3) % 2 == 1
 
 
 def draw(seed: int, numbers, epoch, purpose) -> Any:

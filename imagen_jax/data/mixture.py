@@ -18,8 +18,8 @@ from imagen_jax.data.manifest import TFDS, Manifest, read_manifest
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
-# Of `draw`; crops and squares have the others.
-_PURPOSE = 3
+# Of `draw`; crops, squares and flips have the others.
+_PURPOSE = 4
 # Choices made at a time, about.
 _CHUNK = 4096
 

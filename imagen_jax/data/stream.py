@@ -149,9 +149,11 @@ def identity(
     cfg: StageConfig, content_sha256: str | list[str], examples: int | list[int]
 ) -> dict[str, Any]:
     """What the order of the examples depends on, under the names of the config."""
-    return {
+    values = {
         "records": content_sha256,
         "examples": examples,
         "data.seed": cfg.data.seed,
         "training.batch_size": cfg.training.batch_size,
     }
+    # Positions that were saved before there were flips have no word of them.
+    return values | {"data.flip": True} if cfg.data.flip else values

@@ -12,7 +12,7 @@ from etils import epath
 
 from imagen_jax.config import StageConfig
 from imagen_jax.data import preprocess, tfds_records
-from imagen_jax.data.crop import square_corner
+from imagen_jax.data.crop import is_flipped, square_corner
 from imagen_jax.data.manifest import TFDS, Manifest
 
 SPLIT = "train"
@@ -115,6 +115,9 @@ class StageFeatureConverter(seqio.FeatureConverter):
             image = preprocess.picture(row["image"], cfg.image_size, corner)
             if cfg.crop_size:
                 image = preprocess.crop(image, cfg, row["id"], row["epoch"])
+            if cfg.data.flip:
+                mirrored = is_flipped(cfg, row["id"], row["epoch"])
+                image = tf.where(mirrored, image[:, ::-1], image)
             text, mask = preprocess.padded_text(
                 row["text"],
                 task_feature_lengths["text"],

@@ -18,6 +18,8 @@ from imagen_jax.data.source import open_records
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
+FLIP = {"flip": True}
+
 start_tensorflow()
 from imagen_jax.data import tasks  # noqa: E402
 from imagen_jax.data.pipeline import examples_of_host, make_pipeline  # noqa: E402
@@ -170,6 +172,27 @@ def test_hosts_share_the_examples(stage, records, mesh, hosts):
     assert epochs[0] != epochs[1]
 
 
+def test_flips_are_asked_for(stage, records, mesh):
+    """Half of the pictures, others in every epoch, in each stage the same."""
+    plain, flipped, small = (
+        _take(make_pipeline(stage(records, *sizes, data=data), mesh), 12)
+        for sizes, data in (((16, 7), {}), ((16, 7), FLIP), ((8, 7), FLIP))
+    )
+    turned = []
+    for one, other, reduced in zip(plain, flipped, small):
+        for image, mirrored, low in zip(one.image, other.image, reduced.image):
+            turned.append((mirrored != image).any())
+            want = image[:, ::-1] if turned[-1] else image
+            np.testing.assert_array_equal(mirrored, want)
+            np.testing.assert_array_equal(low, downsample(mirrored, 8))
+    # 84 draws: within four standard deviations of a half.
+    assert 23 < sum(turned) < 61
+    by_id = {}
+    for id, turn in zip(_ids(plain), turned):
+        by_id.setdefault(id, set()).add(bool(turn))
+    assert sum(len(turns) == 2 for turns in by_id.values()) > 10
+
+
 def test_a_batch_lies_over_the_mesh(stage, records):
     mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2), jax.devices()[:4])
     cfg = stage(records, batch_size=8)
@@ -181,7 +204,12 @@ def test_a_batch_lies_over_the_mesh(stage, records):
 
 
 @pytest.mark.parametrize(
-    "size, crop", [(32, {}), (16, {}), (32, {"lowres_size": 8, "crop_size": 16})]
+    "size, crop",
+    [
+        (32, {}),
+        (16, {"data": {"flip": True}}),
+        (32, {"lowres_size": 8, "crop_size": 16}),
+    ],
 )
 def test_memory_has_the_same_batches(stage, records, npz, mesh, size, crop):
     """The same content for the same id, crops of the same epoch included."""
@@ -286,6 +314,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "change, message",
         [
+            ({"data": FLIP}, "data.flip None, this run has True"),
             ({"data": {"seed": 5}}, "data.seed 0, this run has 5"),
             ({"batch_size": 8}, "training.batch_size 4, this run has 8"),
             ({"data": {"shuffle_examples": 9}}, "shuffle_examples 4, this run has 9"),
