@@ -1,9 +1,12 @@
 """From a config to its batches, whatever the records are."""
 
+import math
+
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from imagen_jax.batch import batch_spec
 from imagen_jax.config import StageConfig
 from imagen_jax.data.mixture import read_parts
 from imagen_jax.data.start_tensorflow import start_tensorflow
@@ -31,3 +34,26 @@ def open_records(cfg: StageConfig, mesh: Mesh) -> Stream:
     from imagen_jax.data.pipeline import make_pipeline
 
     return make_pipeline(cfg, mesh, **hosts)
+
+
+def queue_bytes(cfg: StageConfig, hosts: int = 1) -> int:
+    """What the queues in front of one of `hosts` hold, about: the config bounds it.
+
+    data.shuffle_examples encoded records, of mean size; and five batches: one on the
+    devices, two that wait, two in the making. A .npz file has no queue but the first of
+    these; all of it is in memory.
+    """
+    leaves = jax.tree.leaves(batch_spec(cfg))
+    batch = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) // hosts
+    parts = read_parts(cfg.data.records)
+    if epath.Path(parts[0].path).is_file():
+        return batch
+    weights = sum(part.weight for part in parts)
+    record = sum(
+        (part.manifest.image_bytes + part.manifest.text_bytes)
+        / part.manifest.examples
+        * part.weight
+        / weights
+        for part in parts
+    )
+    return round(record * cfg.data.shuffle_examples) + 5 * batch

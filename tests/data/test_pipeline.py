@@ -2,7 +2,9 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -14,15 +16,26 @@ from imagen_jax.batch import batch_spec, check_batch, downsample
 from imagen_jax.data import embeddings, text
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.data.memory import make_memory
-from imagen_jax.data.source import open_records
+from imagen_jax.data.source import open_records, queue_bytes
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
 FLIP = {"flip": True}
 
 start_tensorflow()
-from imagen_jax.data import tasks  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from imagen_jax.data import preprocess, tasks  # noqa: E402
 from imagen_jax.data.pipeline import examples_of_host, make_pipeline  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Forty scenes in one file."""
+    path = str(tmp_path_factory.mktemp("line") / "out")
+    options = {"image_size": 8, "shard_examples": 40, "progress": False}
+    prepare.prepare("shapes:40", path, **options)
+    return path
 
 
 def _take(stream, n):
@@ -284,6 +297,39 @@ def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
     stream._batches_from(2).__next__()
     with pytest.raises(Exception, match="Unknown image file format|decode"):
         next(make_pipeline(cfg, mesh))
+
+
+@pytest.mark.parametrize("shuffle", [1, 4, 13])
+def test_the_shuffle_buffer_is_as_large_as_the_config_says(stage, line, mesh, shuffle):
+    """Of one file, whose numbers rise, none comes before the buffer has reached it."""
+    cfg = stage(line, 8, batch_size=5, data={"shuffle_examples": shuffle})
+    ids = _ids(_take(make_pipeline(cfg, mesh), 8))
+    assert max(id - place for place, id in enumerate(ids)) == shuffle - 1
+
+
+def test_no_more_is_decoded_than_queues_hold(stage, line, mesh, monkeypatch):
+    """Five batches with that on the devices, and two pictures a thread."""
+    whole, decoded = preprocess.picture, []
+    log = lambda data: (decoded.append(0), data)[1]  # noqa: E731
+
+    def picture(data, *arguments):
+        data = tf.ensure_shape(tf.py_function(log, [data], tf.string), [])
+        return whole(data, *arguments)
+
+    monkeypatch.setattr(preprocess, "picture", picture)
+    cfg = stage(line, 8, batch_size=8)
+    stream = make_pipeline(cfg, mesh)
+    for taken in (1, 20):
+        while stream._consumed < taken:
+            next(stream)
+        before = -1
+        while before != len(decoded):
+            before = len(decoded)
+            time.sleep(0.5)
+        assert len(decoded) <= (taken + 5) * 8 + 2 * min(os.cpu_count(), 32)
+    records, example = read_manifest(line), 8 * 8 * 3 + 8 * (64 * 2 + 1) + 4
+    stored = (records.image_bytes + records.text_bytes) / records.examples
+    assert queue_bytes(cfg) == round(4 * stored) + 5 * 8 * example
 
 
 class TestRefusals:
