@@ -245,6 +245,14 @@ def test_training_from_somebody_elses_data_set(tmp_path, stage, mesh, monkeypatc
         stage("tfds:embedded")
 
 
+def test_a_data_set_in_a_mixture(kept, records):
+    """A version is no weight; and its records are those of the folder."""
+    with pytest.raises(
+        UserError, match=f"'tfds:{kept}:1.0.0' and '{records}' hold the"
+    ):
+        read_parts(f"tfds:{kept}:1.0.0:2,{records}:1")
+
+
 def test_a_data_set_without_embeddings(coco):
     with pytest.raises(UserError, match="lacks the features .*text; `prepare --sou"):
         read_parts("tfds:coco_captions")
