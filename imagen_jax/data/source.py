@@ -39,9 +39,9 @@ def open_records(cfg: StageConfig, mesh: Mesh) -> Stream:
 def queue_bytes(cfg: StageConfig, hosts: int = 1) -> int:
     """What the queues in front of one of `hosts` hold, about: the config bounds it.
 
-    data.shuffle_examples encoded records, of mean size; and five batches: one on the
-    devices, two that wait, two in the making. A .npz file has no queue but the first of
-    these; all of it is in memory.
+    data.shuffle_examples encoded records, of mean size, or all if they are fewer; and
+    five batches: one on the devices, two that wait, two in the making. A .npz file has
+    no queue but the first of these; all of it is in memory.
     """
     leaves = jax.tree.leaves(batch_spec(cfg))
     batch = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) // hosts
@@ -49,11 +49,10 @@ def queue_bytes(cfg: StageConfig, hosts: int = 1) -> int:
     if epath.Path(parts[0].path).is_file():
         return batch
     weights = sum(part.weight for part in parts)
-    record = sum(
-        (part.manifest.image_bytes + part.manifest.text_bytes)
-        / part.manifest.examples
-        * part.weight
-        / weights
-        for part in parts
-    )
-    return round(record * cfg.data.shuffle_examples) + 5 * batch
+    shuffled = 0.0
+    for part in parts:
+        count = part.manifest.examples
+        stored = part.manifest.image_bytes + part.manifest.text_bytes
+        held = min(count, cfg.data.shuffle_examples * part.weight / weights)
+        shuffled += held * stored / count
+    return round(shuffled) + 5 * batch
