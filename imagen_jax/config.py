@@ -99,18 +99,22 @@ class DataConfig:
     """Where the examples come from.
 
     Attributes:
-      records: a folder written by `prepare` (holds manifest.json), or a .npz file
-        of it (read without TensorFlow).
-      shuffle_examples: size of the shuffle buffer, in examples.
+      records: a folder written by `prepare` (holds manifest.json), a .npz file of it
+        (read without TensorFlow), "tfds:NAME", or a mixture, "DIR:WEIGHT,DIR:WEIGHT".
+      shuffle_examples: size of the shuffle buffer, in examples; folders that are mixed
+        have their shares of it.
       seed: of the order of the examples, and of where they are cut.
       square: which square of a picture is trained on: the "middle" one, or a "random"
         one, every epoch another.
+      flip: whether every epoch half of the pictures are mirrored, others each time.
+        Captions that tell left from right are then wrong as often.
     """
 
     records: str = ""
     shuffle_examples: int = 10_000
     seed: int = 0
     square: str = "middle"
+    flip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

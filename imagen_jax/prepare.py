@@ -107,6 +107,11 @@ def prepare(
         embedder = Embedder(loaded, text_length, embedding_dtype)
     index, count = _processes(process_index, process_count, embedder)
     _check_ways(output, embedder, count, runner)
+    if path.suffix == ".npz" and 0 < stored_size < image_size:
+        raise UserError(
+            f"--stored_size is {stored_size}, less than --image_size={image_size}, "
+            "the pictures' size in a .npz file: leave it out"
+        )
     arguments = (source, image_size, seed, shard_examples)
     work = jobs.Job(
         path,

@@ -16,7 +16,7 @@ from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.compilation import compiler_options
 from imagen_jax.compiled import compile_step
 from imagen_jax.config import StageConfig
-from imagen_jax.data.source import open_records
+from imagen_jax.data.source import open_records, queue_bytes
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
 from imagen_jax.diffusion.sampler import guidance_weights
 from imagen_jax.models import network
@@ -158,12 +158,12 @@ def _free(cfg, params, z, logsnr, cond):
 def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
     """Times the input pipeline alone, and what a training step waits for it.
 
-    Queues hold a shuffle buffer of `data.shuffle_examples` records and a few batches;
-    their memory is what this process has grown by.
+    "queues_gib" is what this process has grown by since the first batch was asked for,
+    with what threads work on; "queues_bound_gib" is what the config allows the queues.
     """
-    before = cli.peak_memory_gib()
     start = time.perf_counter()
     stream = open_records(cfg, mesh)
+    before = cli.peak_memory_gib()
     next(stream)
     first = time.perf_counter() - start
     size, count = cfg.training.batch_size, 0
@@ -196,6 +196,7 @@ def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
         "images_per_second": count * size / taken,
         "images_per_core_second": count * size / cpu,
         "queues_gib": held,
+        "queues_bound_gib": queue_bytes(cfg, jax.process_count()) / _GIB,
         "training_steps": steps,
         "training_steps_per_second": steps / trained,
         "wait_seconds_per_step": waited / steps,

@@ -21,7 +21,8 @@ from ml_collections import config_flags
 from imagen_jax import cli, processes
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
-from imagen_jax.data.manifest import read_manifest, with_text
+from imagen_jax.data.manifest import with_text
+from imagen_jax.data.mixture import read_parts
 from imagen_jax.data.source import open_records
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.loop import BatchIterator, train
@@ -35,7 +36,7 @@ def resolve(values: Mapping[str, Any]) -> StageConfig:
       UserError: for values or records that are not right.
     """
     cfg = from_dict(values)
-    return with_text(cfg, read_manifest(cfg.data.records))
+    return with_text(cfg, read_parts(cfg.data.records)[0].manifest)
 
 
 def train_stage(cfg: StageConfig, workdir: str) -> TrainState:

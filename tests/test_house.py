@@ -48,6 +48,7 @@ TENSORFLOW_FILES = {
     "data/tasks.py",
     "data/pipeline.py",
     "data/tfds_source.py",
+    "data/tfds_records.py",
 }
 # Hides the accelerators from it before the others are imported.
 STARTS_TENSORFLOW = "data/start_tensorflow.py"

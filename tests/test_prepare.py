@@ -67,7 +67,7 @@ def test_three_processes_write_what_one_does(pictures, tmp_path, source):
     for index in (1, 2, 0):
         divided = {"process_index": index, "process_count": 3}
         _prepare(source, tmp_path / "three", shard_examples=1, **divided)
-    assert len(_bytes(tmp_path / "one")) == 3 + 2 * 5
+    assert len(_bytes(tmp_path / "one")) == 6 + 2 * 5
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "three")
 
 
@@ -186,6 +186,10 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
         ({"min_side": 0}, "--min_side is 0"),
         ({"stored_size": -2}, "--stored_size is -2"),
         ({"stored_size": 8, "min_side": 9}, "--stored_size is 8, less than --min_side"),
+        (
+            {"stored_size": 8, "output": "out.npz"},
+            "stored_size is 8, less than --image_size",
+        ),
         ({"max_aspect": 0.5}, "--max_aspect is 0.5; .*give 1 or more"),
         ({"max_bad_share": 1.5}, "--max_bad_share is 1.5; give 0 to 1"),
         ({"embedding_dtype": "int9"}, r"'int9' \(did you mean 'int8'\?\)"),

@@ -1,10 +1,10 @@
-"""Where a square lies in its picture, and a training crop in the square."""
+"""Where a square lies in its picture, a crop in the square, and what is mirrored."""
 
 from typing import Any
 
 from imagen_jax.config import StageConfig
 
-_PRIME = 2**31 - 1
+PRIME = 2**31 - 1
 
 
 def crop_corner(cfg: StageConfig, ids, epoch) -> tuple[Any, Any]:
@@ -25,7 +25,9 @@ def crop_corner(cfg: StageConfig, ids, epoch) -> tuple[Any, Any]:
     """
     step = cfg.image_size // cfg.lowres_size if cfg.lowres_size else 1
     places = (cfg.image_size - cfg.crop_size) // step + 1
-    return tuple(_draw(cfg, ids, epoch, axis) % places * step for axis in (0, 1))
+    return tuple(
+        draw(cfg.data.seed, ids, epoch, axis) % places * step for axis in (0, 1)
+    )
 
 
 def square_corner(cfg: StageConfig, ids, epoch, extra) -> Any:
@@ -45,14 +47,31 @@ def square_corner(cfg: StageConfig, ids, epoch, extra) -> Any:
     """
     if cfg.data.square == "middle":
         return extra // 2
-    return _draw(cfg, ids, epoch, 2) % (extra + 1)
+    return draw(cfg.data.seed, ids, epoch, 2) % (extra + 1)
 
 
-def _draw(cfg, ids, epoch, purpose):
-    mixed = ids * 0 + cfg.data.seed % _PRIME
-    for value in (ids, epoch, purpose):
-        mixed = (mixed * 48_271 + value % _PRIME + 1) % _PRIME
+def is_flipped(cfg: StageConfig, ids, epoch) -> Any:
+    """Whether with data.flip pictures are mirrored: `[...]` bool.
+
+    Half of them, a function of (data.seed, id, epoch), in all stages of one seed alike.
+
+    Args:
+      cfg: the stage.
+      ids: `[...]` int64, of the examples.
+      epoch: `[...]` or `[]` int64.
+    """
+    return draw(cfg.data.seed, ids, epoch, 3) % 2 == 1
+
+
+def draw(seed: int, numbers, epoch, purpose) -> Any:
+    """`[...]` int64 in [0, PRIME), even, a function of the four; all are int64.
+
+    Only the operators `+ * %`, as in `crop_corner`.
+    """
+    mixed = numbers * 0 + seed % PRIME
+    for value in (numbers, epoch, purpose):
+        mixed = (mixed * 48_271 + value % PRIME + 1) % PRIME
         # x**5 permutes the residues of this prime; products stay below 2**62.
-        square = mixed * mixed % _PRIME
-        mixed = square * square % _PRIME * mixed % _PRIME
+        square = mixed * mixed % PRIME
+        mixed = square * square % PRIME * mixed % PRIME
     return mixed

@@ -5,12 +5,13 @@ A folder of records, and while they are being written:
   prepare.json            what the job was asked for; another job is refused
   records-00000.tfrecord  a finished shard; it appears whole or not at all
   records-00000.json      what happened in it; with it the shard is finished
-  quarantine.jsonl        written last but one: what could not be used, and why
+  quarantine.jsonl        written after all shards: what could not be used, and why
+  dataset_info.json       with features.json and metadata.json: for tfds
   manifest.json           written last: with it the job is finished
 
 All are written under another name and then renamed. A process works on the shards
 whose number modulo the number of processes is its own; the one that finds all of them
-finished writes the last two files, which are the same whoever writes them. So a job
+finished writes the last files, which are the same whoever writes them. So a job
 that was killed continues when it is started again, with as many processes as one
 likes.
 """
@@ -186,6 +187,11 @@ def run(
         )
         check_share(job, summary["examples"], summary["skipped"])
         done = manifest(job, asked, summary)
+        if job.embedder:
+            from imagen_jax.data import tfds_records
+
+            examples = [report["examples"] for report in reports]
+            tfds_records.write_info(job.folder, done, examples)
         name = manifests.FILE_NAME if job.embedder else manifests.PICTURES_FILE
         disk.write_text(job.folder / name, manifests.to_json(done))
     # After it: another process that is about to write the same finds it written.

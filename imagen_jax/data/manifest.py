@@ -15,7 +15,9 @@ from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
 
 FILE_NAME = "manifest.json"
-FORMAT = 2
+FORMAT = 3
+# In front of the name of a data set of TensorFlow Datasets.
+TFDS = "tfds:"
 # What a job was asked for; beside it, without a manifest, the job is not finished.
 JOB_FILE = "prepare.json"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -47,9 +49,10 @@ class Manifest:
       skipped: number of examples of the source that are not in the records.
       skipped_files: the first of them, each {"file": ..., "reason": ...}; all are in
         quarantine.jsonl beside the manifest.
-      shards: of each file of records {"file", "examples", "sha256", "sides"}; "sides"
-        counts its pictures by their shorter side in pixels. In a .npz file the only
-        entry is that of the arrays.
+      shards: of each file of records {"file", "examples", "sha256", "sides",
+        "lengths"}; "sides" counts its pictures by their shorter side in pixels,
+        "lengths" its captions by their tokens as stored. In a .npz file the only entry
+        is that of the arrays.
     """
 
     settings: dict[str, Any]
@@ -81,6 +84,15 @@ class Manifest:
             sum(n for side, n in shard["sides"].items() if int(side) >= image_size)
             for shard in self.shards
         ]
+
+    def longer_than(self, length: int) -> int:
+        """Number of captions that are stored with more than `length` tokens."""
+        return sum(
+            count
+            for shard in self.shards
+            for tokens, count in shard["lengths"].items()
+            if int(tokens) > length
+        )
 
 
 def to_json(manifest: Manifest) -> str:

@@ -12,7 +12,7 @@ from imagen_jax.batch import Batch, downsample, pad_text
 from imagen_jax.config import StageConfig
 from imagen_jax.data import embeddings, stream
 from imagen_jax.data import manifest as manifests
-from imagen_jax.data.crop import crop_corner
+from imagen_jax.data.crop import crop_corner, is_flipped
 from imagen_jax.errors import UserError
 
 # Pictures made smaller at a time when a file is opened: bounds the int32 copies.
@@ -130,6 +130,11 @@ def make_memory(
                     whole[top : top + cfg.crop_size, left : left + cfg.crop_size]
                     for whole, top, left in zip(pictures, *corners)
                 ]
+            )
+        if cfg.data.flip:
+            mirrored = is_flipped(cfg, ids[rows], epoch)
+            pictures = np.where(
+                mirrored[:, None, None, None], pictures[:, :, ::-1], pictures
             )
         ragged = [
             embeddings.from_bytes(

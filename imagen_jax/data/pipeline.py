@@ -7,13 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import seqio
 import tensorflow as tf
-from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
-from imagen_jax.data import stream, tasks
-from imagen_jax.data.manifest import Manifest, read_manifest
+from imagen_jax.data import mixture, stream, tasks
+from imagen_jax.data.manifest import Manifest
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
@@ -26,11 +25,14 @@ _MAX_THREADS = 32
 def make_pipeline(
     cfg: StageConfig, mesh: Mesh, process_index: int = 0, process_count: int = 1
 ) -> stream.Stream:
-    """Batches from a folder of records.
+    """Batches from a folder of records, or from several that are mixed.
 
     Every epoch each record comes once, on one host, in an order of (data.seed,
     epoch): files are shuffled, then records within data.shuffle_examples. When there
     are fewer files than hosts, every host reads all and keeps its share.
+
+    Mixed folders take turns as `mixture.enter` says, on all hosts alike. Each has its
+    own epochs, and of K folders the k-th has ids that are k modulo K.
 
     Args:
       cfg: the stage.
@@ -43,52 +45,77 @@ def make_pipeline(
         or too small.
     """
     start_tensorflow()
-    manifest = read_manifest(cfg.data.records)
-    stream.check_text(cfg, manifest)
-    usable = sum(check_sizes(cfg, manifest))
+    parts = mixture.read_parts(cfg.data.records)
+    usable, own = [], []
+    for part in parts:
+        stream.check_text(cfg, part.manifest)
+        usable.append(sum(check_sizes(cfg, part)))
+        own.append(examples_of_host(cfg, part.manifest, process_index, process_count))
+        if not own[-1]:
+            raise UserError(
+                f"host {process_index} of {process_count} gets none of the "
+                f"{usable[-1]} pictures in {part.path!r}: prepare with a smaller "
+                "--shard_examples, or use fewer hosts"
+            )
     batch_size = stream.local_batch_size(cfg, mesh, process_count)
-    own = examples_of_host(cfg, manifest, process_index, process_count)
-    if not own:
-        raise UserError(
-            f"host {process_index} of {process_count} gets none of the {usable} "
-            f"pictures in {cfg.data.records!r}: prepare with a smaller "
-            "--shard_examples, or use fewer hosts"
-        )
+    weights = [part.weight for part in parts]
 
     def batches_from(start: int) -> Iterator[Batch]:
-        dataset = _examples_from(
-            cfg, manifest, process_index, process_count, start * batch_size, own
-        )
-        dataset = tasks.StageFeatureConverter(cfg, manifest.embedding_dtype)(
-            dataset,
-            {"image": cfg.train_size, "text": cfg.text.length, "id": 1, "epoch": 1},
-        )
+        turns = (cfg.data.seed, weights, start * batch_size)
+        datasets = [
+            tasks.StageFeatureConverter(cfg, part.manifest.embedding_dtype)(
+                _examples_from(
+                    cfg, parts, k, process_index, process_count, place, own[k]
+                ),
+                {"image": cfg.train_size, "text": cfg.text.length, "id": 1, "epoch": 1},
+            )
+            for k, (part, place) in enumerate(zip(parts, mixture.enter(*turns)[0]))
+        ]
+        dataset = datasets[0]
+        if len(parts) > 1:
+            choices = tf.data.Dataset.from_generator(
+                lambda: mixture.enter(*turns)[1],
+                output_signature=tf.TensorSpec([None], tf.int64),
+            )
+            dataset = tf.data.Dataset.choose_from_datasets(datasets, choices.unbatch())
         dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(2)
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = min(
             os.cpu_count() or 1, _MAX_THREADS
         )
-        for fields in dataset.with_options(options).as_numpy_iterator():
-            yield Batch(**fields)
+        try:
+            for fields in dataset.with_options(options).as_numpy_iterator():
+                yield Batch(**fields)
+        except tf.errors.InvalidArgumentError as error:
+            raise UserError(
+                f"{cfg.data.records!r} has a record that is not what it was prepared "
+                f"to be: {error.message.splitlines()[0]}"
+            ) from None
 
-    identity = stream.identity(cfg, manifest.content_sha256, usable)
+    contents = [part.manifest.content_sha256 for part in parts]
+    if len(parts) == 1:
+        identity = stream.identity(cfg, contents[0], usable[0])
+    else:
+        identity = stream.identity(cfg, contents, usable)
+        identity["data.records' weights"] = weights
     identity["data.shuffle_examples"] = cfg.data.shuffle_examples
     identity["data.square"] = cfg.data.square
     return stream.Stream(batches_from, mesh, identity, process_count)
 
 
-def check_sizes(cfg: StageConfig, manifest: Manifest) -> list[int]:
+def check_sizes(cfg: StageConfig, part: mixture.Part) -> list[int]:
     """Of each shard the number of pictures that the stage can use.
 
     Raises:
       UserError: when that is none; a share that is too small is logged.
     """
+    manifest = part.manifest
     usable = manifest.large_enough(cfg.image_size)
     if not sum(usable):
         largest = max(int(side) for shard in manifest.shards for side in shard["sides"])
         raise UserError(
-            f"all {manifest.examples} pictures in {cfg.data.records!r} are too small: "
+            f"all {manifest.examples} pictures in {part.path!r} are too small: "
             f"config.image_size is {cfg.image_size}, the shorter side of the largest "
             f"has {largest} pixels"
         )
@@ -98,7 +125,7 @@ def check_sizes(cfg: StageConfig, manifest: Manifest) -> list[int]:
             "left out",
             manifest.examples - sum(usable),
             manifest.examples,
-            cfg.data.records,
+            part.path,
             cfg.image_size,
         )
     return usable
@@ -115,25 +142,30 @@ def examples_of_host(
 
 
 def _examples_from(
-    cfg, manifest, process_index, process_count, start, own
+    cfg, parts, k, process_index, process_count, start, own
 ) -> tf.data.Dataset:
     # A position is an epoch and a place in it, so resuming reads at most one epoch
     # of raw records and decodes none of what it skips.
-    task = tasks.make_task(epath.Path(cfg.data.records), manifest, cfg.image_size)
-    by_file = len(manifest.shards) >= process_count
+    part = parts[k]
+    task = tasks.make_task(part.path, part.manifest, cfg.image_size)
+    by_file = len(part.manifest.shards) >= process_count
     shard = seqio.ShardInfo(process_index, process_count) if by_file else None
+    share = part.weight / sum(other.weight for other in parts)
 
     def one_epoch(epoch):
         dataset = task.get_dataset(
-            shuffle_buffer_size=cfg.data.shuffle_examples,
-            seed=cfg.data.seed % 2**32 * 1_000_003 + epoch,
+            # A buffer for each folder, together as large as that of one.
+            shuffle_buffer_size=max(1, round(cfg.data.shuffle_examples * share)),
+            seed=k * 2**53 + cfg.data.seed % 2**32 * 1_000_003 + epoch,
             shard_info=shard,
             trim_output_features=False,
             try_in_mem_cache=False,
         )
         if not by_file:
             dataset = dataset.shard(process_count, process_index)
-        return dataset.map(lambda row: row | {"epoch": epoch})
+        return dataset.map(
+            lambda row: row | {"epoch": epoch, "id": row["id"] * len(parts) + k}
+        )
 
     epoch, place = divmod(start, own)
     epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)

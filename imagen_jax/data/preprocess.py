@@ -42,6 +42,9 @@ def picture(
     image = decode(data)
     shape = tf.shape(image, out_type=tf.int64)
     side = tf.minimum(shape[0], shape[1])
+    tf.debugging.assert_greater_equal(
+        side, tf.constant(image_size, tf.int64), "a picture is too small for the stage"
+    )
     top, left = corner(shape[0] - side), corner(shape[1] - side)
     image = image[top : top + side, left : left + side]
     side = tf.cast(side, tf.int32)

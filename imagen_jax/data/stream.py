@@ -117,11 +117,15 @@ class Stream:
 def check_text(cfg: StageConfig, manifest: Manifest) -> None:
     """Raises `UserError` for text of another encoder; logs when captions are cut."""
     check_encoder(cfg, manifest)
-    if manifest.tokens_max > cfg.text.length:
+    cut = manifest.longer_than(cfg.text.length)
+    if cut:
         log.warning(
-            "the longest caption has %d tokens; config.text.length cuts it to %d",
-            manifest.tokens_max,
+            "%d of %d captions have more tokens than config.text.length %d, at most "
+            "%d: the rest of them is cut",
+            cut,
+            manifest.examples,
             cfg.text.length,
+            manifest.tokens_max,
         )
 
 
@@ -141,11 +145,15 @@ def local_batch_size(cfg: StageConfig, mesh: Mesh, process_count: int) -> int:
     return size // process_count
 
 
-def identity(cfg: StageConfig, content_sha256: str, examples: int) -> dict[str, Any]:
+def identity(
+    cfg: StageConfig, content_sha256: str | list[str], examples: int | list[int]
+) -> dict[str, Any]:
     """What the order of the examples depends on, under the names of the config."""
-    return {
+    values = {
         "records": content_sha256,
         "examples": examples,
         "data.seed": cfg.data.seed,
         "training.batch_size": cfg.training.batch_size,
     }
+    # Positions that were saved before there were flips have no word of them.
+    return values | {"data.flip": True} if cfg.data.flip else values

@@ -14,9 +14,10 @@ class Tally:
 
     def __init__(self):
         self._sides = collections.Counter()
+        self._lengths = collections.Counter()
         self._skipped = []
         self._reencoded = self._image_bytes = 0
-        self._tokens = self._tokens_max = self._cut = self._text_bytes = 0
+        self._cut = self._text_bytes = 0
         self._error_sum = self._error_worst = 0.0
 
     def chosen(
@@ -37,8 +38,7 @@ class Tally:
 
     def add_text(self, text: Embedded) -> None:
         """Counts the embedding of an example."""
-        self._tokens += text.tokens
-        self._tokens_max = max(self._tokens_max, text.tokens)
+        self._lengths[text.tokens] += 1
         self._cut += text.cut
         self._text_bytes += len(text.data)
         self._error_sum += float(text.errors.sum())
@@ -54,8 +54,7 @@ class Tally:
             "skipped": self._skipped,
             "reencoded": self._reencoded,
             "image_bytes": self._image_bytes,
-            "tokens": self._tokens,
-            "tokens_max": self._tokens_max,
+            "lengths": {str(n): count for n, count in sorted(self._lengths.items())},
             "cut_captions": self._cut,
             "text_bytes": self._text_bytes,
             "error_sum": self._error_sum,
@@ -77,15 +76,19 @@ def total(reports: list[dict[str, Any]], problems: list[Problem]) -> dict[str, A
         name: sum(report[name] for report in reports)
         for name in ("examples", "reencoded", "image_bytes", "text_bytes")
     }
-    tokens = sum(report["tokens"] for report in reports)
+    lengths = [
+        (int(n), count) for report in reports for n, count in report["lengths"].items()
+    ]
+    tokens = sum(n * count for n, count in lengths)
     error = sum(report["error_sum"] for report in reports)
+    names = ("file", "examples", "sha256", "sides", "lengths")
     shards = [
-        {name: report[name] for name in ("file", "examples", "sha256", "sides")}
+        {name: report[name] for name in names}
         for report in reports
         if report["examples"]
     ]
     return sums | {
-        "tokens_max": max((report["tokens_max"] for report in reports), default=0),
+        "tokens_max": max((n for n, _ in lengths), default=0),
         "tokens_mean": round(tokens / max(sums["examples"], 1), 2),
         "cut_captions": sum(report["cut_captions"] for report in reports),
         # Seven digits are more than a cosine of bfloat16 rows has.

@@ -11,9 +11,9 @@ import tensorflow as tf
 from etils import epath
 
 from imagen_jax.config import StageConfig
-from imagen_jax.data import preprocess
-from imagen_jax.data.crop import square_corner
-from imagen_jax.data.manifest import Manifest
+from imagen_jax.data import preprocess, tfds_records
+from imagen_jax.data.crop import is_flipped, square_corner
+from imagen_jax.data.manifest import TFDS, Manifest
 
 SPLIT = "train"
 # image: the picture's JPEG or PNG file. caption: UTF-8. text: `embeddings.to_bytes`
@@ -45,19 +45,22 @@ def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> N
             writer.write(example.SerializePartialToString(deterministic=True))
 
 
-def make_task(folder: epath.Path, manifest: Manifest, image_size: int) -> seqio.Task:
-    """The records of a prepared folder whose pictures have `image_size`.
+def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
+    """The records of a folder, or of "tfds:NAME", whose pictures have `image_size`.
 
     The task is not registered: it belongs to who made it, and two of the same
     records do not collide.
     """
-    # seqio takes file names for patterns.
-    root = epath.Path(glob.escape(str(folder)))
-    source = seqio.TFExampleDataSource(
-        {SPLIT: [str(root / shard["file"]) for shard in manifest.shards]},
-        FIELDS,
-        num_input_examples={SPLIT: manifest.examples},
-    )
+    if path.startswith(TFDS):
+        source = tfds_records.make_source(path.removeprefix(TFDS), SPLIT)
+    else:
+        # seqio takes file names for patterns.
+        root = epath.Path(glob.escape(path))
+        source = seqio.TFExampleDataSource(
+            {SPLIT: [str(root / shard["file"]) for shard in manifest.shards]},
+            FIELDS,
+            num_input_examples={SPLIT: manifest.examples},
+        )
     return seqio.Task(
         f"records_{manifest.content_sha256[:16]}",
         source,
@@ -66,12 +69,15 @@ def make_task(folder: epath.Path, manifest: Manifest, image_size: int) -> seqio.
             "text": seqio.ContinuousFeature(dtype=tf.string, rank=0),
             "id": seqio.ContinuousFeature(dtype=tf.int64, rank=0),
         },
-        preprocessors=[functools.partial(_large_enough, image_size=image_size)],
+        preprocessors=[functools.partial(_usable, image_size=image_size)],
     )
 
 
-def _large_enough(dataset, image_size):
-    return dataset.filter(lambda row: row["side"] >= image_size)
+def _usable(dataset, image_size):
+    # Others' data sets have no sides; the manifest has one number for all of them.
+    if "side" in dataset.element_spec:
+        dataset = dataset.filter(lambda row: row["side"] >= image_size)
+    return dataset.map(lambda row: row | {"id": tf.cast(row["id"], tf.int64)})
 
 
 class StageFeatureConverter(seqio.FeatureConverter):
@@ -109,6 +115,9 @@ class StageFeatureConverter(seqio.FeatureConverter):
             image = preprocess.picture(row["image"], cfg.image_size, corner)
             if cfg.crop_size:
                 image = preprocess.crop(image, cfg, row["id"], row["epoch"])
+            if cfg.data.flip:
+                mirrored = is_flipped(cfg, row["id"], row["epoch"])
+                image = tf.where(mirrored, image[:, ::-1], image)
             text, mask = preprocess.padded_text(
                 row["text"],
                 task_feature_lengths["text"],

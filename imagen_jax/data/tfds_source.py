@@ -12,20 +12,15 @@ _SPLIT = "train"
 _CAPTIONS = ("captions", "caption", "text")
 
 
-def open_tfds(name: str, size: int) -> originals.Originals:
-    """The pictures of a data set that is prepared in tfds' folder (TFDS_DATA_DIR).
-
-    Pictures are taken as they are stored, not decoded. Of several captions one is
-    taken (`originals.choose`).
+def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
+    """A data set that is prepared in tfds' folder (TFDS_DATA_DIR), and its split.
 
     Args:
       name: as tfds knows it, like "coco_captions" or "coco_captions/2014:1.1.0"; a
         split other than "train" follows an "@".
-      size: examples in a shard.
 
     Raises:
-      UserError: for an unknown or unprepared data set or split, and one without
-        pictures and captions.
+      UserError: for an unknown or unprepared data set or split.
     """
     name, _, split = name.partition("@")
     split = split or _SPLIT
@@ -41,8 +36,26 @@ def open_tfds(name: str, size: int) -> originals.Originals:
             f"there is no split {split!r} of {name!r} in {builder.data_dir}: {there}; "
             f"`tfds build {name}` makes it, TFDS_DATA_DIR says where it lies"
         )
+    return builder, split
+
+
+def open_tfds(name: str, size: int) -> originals.Originals:
+    """The pictures of a data set of tfds.
+
+    Pictures are taken as they are stored, not decoded. Of several captions one is
+    taken (`originals.choose`).
+
+    Args:
+      name: of `open_builder`.
+      size: examples in a shard.
+
+    Raises:
+      UserError: for an unknown or unprepared data set or split, and one without
+        pictures and captions.
+    """
+    builder, split = open_builder(name)
     caption = _caption_feature(builder)
-    count = splits[split].num_examples
+    count = builder.info.splits[split].num_examples
 
     def read(shard: int) -> Iterator[originals.Example | originals.Problem]:
         start, stop = shard * size, min((shard + 1) * size, count)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from imagen_jax import config, prepare, sharding
-from imagen_jax.data.manifest import read_manifest, with_text
+from imagen_jax.data.manifest import with_text
+from imagen_jax.data.mixture import read_parts
 
 # (height, width): odd, wide, tall, square; two are smaller than 32.
 SIZES = [(131, 150), (64, 64), (33, 90), (70, 35), (20, 40), (47, 47), (31, 31)]
@@ -67,7 +68,7 @@ def stage():
             },
         }
         cfg = config.from_dict(values | fields)
-        return with_text(cfg, read_manifest(records))
+        return with_text(cfg, read_parts(records)[0].manifest)
 
     return make
 

@@ -243,7 +243,7 @@ def test_a_full_disk_for_small_files(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is full"):
         _prepare("shapes:3", tmp_path / "out")
     with pytest.raises(UserError, match="is full"):
-        _prepare("shapes:3", tmp_path / "out.npz")
+        _prepare("shapes:3", tmp_path / "out.npz", stored_size=0)
     assert not list(tmp_path.glob("out/*")) and not (tmp_path / "out.npz").exists()
 
 

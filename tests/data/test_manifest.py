@@ -29,6 +29,7 @@ def test_says_what_was_prepared(records, npz):
     # "picture 3, so so so" and the end; "picture 0," and the end.
     assert (manifest.tokens_max, manifest.cut_captions) == (8, 0)
     assert manifest.tokens_mean == round((21 * 4 + 40) / 21, 2)
+    assert [manifest.longer_than(n) for n in (3, 4, 7, 8)] == [21, 16, 4, 0]
     assert [shard["examples"] for shard in manifest.shards] == [5, 5, 5, 5, 1]
     assert sum(manifest.large_enough(32)) == 15 and sum(manifest.large_enough(31)) == 18
     small = read_manifest(npz)
@@ -77,7 +78,7 @@ def _truncate(path):
         (lambda f: shutil.rmtree(f), "there is no '.*prepare"),
         (lambda f: (f / "records-00002.tfrecord").unlink(), "lacks 1 of its 5 files"),
         (lambda f: _truncate(f / "manifest.json"), "is not valid JSON"),
-        (lambda f: _edit(f, format=1), "is of format 1, .* reads format 2: prepare ag"),
+        (lambda f: _edit(f, format=1), "is of format 1, .* reads format 3: prepare ag"),
         (lambda f: (f / "manifest.json").write_text("[]"), "is no manifest, this"),
         (lambda f: _edit(f, colour="red"), r"damaged: \['colour'\]"),
     ],

@@ -2,7 +2,9 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -14,13 +16,26 @@ from imagen_jax.batch import batch_spec, check_batch, downsample
 from imagen_jax.data import embeddings, text
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.data.memory import make_memory
-from imagen_jax.data.source import open_records
+from imagen_jax.data.source import open_records, queue_bytes
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
+FLIP = {"flip": True}
+
 start_tensorflow()
-from imagen_jax.data import tasks  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from imagen_jax.data import preprocess, tasks  # noqa: E402
 from imagen_jax.data.pipeline import examples_of_host, make_pipeline  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Forty scenes in one file."""
+    path = str(tmp_path_factory.mktemp("line") / "out")
+    options = {"image_size": 8, "shard_examples": 40, "progress": False}
+    prepare.prepare("shapes:40", path, **options)
+    return path
 
 
 def _take(stream, n):
@@ -170,6 +185,27 @@ def test_hosts_share_the_examples(stage, records, mesh, hosts):
     assert epochs[0] != epochs[1]
 
 
+def test_flips_are_asked_for(stage, records, mesh):
+    """Half of the pictures, others in every epoch, in each stage the same."""
+    plain, flipped, small = (
+        _take(make_pipeline(stage(records, *sizes, data=data), mesh), 12)
+        for sizes, data in (((16, 7), {}), ((16, 7), FLIP), ((8, 7), FLIP))
+    )
+    turned = []
+    for one, other, reduced in zip(plain, flipped, small):
+        for image, mirrored, low in zip(one.image, other.image, reduced.image):
+            turned.append((mirrored != image).any())
+            want = image[:, ::-1] if turned[-1] else image
+            np.testing.assert_array_equal(mirrored, want)
+            np.testing.assert_array_equal(low, downsample(mirrored, 8))
+    # 84 draws: within four standard deviations of a half.
+    assert 23 < sum(turned) < 61
+    by_id = {}
+    for id, turn in zip(_ids(plain), turned):
+        by_id.setdefault(id, set()).add(bool(turn))
+    assert sum(len(turns) == 2 for turns in by_id.values()) > 10
+
+
 def test_a_batch_lies_over_the_mesh(stage, records):
     mesh = sharding.make_mesh(config.MeshConfig(data=2, fsdp=2), jax.devices()[:4])
     cfg = stage(records, batch_size=8)
@@ -181,7 +217,12 @@ def test_a_batch_lies_over_the_mesh(stage, records):
 
 
 @pytest.mark.parametrize(
-    "size, crop", [(32, {}), (16, {}), (32, {"lowres_size": 8, "crop_size": 16})]
+    "size, crop",
+    [
+        (32, {}),
+        (16, {"data": {"flip": True}}),
+        (32, {"lowres_size": 8, "crop_size": 16}),
+    ],
 )
 def test_memory_has_the_same_batches(stage, records, npz, mesh, size, crop):
     """The same content for the same id, crops of the same epoch included."""
@@ -221,25 +262,27 @@ def test_small_pictures_are_left_out_and_counted(stage, records, mesh, caplog):
         ids = _ids(_take(make_pipeline(cfg, mesh), 3))
     assert sorted(ids) == [i for i in range(21) if i % 7 not in (4, 6)]
     assert "6 of 21 pictures" in caplog.text and "image_size 32" in caplog.text
-    assert "longest caption has 8 tokens" not in caplog.text
+    assert "captions have more tokens" not in caplog.text
     with pytest.raises(UserError, match="all 21 pictures in .* largest has 131 pixels"):
         make_pipeline(stage(records, 256), mesh)
 
 
-@pytest.mark.parametrize("kind", ["records", "npz"])
-def test_cut_captions_are_announced(stage, kind, mesh, caplog, request):
+@pytest.mark.parametrize("kind, cut", [("records", "12 of 21"), ("npz", "9 of 15")])
+def test_cut_captions_are_counted(stage, kind, cut, mesh, caplog, request):
     cfg = stage(request.getfixturevalue(kind), text={"length": 5, "dim": 64})
     with caplog.at_level(logging.WARNING):
         batch = next(open_records(cfg, mesh))
     assert batch.mask.shape == (4, 5)
-    assert "config.text.length cuts it to 5" in caplog.text
+    # Caption i has 4 + i % 5 tokens.
+    message = f"{cut} captions have more tokens than config.text.length 5, at most 8"
+    assert message in caplog.text
 
 
 def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
     """Pictures of garbage are passed by when they lie before the position."""
     manifest = read_manifest(records)
     shard = manifest.shards[0]["file"]
-    task = tasks.make_task(pathlib.Path(records), manifest, 16)
+    task = tasks.make_task(records, manifest, 16)
     rows = list(task.source.get_dataset(shuffle=False).as_numpy_iterator())[:12]
     for row in rows[:8]:
         row["image"] = b"no picture"
@@ -254,6 +297,39 @@ def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
     stream._batches_from(2).__next__()
     with pytest.raises(Exception, match="Unknown image file format|decode"):
         next(make_pipeline(cfg, mesh))
+
+
+@pytest.mark.parametrize("shuffle", [1, 4, 13])
+def test_the_shuffle_buffer_is_as_large_as_the_config_says(stage, line, mesh, shuffle):
+    """Of one file, whose numbers rise, none comes before the buffer has reached it."""
+    cfg = stage(line, 8, batch_size=5, data={"shuffle_examples": shuffle})
+    ids = _ids(_take(make_pipeline(cfg, mesh), 8))
+    assert max(id - place for place, id in enumerate(ids)) == shuffle - 1
+
+
+def test_no_more_is_decoded_than_queues_hold(stage, line, mesh, monkeypatch):
+    """Five batches with that on the devices, and two pictures a thread."""
+    whole, decoded = preprocess.picture, []
+    log = lambda data: (decoded.append(0), data)[1]  # noqa: E731
+
+    def picture(data, *arguments):
+        data = tf.ensure_shape(tf.py_function(log, [data], tf.string), [])
+        return whole(data, *arguments)
+
+    monkeypatch.setattr(preprocess, "picture", picture)
+    cfg = stage(line, 8, batch_size=8)
+    stream = make_pipeline(cfg, mesh)
+    for taken in (1, 20):
+        while stream._consumed < taken:
+            next(stream)
+        before = -1
+        while before != len(decoded):
+            before = len(decoded)
+            time.sleep(0.5)
+        assert len(decoded) <= (taken + 5) * 8 + 2 * min(os.cpu_count(), 32)
+    records, example = read_manifest(line), 8 * 8 * 3 + 8 * (64 * 2 + 1) + 4
+    stored = (records.image_bytes + records.text_bytes) / records.examples
+    assert queue_bytes(cfg) == round(4 * stored) + 5 * 8 * example
 
 
 class TestRefusals:
@@ -284,6 +360,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "change, message",
         [
+            ({"data": FLIP}, "data.flip None, this run has True"),
             ({"data": {"seed": 5}}, "data.seed 0, this run has 5"),
             ({"batch_size": 8}, "training.batch_size 4, this run has 8"),
             ({"data": {"shuffle_examples": 9}}, "shuffle_examples 4, this run has 9"),

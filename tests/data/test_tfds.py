@@ -1,6 +1,8 @@
 """TensorFlow Datasets, without downloading: mocked, and written here."""
 
 import io
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from imagen_jax import prepare
 from imagen_jax.batch import batch_spec, check_batch
 from imagen_jax.data import text
+from imagen_jax.data.mixture import read_parts
 from imagen_jax.data.source import open_records
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
@@ -19,6 +22,7 @@ import tensorflow as tf  # noqa: E402
 import tensorflow_datasets as tfds  # noqa: E402
 
 from imagen_jax.data import tfds_source  # noqa: E402
+from imagen_jax.data.pipeline import make_pipeline  # noqa: E402
 
 COUNT = 6
 
@@ -140,3 +144,115 @@ def test_wrong_names(tmp_path, monkeypatch):
         tfds_source.open_tfds("coco_caption", 10)
     with pytest.raises(UserError, match="'train' of 'coco_captions' .*not prepared"):
         tfds_source.open_tfds("coco_captions", 10)
+
+
+@pytest.fixture(scope="module")
+def kept(records, tmp_path_factory):
+    """Records where tfds finds them: DATA/NAME/VERSION."""
+    data = tmp_path_factory.mktemp("data")
+    shutil.copytree(records, data / "kept/1.0.0")
+    tfds.core.add_data_dir(data)
+    return "kept"
+
+
+def test_records_are_a_data_set_for_everybody(kept, pictures):
+    """Decoded by tfds alone, embeddings included."""
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    encoder = text.load_encoder("tiny")
+    seen = []
+    for row in tfds.load(kept, split="train").as_numpy_iterator():
+        line = json.loads(lines[row["id"]])
+        assert row["caption"].decode() == line["text"].strip()
+        (want,) = encoder.encode([line["text"]], 128)
+        np.testing.assert_array_equal(row["text"], want)
+        with Image.open(pictures / line["file_name"]) as picture:
+            assert row["image"].shape[:2] == picture.size[::-1]
+            assert row["side"] == min(picture.size)
+        seen.append(int(row["id"]))
+    assert sorted(seen) == list(range(21))
+
+
+def test_training_from_a_data_set(kept, records, stage, mesh):
+    """By seqio.TfdsDataSource: what the folder gives, once an epoch on two hosts."""
+    rows = []
+    for name, hosts, own in ((records, 1, [21]), (f"tfds:{kept}", 2, [11, 10])):
+        cfg, seen = stage(name, batch_size=hosts), []
+        rows.append({})
+        for host, count in enumerate(own):
+            stream = make_pipeline(cfg, mesh, host, hosts)
+            for _ in range(count):
+                b = jax.tree.map(np.asarray, next(stream))
+                seen += b.id.tolist()
+                rows[-1][int(b.id[0])] = (b.image, b.text, b.mask)
+        assert sorted(seen) == list(range(21))
+    jax.tree.map(np.testing.assert_array_equal, *rows)
+    resumed = open_records(cfg, mesh)
+    whole = open_records(cfg, mesh)
+    for _ in range(13):
+        next(whole)
+    resumed.set_state(whole.get_state())
+    jax.tree.map(np.testing.assert_array_equal, next(resumed), next(whole))
+
+
+class Embedded(tfds.core.GeneratorBasedBuilder):
+    """Somebody's data set with embeddings: what training asks of one, and no more."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None
+    METADATA = {"encoder": "theirs@v1", "min_side": 30}  # noqa: RUF012
+
+    def _info(self):
+        text = tfds.features.Tensor(
+            shape=(None, 8), dtype=tf.bfloat16, encoding="bytes"
+        )
+        features = {"id": np.int32, "image": tfds.features.Image(), "text": text}
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features),
+            metadata=tfds.core.MetadataDict(**self.METADATA),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(COUNT):
+            rows = np.full((i + 1, 8), i + 0.5, tf.bfloat16.as_numpy_dtype)
+            yield i, {"id": i, "image": io.BytesIO(_picture(i)), "text": rows}
+
+
+def test_training_from_somebody_elses_data_set(tmp_path, stage, mesh, monkeypatch):
+    builder = Embedded(data_dir=str(tmp_path))
+    options = tfds.download.DownloadConfig(num_shards=3)
+    builder.download_and_prepare(download_config=options)
+    monkeypatch.setattr(tfds, "builder", lambda name: builder)
+    cfg = stage("tfds:embedded", batch_size=COUNT)
+    assert (cfg.text.encoder, cfg.text.dim) == ("theirs@v1", 8)
+    batch = jax.tree.map(np.asarray, next(open_records(cfg, mesh)))
+    check_batch(batch, batch_spec(cfg))
+    assert sorted(batch.id) == list(range(COUNT))
+    for image, row, mask, id in zip(batch.image, batch.text, batch.mask, batch.id):
+        assert mask.sum() == id + 1 and (row[mask] == id + 0.5).all()
+        pixels = np.asarray(Image.open(io.BytesIO(_picture(id))), float)[:, 5:35]
+        assert np.abs(image.mean((0, 1)) - pixels.mean((0, 1))).max() < 2
+    with pytest.raises(UserError, match="largest has 30 pixels"):
+        open_records(stage("tfds:embedded", 32), mesh)
+    # It promises more than it holds.
+    monkeypatch.setitem(builder.info.metadata, "min_side", 64)
+    with pytest.raises(UserError, match="a picture is too small for the stage"):
+        next(open_records(stage("tfds:embedded", 32), mesh))
+    monkeypatch.delitem(builder.info.metadata, "min_side")
+    with pytest.raises(UserError, match="metadata has no 'min_side'"):
+        stage("tfds:embedded")
+
+
+def test_a_data_set_in_a_mixture(kept, records):
+    """A version is no weight; and its records are those of the folder."""
+    with pytest.raises(
+        UserError, match=f"'tfds:{kept}:1.0.0' and '{records}' hold the"
+    ):
+        read_parts(f"tfds:{kept}:1.0.0:2,{records}:1")
+
+
+def test_a_data_set_without_embeddings(coco):
+    with pytest.raises(UserError, match="lacks the features .*text; `prepare --sou"):
+        read_parts("tfds:coco_captions")

@@ -1,0 +1,188 @@
+"""Records as a data set of TensorFlow Datasets: what `prepare` writes, and others'.
+
+A data set can be trained on when its features are
+
+  id: an integer, unique in the split.
+  image: an Image, stored as JPEG or PNG.
+  text: a Tensor `[None, D]` of bfloat16, encoding="bytes": the caption's embeddings
+    without padding; or `[None, 4 + D]` of uint8, the bytes of `embeddings`' int8.
+
+and its metadata has "encoder", the identity of the text encoder, and "min_side", the
+pixels that the shorter side of every picture has at least.
+"""
+
+import hashlib
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from etils import epath
+
+from imagen_jax.data import disk, embeddings, manifest
+from imagen_jax.data.manifest import Manifest
+from imagen_jax.data.tfds_source import open_builder
+from imagen_jax.errors import UserError
+
+_NAME = "imagen_records"
+_VERSION = "1.0.0"
+_SPLIT = "train"
+_FILES = "records-{SHARD_INDEX}.{FILEFORMAT}"
+_DESCRIPTION = "Captioned pictures with the embeddings of a frozen text encoder."
+
+
+def write_info(folder: pathlib.Path, done: Manifest, examples: list[int]) -> None:
+    """Makes a folder of records one that `tfds.builder_from_directory` reads.
+
+    Args:
+      folder: of the records.
+      done: the manifest.
+      examples: of each file, those without any included.
+    """
+    int8 = done.embedding_dtype == "int8"
+    features = tfds.features.FeaturesDict(
+        {
+            "id": np.int64,
+            "image": tfds.features.Image(),
+            "caption": tfds.features.Text(),
+            "text": tfds.features.Tensor(
+                shape=(None, embeddings.row_bytes(done.text_dim, "int8"))
+                if int8
+                else (None, done.text_dim),
+                dtype=tf.uint8 if int8 else tf.bfloat16,
+                encoding="bytes",
+            ),
+            "side": np.int64,
+        }
+    )
+    sides = [int(side) for shard in done.shards for side in shard["sides"]]
+    with tempfile.TemporaryDirectory() as temporary:
+        info = tfds.core.DatasetInfo(
+            builder=tfds.core.dataset_info.DatasetIdentity(
+                name=_NAME,
+                version=tfds.core.Version(_VERSION),
+                data_dir=temporary,
+                module_name="",
+            ),
+            description=_DESCRIPTION,
+            features=features,
+            metadata=tfds.core.MetadataDict(encoder=done.encoder, min_side=min(sides)),
+        )
+        info.set_file_format("tfrecord")
+        split = tfds.core.SplitInfo(
+            name=_SPLIT,
+            shard_lengths=examples,
+            num_bytes=done.image_bytes + done.text_bytes,
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=temporary,
+                dataset_name=_NAME,
+                filetype_suffix="tfrecord",
+                template=_FILES,
+            ),
+        )
+        info.set_splits(tfds.core.splits.SplitDict([split]))
+        info.write_to_directory(temporary)
+        for file in sorted(pathlib.Path(temporary).iterdir()):
+            disk.write_text(folder / file.name, file.read_text("utf8"))
+
+
+def read_manifest(name: str) -> Manifest:
+    """What a data set holds; of one that `prepare` wrote, its own manifest.
+
+    Args:
+      name: of `tfds_source.open_builder`.
+
+    Raises:
+      UserError: when there is no such data set, or its features are others.
+    """
+    builder, split = open_builder(name)
+    folder = epath.Path(builder.data_dir)
+    if (folder / manifest.FILE_NAME).is_file():
+        return manifest.read_manifest(folder)
+    info = builder.info
+    wrong = _fault(info)
+    if wrong:
+        raise UserError(
+            f"'tfds:{name}' is not for training as it is: {wrong}; `prepare "
+            f"--source=tfds:{name}` makes records of pictures with captions"
+        )
+    text = info.features["text"]
+    width, int8 = text.shape[-1], text.tf_dtype == tf.uint8
+    found = info.splits[split]
+    return Manifest(
+        settings={"source": f"tfds:{name}"},
+        source_sha256="",
+        encoder=info.metadata["encoder"],
+        text_dim=width - embeddings.SCALE_BYTES if int8 else width,
+        embedding_dtype="int8" if int8 else "bfloat16",
+        cosine_error={},
+        examples=found.num_examples,
+        text_bytes=0,
+        image_bytes=found.num_bytes,
+        tokens_max=0,
+        tokens_mean=0.0,
+        cut_captions=0,
+        reencoded=0,
+        skipped=0,
+        skipped_files=[],
+        shards=[
+            {
+                "file": file,
+                "examples": examples,
+                # Its content is known by the data set's name and version only.
+                "sha256": _sha256(info.full_name, split, file, examples),
+                "sides": {str(info.metadata["min_side"]): examples},
+                "lengths": {},
+            }
+            for file, examples in zip(found.filenames, found.shard_lengths)
+            if examples
+        ],
+    )
+
+
+def make_source(name: str, split: str) -> seqio.TfdsDataSource:
+    """The data set as `read_manifest` takes it; seqio knows its split as `split`.
+
+    Pictures and embeddings stay the bytes that are stored.
+    """
+    builder, own = open_builder(name)
+    return seqio.TfdsDataSource(
+        tfds_data_dir=str(builder.data_dir),
+        read_only=True,
+        splits={split: own},
+        decoders={key: tfds.decode.SkipDecoding() for key in ("image", "text")},
+    )
+
+
+def _fault(info) -> str:
+    features, metadata = info.features, info.metadata or {}
+    missing = [key for key in ("id", "image", "text") if key not in features]
+    if missing:
+        return f"it lacks the features {', '.join(missing)}"
+    if not isinstance(features["image"], tfds.features.Image):
+        return "its feature image is no Image"
+    if features["id"].shape or not features["id"].tf_dtype.is_integer:
+        return "its feature id is no integer"
+    text = features["text"]
+    if (
+        not isinstance(text, tfds.features.Tensor)
+        or len(text.shape) != 2
+        or text.tf_dtype not in (tf.bfloat16, tf.uint8)
+        or text.get_serialized_info().tf_dtype != tf.string
+    ):
+        return (
+            "its feature text is no Tensor [None, D] of bfloat16 with "
+            'encoding="bytes" (the embeddings of a caption)'
+        )
+    if not isinstance(metadata.get("encoder"), str):
+        return "its metadata has no 'encoder', the identity of its text encoder"
+    if not isinstance(metadata.get("min_side"), int):
+        return "its metadata has no 'min_side', the pixels that all sides have at least"
+    return ""
+
+
+def _sha256(*values) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
