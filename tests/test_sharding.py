@@ -1,5 +1,7 @@
 """Meshes of eight devices, and where parameters lie on them."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,6 +56,44 @@ def test_a_mesh_of_some_devices():
 def test_a_mesh_that_does_not_fit_is_refused(axes, message):
     with pytest.raises(UserError, match=message):
         _mesh(**axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What tells JAX where a chip of a TPU is."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def _chips(slices):
+    places = [(x, y, 0) for y in range(4) for x in range(4)]
+    return [
+        Chip(16 * part + i, place, part)
+        for part in range(slices)
+        for i, place in enumerate(places)
+    ]
+
+
+def test_a_meshs_neighbours_are_a_slices_neighbours():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4), _chips(1))
+    for row in mesh.devices[:, :, 0, 0]:
+        x, y, _ = zip(*(chip.coords for chip in row), strict=True)
+        assert len(set(x)) == 1 or len(set(y)) == 1 or (max(x) - min(x) == 1)
+
+
+def test_slices_are_parts_of_the_data_axis():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=8), _chips(2))
+    assert mesh.devices.shape == (4, 8, 1, 1)
+    slices = [{chip.slice_index for chip in row.flat} for row in mesh.devices]
+    assert slices == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match="data is 1, .* over 2 slices"):
+        sharding.make_mesh(MeshConfig(data=1, fsdp=32), _chips(2))
 
 
 def test_check_batch_size():
