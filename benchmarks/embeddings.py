@@ -4,8 +4,7 @@ python benchmarks/embeddings.py --demo=demo [--what=sample|train] [--seeds=4]
 
 "sample": the trained cascade is given held-out captions whose embeddings went through
 either store. "train": the base is trained again on records of each kind, alike in all
-else, and once more on bfloat16 with another seed, which shows how much two trainings
-differ anyway; each is given captions of its own store.
+else, and given captions of its own store.
 """
 
 import argparse
@@ -25,8 +24,6 @@ from imagen_jax.prepare import prepare
 from imagen_jax.sharding import make_mesh
 from imagen_jax.train import resolve, train_stage
 from imagen_jax.trained import open_stages
-
-TRAININGS = (("bfloat16", 0), ("int8", 0), ("bfloat16", 1))
 
 
 def make(workdirs, prompts, seeds, dtype):
@@ -79,9 +76,9 @@ def sample(folder, prompts, seeds):
 
 
 def train(folder, prompts, seeds):
-    """One row per training."""
+    """One row per store."""
     base = None
-    for dtype, seed in TRAININGS:
+    for dtype in embeddings.DTYPES:
         records = folder / f"records_{dtype}"
         prepare(
             "shapes:20000",
@@ -93,14 +90,12 @@ def train(folder, prompts, seeds):
         )
         config = tiny.base()
         config.data.records = str(records)
-        config.training.update(
-            seed=seed, sample_every_steps=0, checkpoint_every_steps=2900
-        )
-        workdir = folder / f"base_{dtype}_seed{seed}"
+        config.training.update(sample_every_steps=0, checkpoint_every_steps=2900)
+        workdir = folder / f"base_{dtype}"
         train_stage(resolve(config.to_dict()), str(workdir))
         _, found = make([workdir], prompts, seeds, dtype)
         base = found if base is None else base
-        report(f"{dtype}, training seed {seed}", found, base, seeds)
+        report(f"trained on {dtype}", found, base, seeds)
 
 
 def main():
