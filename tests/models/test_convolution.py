@@ -1,7 +1,6 @@
-"""Convolution on many devices and by products, against one device and float64."""
+"""Convolution of rows on many devices, against one device and float64."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
@@ -76,34 +75,3 @@ def test_rows_on_many_devices(axes, height, stride, kernel):
     _check(have, want, (5 * kernel**2, 4 * kernel**2, 4 * height * 6))
     if height % (mesh.shape["spatial"] * stride) == 0 and kernel < 5:
         assert have[0].sharding.spec[1] == "spatial"
-
-
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (2, 3)])
-def test_gradients_as_products(kernel):
-    arrays = _arrays((2, 5, 4, 32), (*kernel, 32, 48))
-    want = _exact(_plain, arrays)
-    single = [jnp.asarray(a, jnp.float32) for a in arrays]
-    taps = kernel[0] * kernel[1]
-    have = jax.jit(lambda *a: _with_gradients(convolution._with_products, *a))(*single)
-    _check(have, want, (32 * taps, 48 * taps, 2 * 5 * 4))
-
-
-def test_products_where_they_are_faster():
-    """Few pixels with many channels, float32, a CPU."""
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-
-    def products(x, kernel, stride=1):
-        run = sharding.on_mesh(
-            lambda x, kernel: convolution.convolve(x, kernel, (stride, stride)), mesh
-        )
-        return "custom_vjp" in str(jax.make_jaxpr(run)(x, kernel))
-
-    def zeros(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    wide = zeros(3, 3, 256, 256)
-    assert products(zeros(1, 16, 16, 256), wide)
-    assert not products(zeros(1, 16, 16, 256), wide, stride=2)
-    assert not products(zeros(1, 64, 64, 64), zeros(3, 3, 64, 64))
-    half = zeros(3, 3, 256, 256, dtype=jnp.bfloat16)
-    assert not products(zeros(1, 16, 16, 256, dtype=jnp.bfloat16), half)
