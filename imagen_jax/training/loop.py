@@ -28,6 +28,7 @@ from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.metrics import MetricWriter
 from imagen_jax.training.state import TrainState, create_state
 from imagen_jax.training.step import compile_train_step
+from imagen_jax.training.watchdog import Watchdog
 
 # What a resumed run may change: how long, how often, where; not what is learned.
 _FREE = (
@@ -143,6 +144,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     step_fn = compile_train_step(cfg, mesh)
     writer.event("start", first, devices=jax.device_count())
     log = _Log(cfg, writer)
+    watchdog = Watchdog(ahead=cfg.training.log_every_steps)
     bar = tqdm(
         total=last,
         initial=first,
@@ -151,12 +153,13 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
         mininterval=1.0,
         disable=jax.process_index() != 0,
     )
-    with bar, _signals() as stopped:
+    with bar, contextlib.closing(watchdog), _signals() as stopped:
         for step in range(first + 1, last + 1):
             batch = next(batches)
             state, metrics = step_fn(state, batch)
             bar.update()
             log.add(step, metrics, bar)
+            watchdog.step()
             if step % cfg.training.checkpoint_every_steps == 0 or step == last:
                 checkpointer.save(state, cfg, batches.get_state())
                 writer.event("checkpoint", step)
@@ -164,6 +167,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             if preview is not None and every and (step % every == 0 or step == last):
                 _preview(cfg, workdir, state, preview, mesh, step, writer)
                 log.restart_clock()
+                watchdog.rest()
             if stopped(step):
                 checkpointer.save(state, cfg, batches.get_state())
                 log.flush(step, bar)
