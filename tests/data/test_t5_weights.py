@@ -181,7 +181,7 @@ def test_eight_devices_equal_one(tmp_path, axes):
         apply = sharding.on_mesh(t5.T5Encoder(config).apply, mesh)
         return params, digest, jax.jit(apply)({"params": params}, rows, rows > 0)
 
-    mesh = sharding.make_mesh(MeshConfig(*axes))
+    mesh = sharding.make_mesh(MeshConfig(axes[0], axes[1], tensor=axes[2]))
     params, digest, out = run(mesh)
     _, one_digest, want = run(ONE_DEVICE)
     assert digest == one_digest

@@ -126,7 +126,7 @@ def test_only_tpus_take_the_kernel_and_where_it_fits(
     platform, rows, pixels, keys, width, takes
 ):
     device = jax.sharding.AbstractDevice(platform, 1, platform)
-    mesh = jax.sharding.AbstractMesh((2, 2, 1), AXES, abstract_device=device)
+    mesh = jax.sharding.AbstractMesh((2, 2, 1, 1), AXES, abstract_device=device)
     q = jax.ShapeDtypeStruct((rows, pixels, 2, width), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((rows, keys, 2, width), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((rows, keys), jnp.bool_)
