@@ -187,8 +187,10 @@ def group_size(op: Op, devices: int) -> int:
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=", text):
         return int(found[1].split(",")[-1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", text):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         sizes = dict(re.findall(r"'?([\w.-]+)'?=(\d+)", found[1]))
         axes = re.findall(r"'([\w.-]+)'(?::\((\d+)\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, _, part in axes)
+    if re.search(r"replica_groups=(?!\{\})", text):
+        raise ValueError(f"cannot read the groups of {op.name}: {text[:200]}")
     return devices

@@ -84,15 +84,15 @@ def _time(found: dict[str, Any]) -> list[str]:
     total = found["seconds"] if found["what"] == "sample" else found["step_seconds"]
     lines = [
         "time by the data sheet (an estimate: nothing was run)",
-        f"  {'arithmetic at the peak rate':36} {each['compute_seconds']:9.4f} s",
-        f"  {'memory at its bandwidth':36} {each['memory_seconds']:9.4f} s",
-        f"  {'exchanges':36} {each['interconnect_seconds']:9.4f} s",
-        f"  {'all in order':36} {total:9.4f} s",
+        f"  {'arithmetic at the peak rate':36} {each['compute_seconds']:9.4g} s",
+        f"  {'memory at its bandwidth':36} {each['memory_seconds']:9.4g} s",
+        f"  {'exchanges':36} {each['interconnect_seconds']:9.4g} s",
+        f"  {'all in order':36} {total:9.4g} s",
     ]
     cycles = each["by_the_compilers_cycles"]
     if cycles:
         text = "by the compiler's cycles instead"
-        lines.append(f"  {text:36} {cycles:9.4f} s")
+        lines.append(f"  {text:36} {cycles:9.4g} s")
     lines += [
         f"  {found['peak_share']:.1%} of the peak; "
         f"{found['images_per_second']:,.4g} images a second",

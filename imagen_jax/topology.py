@@ -10,7 +10,7 @@ from jax.experimental import topologies
 from imagen_jax.errors import UserError, did_you_mean
 
 # Chips along x, y and z. The names of v4 and v5p count TensorCores, two to a chip,
-# those of the others chips.
+# those of the others chips. What is called v5e elsewhere is v5litepod to gcloud.
 _CUBES = {
     8: (2, 2, 1),
     16: (2, 2, 2),
@@ -35,6 +35,7 @@ _SQUARES = {
 SLICES = {
     **{f"v4-{cores}": chips for cores, chips in _CUBES.items()},
     **{f"v5litepod-{n}": chips for n, chips in _SQUARES.items()},
+    **{f"v5e-{n}": chips for n, chips in _SQUARES.items()},
     **{f"v5p-{cores}": chips for cores, chips in _CUBES.items()},
     **{f"v6e-{n}": chips for n, chips in _SQUARES.items()},
 }
@@ -78,8 +79,8 @@ CHIPS = {
     "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 59.4, 3350e9, 450e9),
     "NVIDIA H200": Chip("H200", 989e12, 104.8, 4800e9, 450e9),
 }
-# The names that libtpu compiles for.
-_GENERATIONS = {"v4": "v4", "v5litepod": "v5e", "v5p": "v5p", "v6e": "v6e"}
+# Where libtpu's name is another.
+_GENERATIONS = {"v5litepod": "v5e"}
 
 
 def slice_devices(name: str) -> list[jax.Device]:
@@ -109,7 +110,8 @@ def slice_devices(name: str) -> list[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     chips = SLICES[name]
-    generation = _GENERATIONS[name.partition("-")[0]]
+    generation = name.partition("-")[0]
+    generation = _GENERATIONS.get(generation, generation)
     # Both cores of a chip are one device.
     paired = {"chip_config_name": "megacore"} if len(chips) == 3 else {}
     try:
