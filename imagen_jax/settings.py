@@ -135,38 +135,48 @@ def next_settings(cfg: StageConfig, mesh: Mesh) -> Iterator[Setting]:
 
 def guess(cfg: StageConfig, mesh: Mesh, chip: Chip | None) -> Guess:
     """What a training step would take, by its shapes."""
-    state = abstract_state(cfg, mesh)
+    # What is traced is the same for all settings, but for what remat keeps.
+    alike = dataclasses.replace(cfg, mesh=MeshConfig(), training=TrainingConfig())
+    plain = dataclasses.replace(
+        alike, model=dataclasses.replace(cfg.model, remat="none")
+    )
+    state = abstract_state(plain, mesh)
     weights = shard_gib(state.params)
     parts = cfg.training.microbatches
     rows = cfg.training.batch_size // row_shards(mesh) // parts
     # What is kept of a picture does not depend on where weights lie.
     shape = {**mesh.shape, "data": row_shards(mesh), "fsdp": 1}
-    alike = Mesh(mesh.devices.reshape(tuple(shape.values())), tuple(shape))
-    one = dataclasses.replace(cfg, mesh=MeshConfig(), training=TrainingConfig())
-    kept = rows * kept_bytes(one, alike) / _GIB
+    unsplit = Mesh(mesh.devices.reshape(tuple(shape.values())), tuple(shape))
+    kept = rows * kept_bytes(alike, unsplit) / _GIB
     # Gradients; of several microbatches also their sum.
     step = weights * (2 if parts > 1 else 1) + kept
     seconds = 0.0
     if chip:
-        forward = forward_flops(cfg) * cfg.training.batch_size / mesh.size
+        flops, count = _weight(plain)
+        forward = flops * cfg.training.batch_size / mesh.size
         seconds = forward * (3 + _AGAIN[cfg.model.remat]) / chip.flops
-        seconds += _exchanged_bytes(cfg, mesh) / chip.link
+        seconds += _exchanged_bytes(cfg, mesh, count) / chip.link
     held = shard_gib(state) + shard_gib(abstract_batch(cfg, mesh))
     return Guess(held, step, seconds)
 
 
-def _exchanged_bytes(cfg: StageConfig, mesh: Mesh) -> float:
+@functools.lru_cache
+def _weight(cfg: StageConfig) -> tuple[int, int]:
+    """Forward operations of a picture, and parameters."""
+    leaves = jax.tree.leaves(network.abstract_inputs(cfg)[0])
+    return forward_flops(cfg), sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def _exchanged_bytes(cfg: StageConfig, mesh: Mesh, count: int) -> float:
     """That a device sends: weights in the compute type, gradients in float32."""
-    params = network.abstract_inputs(cfg)[0]
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    count /= mesh.shape["tensor"]
     item = jnp.dtype(cfg.model.dtype).itemsize
     fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
+    own = count / mesh.shape["tensor"]
     split, copies = (fsdp - 1) / fsdp, (data - 1) / data
     passes = (2 + _AGAIN[cfg.model.remat]) * cfg.training.microbatches
-    gathered = count * item * split * passes
-    scattered = count * 4 * split * cfg.training.microbatches
-    return gathered + scattered + 2 * count / fsdp * 4 * copies
+    gathered = own * item * split * passes
+    scattered = own * 4 * split * cfg.training.microbatches
+    return gathered + scattered + 2 * own / fsdp * 4 * copies
 
 
 # So many pictures that what is kept of weights does not count.
