@@ -134,7 +134,8 @@ def _times(
         names = ("roofline", "step_seconds", "peak_share", "images_per_second", "days")
         return dict.fromkeys((*names, "chip_hours"))
     seconds = estimate(made.program, chip)
-    rate = model_flops(cfg, mesh, what) / seconds.total / mesh.size
+    done = model_flops(cfg, mesh, what) / mesh.size
+    share = done / seconds.total / chip.flops
     found = {
         "roofline": {
             "compute_seconds": seconds.compute,
@@ -142,7 +143,10 @@ def _times(
             "interconnect_seconds": seconds.interconnect,
             "by_the_compilers_cycles": seconds.cycles or None,
         },
-        "peak_share": rate / chip.flops,
+        "peak_share_by_cycles": share * seconds.total / seconds.cycles
+        if seconds.cycles
+        else None,
+        "peak_share": share,
         "images_per_second": rows / seconds.total,
     }
     if what == "sample":

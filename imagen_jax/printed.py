@@ -94,7 +94,7 @@ def _time(found: dict[str, Any]) -> list[str]:
         text = "by the compiler's cycles instead"
         lines.append(f"  {text:36} {cycles:9.4g} s")
     lines += [
-        f"  {found['peak_share']:.1%} of the peak; "
+        f"  {found['peak_share']:.1%} of the peak{_by_cycles(found)}; "
         f"{found['images_per_second']:,.4g} images a second",
     ]
     if found["what"] == "sample":
@@ -108,6 +108,11 @@ def _time(found: dict[str, Any]) -> list[str]:
             "the last step" + _slower(found, cycles)
         )
     return [*lines, "  assumed:", *(f"  - {each}" for each in ASSUMPTIONS)]
+
+
+def _by_cycles(found: dict[str, Any]) -> str:
+    share = found["peak_share_by_cycles"]
+    return f" ({share:.1%} by the compiler's cycles)" if share else ""
 
 
 def _slower(found: dict[str, Any], cycles: float | None) -> str:

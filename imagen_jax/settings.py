@@ -168,15 +168,15 @@ def _weight(cfg: StageConfig) -> tuple[int, int]:
 
 
 def _exchanged_bytes(cfg: StageConfig, mesh: Mesh, count: int) -> float:
-    """That a device sends: weights in the compute type, gradients in float32."""
+    """That a device sends for weights and their gradients, both in the compute type."""
     item = jnp.dtype(cfg.model.dtype).itemsize
     fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
     own = count / mesh.shape["tensor"]
     split, copies = (fsdp - 1) / fsdp, (data - 1) / data
     passes = (2 + _AGAIN[cfg.model.remat]) * cfg.training.microbatches
     gathered = own * item * split * passes
-    scattered = own * 4 * split * cfg.training.microbatches
-    return gathered + scattered + 2 * own / fsdp * 4 * copies
+    scattered = own * item * split * cfg.training.microbatches
+    return gathered + scattered + 2 * own / fsdp * item * copies
 
 
 # So many pictures that what is kept of weights does not count.
