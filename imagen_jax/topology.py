@@ -105,9 +105,11 @@ def slice_devices(name: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"to compile for {name} install libtpu: pip install libtpu")
     jax.config.update("jax_platforms", "cpu")
-    # libtpu would ask the metadata server of a TPU machine what it is, and lock the
-    # whole machine against a second process that compiles.
+    # libtpu would ask the metadata server of a TPU machine what it is, complain that
+    # there is none, and lock the whole machine against a second process that compiles.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     chips = SLICES[name]
     generation = name.partition("-")[0]
