@@ -19,7 +19,7 @@ def test_slices_are_named_as_google_does():
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("v4-521", "v4-512"), ("v5e-61", "v5e-16"), ("v5litepod16", "v5litepod-16")],
+    [("v4-521", "v4-512"), ("v5e-265", "v5e-256"), ("v5litepod16", "v5litepod-16")],
 )
 def test_an_unknown_slice_is_refused(name, near):
     with pytest.raises(UserError, match=f"no slice '{name}'.*did you mean '{near}'"):
