@@ -3,6 +3,8 @@
 import math
 import re
 
+import numpy as np
+
 from imagen_jax.hlo import Computation, Op
 
 
@@ -65,11 +67,19 @@ def _pairs(
     size: int, kernel: int, out: int, stride: int, low: int, spread: int, dilation: int
 ) -> int:
     """How many of an output's places times a kernel's meet an element of the input."""
+    # A TPU's compiler makes batches of thousands to windows: no loops over both.
+    first = np.arange(kernel) * dilation - low
+    last = (size - 1) * spread
+    lowest = np.maximum(-(first // stride), 0)  # the first place that is inside
+    highest = np.minimum((last - first) // stride, out - 1)
+    if spread == 1:
+        return int(np.maximum(highest - lowest + 1, 0).sum())
     count = 0
-    for k in range(kernel):
-        first = k * dilation - low
-        for place in range(first, first + out * stride, stride):
-            count += not place % spread and 0 <= place < (size - 1) * spread + 1
+    for rest in range(min(spread, out)):
+        # Every spread-th place of the output meets an element, or none does.
+        below = (highest - rest) // spread - (lowest - 1 - rest) // spread
+        meets = (first + rest * stride) % spread == 0
+        count += int((np.maximum(below, 0) * meets).sum())
     return count
 
 

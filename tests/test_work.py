@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from imagen_jax import products
 from imagen_jax.work import read_program
 
 
@@ -56,6 +57,20 @@ def test_a_convolution_without_its_padding(options):
         places = itertools.product(range(7), range(6), (-1, 0, 1), (-1, 0, 1))
         inside = sum(0 <= y + i < 7 and 0 <= x + j < 6 for y, x, i, j in places)
         assert program.total("flops") == 2 * 2 * inside * 4 * 8
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("spread", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize(("size", "kernel", "low"), [(7, 3, 1), (4, 6, 5), (9, 2, -1)])
+def test_places_are_counted_one_by_one(stride, spread, dilation, size, kernel, low):
+    out = 8
+    places = (
+        o * stride + k * dilation - low for o in range(out) for k in range(kernel)
+    )
+    inside = [p % spread == 0 and 0 <= p <= (size - 1) * spread for p in places]
+    counted = products._pairs(size, kernel, out, stride, low, spread, dilation)
+    assert counted == sum(inside)
 
 
 def test_a_gradient_of_convolutions():
