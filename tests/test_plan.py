@@ -279,7 +279,20 @@ def test_a_guess_is_made_right_by_what_was_needed(monkeypatch, compiler):
 
 
 def test_a_program_too_large_is_refused(monkeypatch, made, mesh):
+    """Without compiling it, where the state does not fit or the guess is far off."""
+    own = settings.guess(stage(), mesh, None)
+    limit(monkeypatch, own.state_gib * 0.99)
+    with pytest.raises(DoesNotFit, match="EMA and batch alone take 0.00 of 0.00 GiB"):
+        plan.check_guess(stage(), mesh)
+    cfg = stage(batch_size=8 * 2**20)
+    limit(monkeypatch, 2**20 * own.step_gib / 4)
+    with pytest.raises(DoesNotFit, match="guessed, not compiled, to take"):
+        plan.check_guess(cfg, mesh)
+    limit(monkeypatch, own.gib)
+    plan.check_guess(stage(), mesh)
+
     monkeypatch.setattr(plan, "compile_step", lambda *_: made)
+    monkeypatch.setattr(plan, "check_guess", lambda *_: None)
     limit(monkeypatch, 1e-6)
     with pytest.raises(DoesNotFit, match="takes .* of 0.00 GiB of each of 8") as raised:
         plan.plan(stage(), mesh, "train")
