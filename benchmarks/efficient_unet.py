@@ -49,7 +49,7 @@ def stage(architecture):
 
 def runs(cfg, mesh):
     """`(forward, train)`, each to be called and waited for."""
-    _, train_step = compiled.compile_step(cfg, mesh)
+    train_step = compiled.compile_step(cfg, mesh).run
     state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
     inputs = jax.tree.map(
         lambda x: jnp.ones(x.shape, x.dtype), network.abstract_inputs(cfg)[1:]

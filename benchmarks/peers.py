@@ -58,7 +58,7 @@ def ours(stage):
         }
     )
     mesh = make_mesh(cfg.mesh)
-    _, train_step = compiled.compile_step(cfg, mesh)
+    train_step = compiled.compile_step(cfg, mesh).run
     state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
 
     def step():

@@ -82,7 +82,7 @@ def main() -> None:
             cfg.training.microbatches,
         )
         if args.what == "compile":
-            report, _ = compile_step(cfg, mesh)
+            report = compile_step(cfg, mesh).report
         elif args.what == "sample":
             report = time_sampler(cfg, mesh, args.seconds)
         elif args.what == "data":

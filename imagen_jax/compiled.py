@@ -1,25 +1,55 @@
-"""What a stage weighs, and what its compiled training step takes."""
+"""What a stage weighs, and what its compiled programs take and do."""
 
-import collections
+import dataclasses
 import math
 import re
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from imagen_jax import cli
 from imagen_jax.batch import batch_spec
 from imagen_jax.config import StageConfig
+from imagen_jax.diffusion.cascade import compile_sampler
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.models.flops import forward_flops
-from imagen_jax.sharding import batch_sharding
+from imagen_jax.sharding import batch_sharding, row_shards
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.step import compile_train_step
+from imagen_jax.work import Program, read_program
 
 _GIB = 2**30
+
+
+class DoesNotFit(UserError):
+    """A program needs more memory than a device has.
+
+    Attributes:
+      needed_gib: of one device, where the compiler says it, else 0.
+    """
+
+    def __init__(self, message: str, needed_gib: float):
+        super().__init__(message)
+        self.needed_gib = needed_gib
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A compiled program, and what it takes.
+
+    Attributes:
+      run: to be called with what it was lowered for.
+      program: its work, one device's.
+      report: times, memory and sizes.
+    """
+
+    run: Any
+    program: Program
+    report: dict[str, Any]
 
 
 def params(cfg: StageConfig) -> dict[str, Any]:
@@ -37,40 +67,78 @@ def params(cfg: StageConfig) -> dict[str, Any]:
     }
 
 
-def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
-    """What it takes to compile a training step, and the compiled step.
-
-    Memory and work are one device's; work is what the compiler says of its program,
-    recomputation and normalisation included. Of loops it would count one turn, so a
-    stage with `scan_blocks` has none.
-
-    Raises:
-      UserError: when the program does not fit into a device's memory.
-    """
+def abstract_batch(cfg: StageConfig, mesh: Mesh) -> Any:
+    """A global batch on the mesh, without data."""
     rows = batch_sharding(mesh)
-    batch = jax.tree.map(
+    return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch_spec(cfg)
     )
+
+
+def compile_step(cfg: StageConfig, mesh: Mesh) -> Compiled:
+    """Compiles the training step.
+
+    Raises:
+      DoesNotFit: into a device's memory.
+    """
     start = time.perf_counter()
-    lowered = compile_train_step(cfg, mesh).lower(abstract_state(cfg, mesh), batch)
+    lowered = compile_train_step(cfg, mesh).lower(
+        abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
+    )
+    return _compile(lowered, mesh, "the training step", start)
+
+
+def sampled_rows(cfg: StageConfig, mesh: Mesh) -> int:
+    """Pictures in one call of the sampler: a multiple of what the mesh divides by."""
+    return -(-cfg.sampler.batch_size // row_shards(mesh)) * row_shards(mesh)
+
+
+def compile_sampling(cfg: StageConfig, mesh: Mesh) -> Compiled:
+    """Compiles the stage's sampler: all of its steps, for `sampled_rows` pictures.
+
+    Raises:
+      DoesNotFit: into a device's memory.
+    """
+    count, low = sampled_rows(cfg, mesh), cfg.lowres_size
+    rows = batch_sharding(mesh)
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=rows)
+
+    start = time.perf_counter()
+    lowered = compile_sampler(network.apply, cfg, mesh).lower(
+        abstract_state(cfg, mesh).params,
+        array(jnp.uint32),
+        array(jnp.float32, cfg.text.length, cfg.text.dim),
+        array(jnp.bool_, cfg.text.length),
+        array(jnp.float32, cfg.sampler.steps),
+        array(jnp.float32),
+        array(jnp.uint8, low, low, 3) if low else None,
+    )
+    return _compile(lowered, mesh, "the sampler", start)
+
+
+def _compile(lowered: Any, mesh: Mesh, what: str, start: float) -> Compiled:
+    """Compiles, and reads what came of it.
+
+    Memory and work are one device's; bytes are those of its main memory. The
+    compiler's own counts take loops' bodies once.
+    """
     traced = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        run = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(
-            f"the training step does not fit into the memory of {mesh.size} devices; "
-            "raise config.mesh.fsdp, lower config.training.batch_size or set "
-            f"config.model.remat. The compiler says: {str(error).splitlines()[0]}"
+        first = str(error).splitlines()[0]
+        raise DoesNotFit(
+            f"{what} does not fit into the memory of {mesh.size} devices. The "
+            f"compiler says: {first}",
+            needed_gib(first),
         ) from None
     done = time.perf_counter()
-    memory, cost, text = (
-        compiled.memory_analysis(),
-        compiled.cost_analysis(),
-        compiled.as_text(),
-    )
-    kinds = collections.Counter(re.findall(r"= .*? ([a-z][a-z0-9-]*)\(", text))
+    memory, cost, text = run.memory_analysis(), run.cost_analysis(), run.as_text()
+    program = read_program(text, mesh.size)
     report = {
         "devices": mesh.size,
         "trace_seconds": traced - start,
@@ -81,29 +149,26 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[dict[str, Any], Any]:
         "outputs_in_place_of_arguments_gib": memory.alias_size_in_bytes / _GIB,
         "temporaries_gib": memory.temp_size_in_bytes / _GIB,
         "program_gib": memory.generated_code_size_in_bytes / _GIB,
-        "operations": sum(kinds.values()),
-        "collectives": collectives(text),
+        "operations": len(program.work),
+        "matrix_flops": program.total("flops"),
+        "memory_bytes": program.total("moved_bytes"),
+        "collectives": program.collectives(),
         "largest_array": largest_array(text),
+        "loops_counted_once": {
+            "flops": cost["flops"],
+            "bytes_accessed": cost["bytes accessed"],
+        },
     }
-    if not cfg.model.scan_blocks:
-        report["flops"] = cost["flops"]
-        report["bytes_accessed"] = cost["bytes accessed"]
-    return report, compiled
+    return Compiled(run, program, report)
 
 
-def collectives(program: str) -> dict[str, int]:
-    """How many exchanges between devices a compiled program has, of each kind."""
-    found = collections.Counter(
-        re.findall(r"= .*? (all-[a-z-]*|reduce-scatter|collective-[a-z-]*)\(", program)
-    )
-    # A TPU's program has these as all-reduces inside of fusions of this name.
-    scattered = len(re.findall(r"calls=%all-reduce-scatter", program))
-    found.update({"reduce-scatter": scattered, "all-reduce": -scattered})
-    return {
-        kind: count
-        for kind, count in found.items()
-        if count and not kind.endswith("-done")
-    }
+def needed_gib(message: str) -> float:
+    """The memory that a compiler says it would need, 0 where it does not say."""
+    sizes = {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}
+    for pattern in (r"Used ([\d.]+)([KMGT])", r"\(([\d.]+)([KMGT])\) exceeds"):
+        if found := re.search(pattern, message):
+            return float(found[1]) * sizes[found[2]]
+    return 0.0
 
 
 def largest_array(program: str) -> str:

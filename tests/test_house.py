@@ -22,6 +22,7 @@ MAX_LINES = 400
 # The other files of the package's top are floor.
 DOORS = {"train", "prepare", "sample", "evaluate", "plan", "benchmark", "demo"}
 DOORS |= {"cli", "compiled", "processes", "sweep", "timings", "trained"}
+DOORS |= {"planned", "printed", "settings"}
 ROOMS = ("diffusion", "models", "training", "data", "evaluation")
 ARROWS = {
     "floor": {"floor"},

@@ -9,20 +9,38 @@ from imagen_jax import topology
 from imagen_jax.errors import UserError
 
 
-def test_a_slice_is_named_by_its_cores_two_to_a_chip():
+def test_slices_are_named_as_google_does():
+    """v4 and v5p by cores, two to a chip, the others by chips."""
     for name, chips in topology.SLICES.items():
-        assert 2 * math.prod(chips) == int(name.removeprefix("v4-"))
+        generation, _, size = name.partition("-")
+        cores = 2 if generation in ("v4", "v5p") else 1
+        assert cores * math.prod(chips) == int(size)
 
 
-def test_an_unknown_slice_is_refused():
-    with pytest.raises(UserError, match="no slice 'v4-521'.*did you mean 'v4-512'"):
-        topology.slice_devices("v4-521")
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("v4-521", "v4-512"), ("v5e-265", "v5e-256"), ("v5litepod16", "v5litepod-16")],
+)
+def test_an_unknown_slice_is_refused(name, near):
+    with pytest.raises(UserError, match=f"no slice '{name}'.*did you mean '{near}'"):
+        topology.slice_devices(name)
 
 
-def test_the_devices_of_a_slice():
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("v4-16", "TPU v4", 8),
+        ("v5litepod-16", "TPU v5e", 16),
+        ("v5e-4", "TPU v5e", 4),
+        ("v5p-16", "TPU v5p", 8),
+        ("v6e-8", "TPU v6e", 8),
+    ],
+)
+def test_the_devices_of_a_slice(name, kind, count):
     if importlib.util.find_spec("libtpu") is None:
         with pytest.raises(UserError, match="pip install libtpu"):
-            topology.slice_devices("v4-16")
+            topology.slice_devices(name)
     else:
-        devices = topology.slice_devices("v4-16")
-        assert {d.platform for d in devices} == {"tpu"} and len(devices) == 8
+        devices = topology.slice_devices(name)
+        assert {d.platform for d in devices} == {"tpu"} and len(devices) == count
+        assert topology.chip_of(devices[0]).name == kind

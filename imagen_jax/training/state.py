@@ -46,9 +46,14 @@ def _init(cfg: StageConfig, key: jax.Array) -> TrainState:
 
 
 @functools.cache
+def _boxed_state(cfg: StageConfig) -> TrainState:
+    return jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
+
+
+@functools.cache
 def abstract_state(cfg: StageConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state; computes nothing."""
-    boxed = jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
+    boxed = _boxed_state(cfg)
     shardings = state_shardings(boxed, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(
