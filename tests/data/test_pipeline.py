@@ -170,9 +170,9 @@ def test_crops_change_from_epoch_to_epoch(stage, records, mesh):
     assert all(len(seen) > 1 for seen in crops.values())
 
 
-@pytest.mark.parametrize("hosts", [2, 7])
+@pytest.mark.parametrize("hosts", [2, 4, 7])
 def test_hosts_share_the_examples(stage, records, mesh, hosts):
-    """Two hosts have files of their own, seven share all of the five files."""
+    """Two and four hosts have files of their own, seven share all of the five files."""
     cfg = stage(records, batch_size=hosts)
     manifest = read_manifest(records)
     epochs = [[], []]
