@@ -53,6 +53,8 @@ _NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.decay_steps",
     "training.sample_every_steps",
+    "training.keep_every_steps",
+    "training.keep_best_checkpoints",
 )
 _BELOW_ONE = ("model.dropout", "optimizer.b1", "optimizer.b2")
 _UNIT_INTERVAL = (
@@ -110,6 +112,13 @@ def check_stage(cfg: Any) -> None:
             f"config.sampler samples log-SNRs from {cfg.sampler.logsnr_min} to "
             f"{cfg.sampler.logsnr_max}, of which the training has none: it has "
             f"{cfg.diffusion.logsnr_min} to {cfg.diffusion.logsnr_max}"
+        )
+    training = cfg.training
+    if training.keep_every_steps % training.checkpoint_every_steps:
+        raise UserError(
+            f"config.training.keep_every_steps is {training.keep_every_steps}; it must "
+            "be a multiple of checkpoint_every_steps, which is "
+            f"{training.checkpoint_every_steps}"
         )
     schedule = cfg.sampler.guidance_schedule
     if schedule and len(schedule) != cfg.sampler.steps:
