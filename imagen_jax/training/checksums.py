@@ -22,6 +22,8 @@ _FILE = "files.json"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _READ_BYTES = 2**23
 _THREADS = 8
+# Orbax has two folders in an item; links that lead in a circle come to an end.
+_DEPTH = 4
 
 
 class _Handler(ocp.CheckpointHandler):
@@ -52,7 +54,7 @@ class Checksums(ocp.args.CheckpointArgs):
 
 
 def faults(
-    folder: epath.Path, items: Collection[str], part: int = 0, parts: int = 1
+    folder: epath.PathLike, items: Collection[str], part: int = 0, parts: int = 1
 ) -> list[str]:
     """What is wrong with a checkpoint's files, one line each; none when it is whole.
 
@@ -62,6 +64,7 @@ def faults(
       part: which of `parts` shares of the files to read.
       parts: into which the work is divided.
     """
+    folder = epath.Path(folder)
     try:
         listed = json.loads((folder / ITEM / _FILE).read_text())
         listed = {name: (int(size), int(crc)) for name, (size, crc) in listed.items()}
@@ -93,10 +96,20 @@ def _files(folder: epath.Path, items: Collection[str] | None) -> list[str]:
         # Only looked into by Orbax when it lists checkpoints: what lies at the top.
         own = item.name != ITEM if items is None else item.name in items
         if own and item.is_dir():
-            for place, _, files in item.walk():
-                inside = place.relative_to(folder).as_posix()
-                names += [f"{inside}/{file}" for file in files]
+            names += _below(item, item.name, _DEPTH)
     return sorted(names)
+
+
+def _below(folder: epath.Path, name: str, depth: int) -> list[str]:
+    # etils' own walk forgets the bucket.
+    names = []
+    for path in folder.iterdir():
+        inside = f"{name}/{path.name}"
+        if not path.is_dir():
+            names.append(inside)
+        elif depth:
+            names += _below(path, inside, depth - 1)
+    return names
 
 
 def _sum(path: epath.Path) -> tuple[int, int]:
