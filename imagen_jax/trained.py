@@ -55,7 +55,8 @@ def open_stages(workdirs: Sequence[str]) -> list[Trained]:
                 f"--stage={workdir} is one file, which does not say what its stage is: "
                 "give the folder that `export` wrote"
             )
-        check_fit(weights, weights.cfg, "--stage")
+        if isinstance(weights, Exported):
+            check_fit(weights, weights.cfg, "--stage")
         trained.append(Trained(workdir, weights.step, weights.cfg, weights))
     if len({one.cfg.text for one in trained}) > 1:
         found = "; ".join(

@@ -215,13 +215,15 @@ class Checkpointer:
         )
         everyones = [json.loads(each) for each in _gather(json.dumps(mine).encode())]
         faults = list(dict.fromkeys(fault for each in everyones for fault in each))
+        if any(fault.startswith("config/") for fault in faults):
+            return faults
+        # A release that wrote no checksums is told from a file that went missing.
         try:
-            found = self._description(step)
+            file = self._folder / str(step) / "config/metadata"
+            found = self._description(step) if file.stat().length else None
         except Exception:  # Whatever Orbax comes upon in a file that is damaged.
             found = None
-        # A release that wrote no checksums is told from a file that went missing.
-        intact = not any(fault.startswith("config/") for fault in faults)
-        if isinstance(found, dict) and intact:
+        if isinstance(found, dict):
             version = found.get("schema_version")
             check_version(version, f"checkpoint {step} of {self.workdir}")
         return faults

@@ -2,8 +2,7 @@
 
 It holds model.safetensors (or several files and an index, as Hugging Face names them),
 config.json (the stage) and README.md (the model card). A folder that others made may
-hold anything: what is read is JSON and safetensors, from regular files in that folder,
-and a network is not traced before its sizes are plausible.
+hold anything: what is read is JSON and safetensors, from regular files in that folder.
 """
 
 import dataclasses
@@ -36,10 +35,9 @@ _FLOATS = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
-# Far more than any network has; less than takes long to read or trace.
+# Far more than any network needs, and soon read.
 _CONFIG_BYTES = 2**20
 _INDEX_BYTES = 2**26
-_MOST = {"levels": 16, "blocks": 1024, "pixels": 2**14, "steps": 2**16, "text": 2**16}
 
 
 def is_exported(path: str | os.PathLike) -> bool:
@@ -196,33 +194,7 @@ def _read_config(folder: pathlib.Path) -> tuple[StageConfig, int]:
     stage, step = found.get("stage"), found.get("step")
     if type(step) is not int or not isinstance(stage, dict):
         raise UserError(f"{path} is not what `export` writes: no stage, or no step")
-    # Checks walk the levels of a network, so they come after its size.
-    _check_plausible(stage, path)
     return config_lib.from_dict(stage), step
-
-
-def _check_plausible(stage: Mapping, path: pathlib.Path) -> None:
-    def get(group, name):
-        value = stage.get(group)
-        value = value.get(name, 0) if isinstance(value, dict) else 0
-        numbers = value if isinstance(value, list) else [value]
-        return [n for n in numbers if isinstance(n, int | float)]
-
-    blocks = get("model", "num_res_blocks")
-    sizes = {
-        "levels": [len(get("model", "channels")), len(blocks)],
-        "blocks": [sum(blocks)],
-        "pixels": [stage.get(n, 0) for n in ("image_size", "lowres_size", "crop_size")],
-        "steps": get("sampler", "steps") + get("sampler", "batch_size"),
-        "text": get("text", "length") + get("text", "dim") + get("model", "channels"),
-    }
-    for what, numbers in sizes.items():
-        for number in numbers:
-            if isinstance(number, int | float) and not number <= _MOST[what]:
-                raise UserError(
-                    f"{path} is not plausible: {number:.6g} {what}, where this program "
-                    f"takes at most {_MOST[what]}"
-                )
 
 
 def _indexed(folder: pathlib.Path) -> list[str]:

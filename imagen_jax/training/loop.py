@@ -48,6 +48,9 @@ _FREE = (
     "mesh.",
 )
 
+# Of a config.json, far more than one has.
+_CONFIG_BYTES = 2**20
+
 
 class BatchIterator(Protocol):
     """What the loop needs of a data source."""
@@ -73,6 +76,9 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
     path = folder / "config.json"
     partial = folder / "config.partial"
     if path.exists():
+        # A pipe has no length, and reading it might not end.
+        if not 0 < path.stat().length < _CONFIG_BYTES:
+            raise UserError(f"{path} is not the config of a run: remove it")
         old = config_lib.from_json(path.read_text(), str(path))
         lines = [
             line

@@ -1,5 +1,6 @@
 """What a run starts from: its newest checkpoint, named weights, or random numbers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,7 @@ def _differences(old: StageConfig | None, new: StageConfig, groups) -> list[str]
     return [line for line in lines if line.startswith(groups)]
 
 
+@functools.cache
 def _shapes(cfg: StageConfig) -> dict[str, tuple[int, ...]]:
     flat = traverse_util.flatten_dict(network.abstract_inputs(cfg)[0], sep=".")
     return {name: tuple(leaf.shape) for name, leaf in flat.items()}

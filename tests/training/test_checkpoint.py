@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
 
 import jax
@@ -141,6 +142,14 @@ DAMAGES = {
         (f / "config/metadata").read_text().replace('n": 2', 'n": 3')
     ),
     "bad list": lambda f: (f / "verification/files.json").write_text("[" * 100_000),
+    "pipe for a list": lambda f: (
+        (f / "verification/files.json").unlink(),
+        os.mkfifo(f / "verification/files.json"),
+    ),
+    "pipe for a file": lambda f: (
+        (f / "config/metadata").unlink(),
+        os.mkfifo(f / "config/metadata"),
+    ),
     "bad root": lambda f: (f / "_CHECKPOINT_METADATA").write_text("{"),
 }
 
