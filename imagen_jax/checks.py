@@ -53,7 +53,23 @@ _NOT_NEGATIVE = (
     "optimizer.warmup_steps",
     "optimizer.decay_steps",
     "training.sample_every_steps",
+    "training.keep_every_steps",
+    "training.keep_best_checkpoints",
 )
+# Far more than any network has, so that a file of a stranger cannot ask for one that
+# takes for ever to trace.
+_AT_MOST = {
+    "image_size": 2**14,
+    "lowres_size": 2**14,
+    "crop_size": 2**14,
+    "text.length": 2**16,
+    "text.dim": 2**16,
+    "sampler.steps": 2**16,
+    "sampler.batch_size": 2**16,
+}
+_MOST_LEVELS = 16
+_MOST_BLOCKS = 1024
+_MOST_CHANNELS = 2**16
 _BELOW_ONE = ("model.dropout", "optimizer.b1", "optimizer.b2")
 _UNIT_INTERVAL = (
     "diffusion.text_dropout",
@@ -86,6 +102,9 @@ def check_stage(cfg: Any) -> None:
     for path in _NOT_NEGATIVE:
         if _get(cfg, path) < 0:
             raise UserError(f"config.{path} is {_get(cfg, path)}; 0 turns it off")
+    for path, most in _AT_MOST.items():
+        if _get(cfg, path) > most:
+            raise UserError(f"config.{path} is {_get(cfg, path)}; it is {most} at most")
     for path in _BELOW_ONE:
         if not 0 <= _get(cfg, path) < 1:
             raise UserError(f"config.{path} is {_get(cfg, path)}; it must be in [0, 1)")
@@ -111,6 +130,13 @@ def check_stage(cfg: Any) -> None:
             f"{cfg.sampler.logsnr_max}, of which the training has none: it has "
             f"{cfg.diffusion.logsnr_min} to {cfg.diffusion.logsnr_max}"
         )
+    training = cfg.training
+    if training.keep_every_steps % training.checkpoint_every_steps:
+        raise UserError(
+            f"config.training.keep_every_steps is {training.keep_every_steps}; it must "
+            "be a multiple of checkpoint_every_steps, which is "
+            f"{training.checkpoint_every_steps}"
+        )
     schedule = cfg.sampler.guidance_schedule
     if schedule and len(schedule) != cfg.sampler.steps:
         raise UserError(
@@ -132,6 +158,14 @@ def check_stage(cfg: Any) -> None:
         raise UserError(
             "config.model.channels and num_res_blocks need at least one level, and "
             f"values above zero; they are {model.channels} and {model.num_res_blocks}"
+        )
+    most = max(model.channels)
+    blocks = sum(model.num_res_blocks)
+    if levels > _MOST_LEVELS or most > _MOST_CHANNELS or blocks > _MOST_BLOCKS:
+        raise UserError(
+            f"config.model has {levels} levels, {blocks} blocks and up to {most} "
+            f"channels; it has at most {_MOST_LEVELS}, {_MOST_BLOCKS} and "
+            f"{_MOST_CHANNELS}"
         )
     for name in ("num_res_blocks", "self_attention", "text_attention"):
         if len(getattr(model, name)) != levels:

@@ -175,6 +175,12 @@ class TrainingConfig:
       sample_every_steps: between two preview grids; 0 makes none.
       checkpoint_every_steps: between two checkpoints (the last step always saves).
       keep_checkpoints: how many of the newest stay.
+      keep_every_steps: checkpoints of its multiples stay too; 0 for none.
+      keep_best_checkpoints: how many stay of those with the lowest `best_metric`.
+      best_metric: "loss" or "loss_by_logsnr/RANGE" (a name of metrics.jsonl), the mean
+        over the steps since the checkpoint before.
+      init_from: what a run without checkpoints starts from: a workdir, whose averaged
+        parameters it takes, or weights of `export`; "" for random parameters.
       preview_images: pictures of a preview grid.
     """
 
@@ -186,6 +192,10 @@ class TrainingConfig:
     sample_every_steps: int = 10_000
     checkpoint_every_steps: int = 5_000
     keep_checkpoints: int = 3
+    keep_every_steps: int = 0
+    keep_best_checkpoints: int = 0
+    best_metric: str = "loss"
+    init_from: str = ""
     preview_images: int = 16
 
 
@@ -343,7 +353,7 @@ def from_json(text: str, where: str = "config.json") -> StageConfig:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
     return from_dict(values)
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import tqdm
-from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.config import SamplerConfig, StageConfig
@@ -14,7 +13,9 @@ from imagen_jax.diffusion.cascade import Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.sweep import Cell, all_cells, settings
-from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.exported import Exported
+from imagen_jax.training.start import Workdir, check_fit, open_weights
+from imagen_jax.training.state import abstract_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,36 +23,41 @@ class Trained:
     """A trained stage on disk.
 
     Attributes:
-      workdir: of its training.
+      workdir: of its training, or a folder of `export`.
       step: of the checkpoint.
       cfg: of the stage.
+      weights: its averaged parameters, not loaded yet.
     """
 
     workdir: str
     step: int
     cfg: StageConfig
+    weights: Workdir | Exported
 
     def load(self, mesh: Mesh) -> Stage:
         """The stage with its averaged parameters on `mesh`."""
-        checkpointer = _open(self.workdir)
-        params = checkpointer.ema(self.cfg, mesh, self.step)
-        checkpointer.close()
+        params = self.weights.load(abstract_state(self.cfg, mesh).ema)
         return Stage(params=params, cfg=self.cfg, apply=network.apply)
 
 
 def open_stages(workdirs: Sequence[str]) -> list[Trained]:
-    """The newest checkpoint of each workdir, not loaded yet.
+    """The newest whole checkpoint of each workdir, or what was exported; not loaded.
 
     Raises:
-      UserError: for a folder that is no workdir, stages that do not follow each
-        other, or stages trained on text of different encoders.
+      UserError: for a folder that is neither, or stages trained on text of different
+        encoders.
     """
     trained = []
     for workdir in workdirs:
-        checkpointer = _open(workdir)
-        cfg = checkpointer.stage()
-        trained.append(Trained(workdir, checkpointer.latest_step(), cfg))
-        checkpointer.close()
+        weights = open_weights(workdir)
+        if weights.cfg is None:
+            raise UserError(
+                f"--stage={workdir} is one file, which does not say what its stage is: "
+                "give the folder that `export` wrote"
+            )
+        if isinstance(weights, Exported):
+            check_fit(weights, weights.cfg, "--stage")
+        trained.append(Trained(workdir, weights.step, weights.cfg, weights))
     if len({one.cfg.text for one in trained}) > 1:
         found = "; ".join(
             f"{one.workdir}: {one.cfg.text.encoder}, {one.cfg.text.length} tokens"
@@ -59,15 +65,6 @@ def open_stages(workdirs: Sequence[str]) -> list[Trained]:
         )
         raise UserError(f"the stages were trained on different text ({found})")
     return trained
-
-
-def _open(workdir: str) -> Checkpointer:
-    if not (epath.Path(workdir) / "config.json").exists():
-        raise UserError(
-            f"--stage={workdir} is no training workdir (it has no config.json); give "
-            "the --workdir of a `python -m imagen_jax.train`"
-        )
-    return Checkpointer(workdir)
 
 
 def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Trained]:

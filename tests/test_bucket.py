@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from imagen_jax import pictures
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
-from imagen_jax.training import loop
+from imagen_jax.training import checksums, loop
 from imagen_jax.training.metrics import MetricWriter
 from tests import tiny
 
@@ -89,6 +89,30 @@ def test_an_event_takes_what_was_logged_before_it_to_the_bucket(bucket):
     writer.event("checkpoint", 1)
     assert json.loads((bucket / "run/metrics.jsonl").read_text())["loss"] == 0.5
     writer.close()
+
+
+def test_a_checkpoint_in_a_bucket_is_checked(bucket):
+    """Its checksums; Orbax's own part is not ours, and needs Google's."""
+    step = bucket / "run/checkpoints/5"
+    for name, content in {
+        "ema/d/a": b"abc",
+        "ema/b": b"",
+        "config/metadata": b"{}",
+    }.items():
+        (step / name).parent.mkdir(parents=True, exist_ok=True)
+        (step / name).write_bytes(content)
+    (step / checksums.ITEM).mkdir()
+    checksums._Handler().finalize(step / checksums.ITEM)
+    assert checksums.faults(step, ("config", "ema")) == []
+    (step / "ema/d/a").write_bytes(b"abd")
+    (fault,) = checksums.faults(step, ("config", "ema"))
+    assert fault == "ema/d/a has changed since it was written"
+    (step / "config/metadata").unlink()
+    assert checksums.faults(step, ("config",)) == ["config/metadata is missing"]
+    (bucket / "run/damaged").mkdir()
+    step.rename(bucket / "run/damaged/5")
+    assert (bucket / "run/damaged/5/ema/d/a").read_bytes() == b"abd"
+    assert not step.exists()
 
 
 def test_a_picture_in_a_bucket(bucket):

@@ -126,6 +126,23 @@ def test_a_cascade_from_shapes_to_pictures(cascade, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_exported_stage_makes_the_same_pictures(cascade, tmp_path):
+    _, base, _ = cascade
+    done = door("export", f"--stage={base}", f"--output={tmp_path / 'export'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    pictures = []
+    for stage in (base, tmp_path / "export"):
+        output = tmp_path / f"of_{stage.name}"
+        ask = [f"--stage={stage}", "--prompt=a red circle", f"--output={output}"]
+        done = door("sample", *ask)
+        assert done.returncode == 0, done.stderr[-3000:]
+        pictures.append((output / "0000.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    again = door("export", f"--stage={base}", f"--output={tmp_path / 'export'}")
+    assert again.returncode == 1 and "exists and is not empty" in error(again)
+
+
+@pytest.mark.slow
 def test_values_compared_on_labelled_sheets(cascade, tmp_path):
     """Two weights by two levels of one existing picture, enlarged."""
     _, base, sr = cascade

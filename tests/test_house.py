@@ -20,7 +20,16 @@ PACKAGE = ROOT / "imagen_jax"
 MAX_LINES = 400
 
 # The other files of the package's top are floor.
-DOORS = {"train", "prepare", "sample", "evaluate", "plan", "benchmark", "demo"}
+DOORS = {
+    "train",
+    "prepare",
+    "sample",
+    "evaluate",
+    "plan",
+    "benchmark",
+    "demo",
+    "export",
+}
 DOORS |= {"cli", "compiled", "processes", "sweep", "timings", "trained"}
 DOORS |= {"planned", "printed", "settings"}
 ROOMS = ("diffusion", "models", "training", "data", "evaluation")

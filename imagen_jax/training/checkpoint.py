@@ -1,13 +1,16 @@
 """Checkpoints: asynchronous, atomic, and knowing what they are.
 
-A step's folder has four items: `ema` (all that sampling needs), `train` (the rest of
-the state), `config` (the resolved stage) and `iterator` (bytes of the data source that
-this file does not understand, one entry per process).
+A step's folder has five items: `ema` (all that sampling needs), `train` (the rest of
+the state), `config` (the resolved stage), `iterator` (bytes of the data source that
+this file does not understand, one entry per process) and the checksums of all.
 """
 
 import base64
 import dataclasses
 import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -15,59 +18,138 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from orbax.checkpoint import checkpoint_managers
 
+import imagen_jax
 from imagen_jax import config as config_lib
-from imagen_jax.config import StageConfig
+from imagen_jax.config import StageConfig, TrainingConfig
 from imagen_jax.errors import UserError
+from imagen_jax.training import checksums
 from imagen_jax.training.state import TrainState, abstract_state
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+
+# What the two uses of a checkpoint read, and so what must be whole.
+RESUMED = ("config", "ema", "iterator", "train")
+SAMPLED = ("config", "ema")
 
 
 class Checkpointer:
-    """The `checkpoints` folder of one training workdir."""
+    """The `checkpoints` folder of one training workdir.
 
-    def __init__(self, workdir: str, keep: int | None = None):
-        """Opens (and makes, when `keep` is given) `workdir/checkpoints`.
+    Attributes:
+      damaged: of the steps that were passed over, what is wrong with each.
+    """
+
+    def __init__(self, workdir: str, training: TrainingConfig | None = None):
+        """Opens (and makes, when `training` is given) `workdir/checkpoints`.
 
         Args:
           workdir: of a training run, local or gs://.
-          keep: how many of the newest stay; None to read only.
+          training: which checkpoints stay; None to read only.
         """
         self.workdir = workdir
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=keep is not None, read_only=keep is None
-        )
-        folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
-        self.manager = ocp.CheckpointManager(folder, options=options)
+        self.damaged: dict[int, str] = {}
+        self._whole: set[tuple[int, Sequence[str]]] = set()
+        self._root = epath.Path(workdir).expanduser().resolve()
+        self._training = training
+        options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+        if training:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=_preservation(training),
+                # Without it Orbax does not keep metrics.
+                best_fn=_metric(training) if training.keep_best_checkpoints else None,
+            )
+        self.manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, state: TrainState, cfg: StageConfig, iterator: bytes) -> None:
-        """Starts writing `state`; returns once it is copied off the device."""
+    @property
+    def _folder(self) -> epath.Path:
+        return self._root / "checkpoints"
+
+    def save(
+        self,
+        state: TrainState,
+        cfg: StageConfig,
+        iterator: bytes,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts writing `state`; returns once it is copied off the device.
+
+        Args:
+          state: after its step.
+          cfg: of the stage.
+          iterator: where this process's data source stands.
+          metrics: numbers of this state, by which the best are kept.
+        """
         step = int(state.step)
         if step in self.manager.all_steps():
             return
         train = {"step": state.step, "params": state.params, "opt": state.opt_state}
-        description = {
-            "schema_version": SCHEMA_VERSION,
-            "stage": dataclasses.asdict(cfg),
+        positions = {
+            str(process): base64.b64encode(position).decode()
+            for process, position in enumerate(_gather(iterator))
         }
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                ema=ocp.args.StandardSave(state.ema),
-                train=ocp.args.StandardSave(train),
-                config=ocp.args.JsonSave(description),
-                iterator=ocp.args.JsonSave(_gather(iterator)),
-            ),
-        )
+        items = {
+            "ema": ocp.args.StandardSave(state.ema),
+            "train": ocp.args.StandardSave(train),
+            "config": ocp.args.JsonSave(description(cfg, step)),
+            "iterator": ocp.args.JsonSave(positions),
+            checksums.ITEM: checksums.Checksums(),
+        }
+        self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def latest_step(self) -> int | None:
-        """The newest complete step, None when there is none."""
+        """The newest complete step, whole or damaged; None when there is none."""
         return self.manager.latest_step()
 
+    def newest(self, items: Sequence[str] = RESUMED) -> int | None:
+        """The newest step that is whole, None when nothing has been saved.
+
+        Each damaged one that is newer is named on stderr; when checkpoints are going to
+        be written here, it is moved to `workdir/damaged`. All processes call this.
+
+        Args:
+          items: that are going to be read.
+
+        Raises:
+          UserError: when all are damaged, or the newest is of another version.
+        """
+        self.manager.wait_until_finished()
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        found = []
+        for step in steps:
+            faults = [] if (step, items) in self._whole else self._faults(step, items)
+            if not faults:
+                self._whole.add((step, items))
+                if found and self._training:
+                    self._set_aside(found)
+                return step
+            more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
+            self.damaged[step] = faults[0] + more
+            found.append(step)
+            older = [s for s in steps if s < step]
+            if older and jax.process_index() == 0:
+                print(
+                    f"warning: checkpoint {step} of {self.workdir} is damaged: "
+                    f"{self.damaged[step]}; it is passed over for {older[0]}",
+                    file=sys.stderr,
+                )
+        if not found:
+            return None
+        lines = "".join(f"\n  {step}: {self.damaged[step]}" for step in found)
+        raise UserError(
+            f"no checkpoint of {self.workdir} is whole:{lines}\nCopy one of them again "
+            "from where there is a copy, or give a new --workdir to start over (with "
+            "--config.training.init_from, from other weights)"
+        )
+
     def restore(self, cfg: StageConfig, mesh: Mesh) -> tuple[TrainState, bytes]:
-        """The newest state, placed on `mesh`, and this process's iterator bytes."""
-        step = self._newest()
+        """The newest whole state, placed on `mesh`, and this process's iterator bytes.
+
+        Raises:
+          UserError: as `newest`, and when there is none.
+        """
+        step = self._required(RESUMED)
         like = abstract_state(cfg, mesh)
         train = {"step": like.step, "params": like.params, "opt": like.opt_state}
         found = self.manager.restore(
@@ -92,23 +174,18 @@ class Checkpointer:
             )
         return state, base64.b64decode(iterator)
 
-    def stage(self) -> StageConfig:
-        """The resolved config that the newest checkpoint was trained with."""
-        step = self._newest()
-        found = self.manager.restore(
-            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-        )
-        version = found.config["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"checkpoint {step} of {self.workdir} has schema version {version}, "
-                f"this program reads {SCHEMA_VERSION}: use the release that wrote it"
-            )
-        return config_lib.from_json(json.dumps(found.config["stage"]))
+    def stage(self, step: int | None = None) -> StageConfig:
+        """The resolved config that a checkpoint (default: the newest) was trained with.
 
-    def ema(self, cfg: StageConfig, mesh: Mesh, step: int):
-        """The averaged parameters at a saved step, placed on `mesh`."""
-        like = abstract_state(cfg, mesh).ema
+        Raises:
+          UserError: as `newest`, and when there is none.
+        """
+        step = self._required(SAMPLED) if step is None else step
+        found = self._description(step)
+        return config_lib.from_json(json.dumps(found["stage"]))
+
+    def ema(self, like, step: int):
+        """The averaged parameters at a saved step, as the abstract arrays of `like`."""
         found = self.manager.restore(
             step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like))
         )
@@ -119,24 +196,109 @@ class Checkpointer:
         self.manager.wait_until_finished()
         self.manager.close()
 
-    def _newest(self) -> int:
-        step = self.latest_step()
+    def _required(self, items: Sequence[str]) -> int:
+        step = self.newest(items)
         if step is None:
             raise UserError(
                 f"{self.workdir} has no complete checkpoint: train this stage first"
             )
         return step
 
+    def _description(self, step: int) -> dict:
+        args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return self.manager.restore(step, args=args).config
 
-def _gather(mine: bytes) -> dict[str, str]:
-    """Every process's bytes, base64, by process index."""
+    def _faults(self, step: int, items: Sequence[str]) -> list[str]:
+        """What is wrong with the files of a step, as all processes together find it."""
+        mine = checksums.faults(
+            self._folder / str(step), items, jax.process_index(), jax.process_count()
+        )
+        everyones = [json.loads(each) for each in _gather(json.dumps(mine).encode())]
+        faults = list(dict.fromkeys(fault for each in everyones for fault in each))
+        if any(fault.startswith("config/") for fault in faults):
+            return faults
+        # A release that wrote no checksums is told from a file that went missing.
+        try:
+            file = self._folder / str(step) / "config/metadata"
+            found = self._description(step) if file.stat().length else None
+        except Exception:  # Whatever Orbax comes upon in a file that is damaged.
+            found = None
+        if isinstance(found, dict):
+            version = found.get("schema_version")
+            check_version(version, f"checkpoint {step} of {self.workdir}")
+        return faults
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Out of the way of the same steps, which are going to be saved again."""
+        if jax.process_index() == 0:
+            folder = self._root / "damaged"
+            folder.mkdir(parents=True, exist_ok=True)
+            for step in steps:
+                name, number = str(step), 1
+                while (folder / name).exists():
+                    number += 1
+                    name = f"{step}_{number}"
+                (self._folder / str(step)).rename(folder / name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self.manager.reload()
+
+
+def description(cfg: StageConfig, step: int) -> dict:
+    """What weights on disk say of themselves: version, stage (with encoder), step."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "written_by": {"imagen_jax": imagen_jax.__version__, "jax": jax.__version__},
+        "step": step,
+        "stage": dataclasses.asdict(cfg),
+    }
+
+
+def check_version(version, what: str) -> None:
+    """Raises `UserError` unless this program reads that version of `description`."""
+    if version != SCHEMA_VERSION:
+        has = "no schema version"
+        if version is not None:
+            has = f"schema version {version!s:.40}"
+        raise UserError(
+            f"{what} has {has}, this program reads {SCHEMA_VERSION}: use the release "
+            "that wrote it"
+        )
+
+
+def _preservation(training: TrainingConfig):
+    """The newest, every so-manieth step, and the best."""
+    policies = [checkpoint_managers.LatestN(training.keep_checkpoints)]
+    if training.keep_every_steps:
+        policies.append(checkpoint_managers.EveryNSteps(training.keep_every_steps))
+    if training.keep_best_checkpoints:
+        policies.append(
+            checkpoint_managers.BestN(
+                get_metric_fn=_metric(training),
+                reverse=True,
+                n=training.keep_best_checkpoints,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+def _metric(training: TrainingConfig):
+    """A function of a checkpoint's metrics; what was not finite is the worst."""
+
+    def value(metrics: Mapping[str, float]) -> float:
+        found = metrics.get(training.best_metric, math.inf)
+        return found if math.isfinite(found) else math.inf
+
+    return value
+
+
+def _gather(mine: bytes) -> list[bytes]:
+    """Every process's bytes."""
     if jax.process_count() == 1:
-        return {"0": base64.b64encode(mine).decode()}
+        return [mine]
     sizes = multihost_utils.process_allgather(np.asarray(len(mine)))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
     rows = multihost_utils.process_allgather(padded)
-    return {
-        str(i): base64.b64encode(row[:size].tobytes()).decode()
-        for i, (row, size) in enumerate(zip(rows, sizes, strict=True))
-    }
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

@@ -21,12 +21,13 @@ from imagen_jax.batch import Batch, downsample
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Stage, sample_cascade
 from imagen_jax.diffusion.loss import LOGSNR_EDGES
-from imagen_jax.errors import Stopped, UserError
+from imagen_jax.errors import Stopped, UserError, did_you_mean
 from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.metrics import MetricWriter
-from imagen_jax.training.state import TrainState, create_state
+from imagen_jax.training.start import first_state
+from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import compile_train_step
 from imagen_jax.training.watchdog import Watchdog
 
@@ -38,11 +39,18 @@ _FREE = (
     "training.sample_every_steps",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
+    "training.keep_every_steps",
+    "training.keep_best_checkpoints",
+    "training.best_metric",
+    "training.init_from",
     "training.preview_images",
     "data.records",
     "sampler.",
     "mesh.",
 )
+
+# Of a config.json, far more than one has.
+_CONFIG_BYTES = 2**20
 
 
 class BatchIterator(Protocol):
@@ -69,6 +77,9 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
     path = folder / "config.json"
     partial = folder / "config.partial"
     if path.exists():
+        # A pipe has no length, and reading it might not end.
+        if not 0 < path.stat().length < _CONFIG_BYTES:
+            raise UserError(f"{path} is not the config of a run: remove it")
         old = config_lib.from_json(path.read_text(), str(path))
         lines = [
             line
@@ -99,7 +110,9 @@ def train(
     mesh: Mesh,
     preview: Batch | None = None,
 ) -> TrainState:
-    """Trains from the newest checkpoint of `workdir` (or scratch) to the last step.
+    """Trains from the newest whole checkpoint of `workdir` to the last step.
+
+    Without one it starts from `training.init_from`, or from scratch.
 
     Args:
       cfg: the stage, resolved.
@@ -114,7 +127,8 @@ def train(
       The last state.
 
     Raises:
-      UserError: for a workdir of another config, or a batch that does not divide.
+      UserError: for a workdir of another config, a batch that does not divide, weights
+        that do not fit, or checkpoints of which none is whole.
       Stopped: on SIGINT or SIGTERM, after saving.
     """
     check_batch_size(
@@ -123,15 +137,13 @@ def train(
         "training.batch_size",
         cfg.training.microbatches,
     )
+    _check_best_metric(cfg)
     check_workdir(cfg, workdir)
-    checkpointer = Checkpointer(workdir, cfg.training.keep_checkpoints)
+    checkpointer = Checkpointer(workdir, cfg.training)
     writer = MetricWriter(workdir)
     try:
-        if checkpointer.latest_step() is None:
-            state = create_state(cfg, mesh)
-        else:
-            state, position = checkpointer.restore(cfg, mesh)
-            batches.set_state(position)
+        state, origin = first_state(cfg, mesh, checkpointer, batches.set_state)
+        writer.event("start", int(state.step), devices=jax.device_count(), **origin)
         return _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer)
     finally:
         checkpointer.close()
@@ -142,7 +154,6 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     first = int(state.step)
     last = cfg.training.steps
     step_fn = compile_train_step(cfg, mesh)
-    writer.event("start", first, devices=jax.device_count())
     log = _Log(cfg, writer)
     watchdog = Watchdog(ahead=cfg.training.log_every_steps)
     bar = tqdm(
@@ -161,7 +172,8 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             log.add(step, metrics, bar)
             watchdog.step()
             if step % cfg.training.checkpoint_every_steps == 0 or step == last:
-                checkpointer.save(state, cfg, batches.get_state())
+                position = batches.get_state()
+                checkpointer.save(state, cfg, position, log.since_checkpoint())
                 writer.event("checkpoint", step)
             every = cfg.training.sample_every_steps
             if preview is not None and every and (step % every == 0 or step == last):
@@ -169,7 +181,8 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
                 log.restart_clock()
                 watchdog.rest()
             if stopped(step):
-                checkpointer.save(state, cfg, batches.get_state())
+                position = batches.get_state()
+                checkpointer.save(state, cfg, position, log.since_checkpoint())
                 log.flush(step, bar)
                 writer.event("stop", step)
                 raise Stopped(f"stopped on a signal at step {step}, saved in {workdir}")
@@ -190,10 +203,24 @@ class _Log:
         self.open: list = []
         self.closed: tuple[int, list] | None = None
         self.clock: float | None = None
+        self.unsaved: list = []
+        self.counted = 0
 
     def restart_clock(self) -> None:
         """Leaves an interval that was not all training out of the rate."""
         self.clock = None
+
+    def since_checkpoint(self) -> dict[str, float]:
+        """The means over the steps since this was last called.
+
+        It waits for the last of them, as copying the state off the device does.
+        """
+        if not self.cfg.training.keep_best_checkpoints:
+            return {}
+        pending = [*(self.closed[1] if self.closed else []), *self.open]
+        rows = self.unsaved + jax.device_get(pending[self.counted :])
+        self.unsaved, self.counted = [], len(pending)
+        return _means([row for row in rows if np.isfinite(row["loss"])])
 
     def add(self, step: int, metrics, bar) -> None:
         self.open.append(metrics)
@@ -213,9 +240,10 @@ class _Log:
         step, rows = self.closed
         self.closed = None
         rows = jax.device_get(rows)
-        buckets = [row.pop("loss_by_logsnr") for row in rows]
-        means = {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
-        means |= _bucket_means(buckets)
+        if self.cfg.training.keep_best_checkpoints:
+            self.unsaved += rows[self.counted :]
+            self.counted = max(0, self.counted - len(rows))
+        means = _means(rows)
         now = time.perf_counter()
         if self.clock is not None:
             rate = len(rows) / (now - self.clock)
@@ -226,18 +254,32 @@ class _Log:
         bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
 
 
-def _bucket_means(rows) -> dict[str, float]:
-    """The mean loss of each log-SNR bucket that any example of `rows` fell into."""
-    total = sum(row["sum"] for row in rows)
-    count = sum(row["count"] for row in rows)
+def _means(rows) -> dict[str, float]:
+    """Of some steps' metrics; a log-SNR bucket that nothing fell into has none."""
+    if not rows:
+        return {}
+    scalars = [name for name in rows[0] if name != "loss_by_logsnr"]
+    means = {name: float(np.mean([r[name] for r in rows])) for name in scalars}
+    total = sum(row["loss_by_logsnr"]["sum"] for row in rows)
+    count = sum(row["loss_by_logsnr"]["count"] for row in rows)
+    buckets = zip(_bucket_names(), total, count, strict=True)
+    return means | {name: float(s / n) for name, s, n in buckets if n}
+
+
+def _bucket_names() -> list[str]:
     edges = [f"{edge:g}" for edge in LOGSNR_EDGES]
     between = ["_to_".join(pair) for pair in itertools.pairwise(edges)]
     ranges = [f"to_{edges[0]}", *between, f"from_{edges[-1]}"]
-    return {
-        f"loss_by_logsnr/{name}": float(s / n)
-        for name, s, n in zip(ranges, total, count, strict=True)
-        if n
-    }
+    return [f"loss_by_logsnr/{name}" for name in ranges]
+
+
+def _check_best_metric(cfg: StageConfig) -> None:
+    name, known = cfg.training.best_metric, ["loss", *_bucket_names()]
+    if name not in known:
+        raise UserError(
+            f"config.training.best_metric is {name!r}; it takes one of {known}"
+            + did_you_mean(name, known)
+        )
 
 
 @contextlib.contextmanager

@@ -46,6 +46,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, mesh):
     whole = train(cfg, tmp_path / "whole", mesh)
     train(tiny.with_steps(cfg, 2), tmp_path / "parts", mesh)
     assert_equal_states(train(cfg, tmp_path / "parts", mesh), whole)
+    events = lines(tmp_path / "parts" / "events.jsonl")
+    sources = [line["source"] for line in events if line["event"] == "start"]
+    assert sources == ["scratch", "checkpoint"]
 
 
 @pytest.mark.slow
@@ -116,6 +119,19 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     encoder = tiny.stage(model=tiny.ONE_LEVEL, text={"encoder": "other@1"})
     with pytest.raises(UserError, match=r"text\.encoder: 'fake@1' -> 'other@1'"):
         loop.check_workdir(encoder, str(tmp_path / "run"))
+
+
+def test_a_config_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match="not the config of a run"):
+        loop.check_workdir(tiny.stage(), str(tmp_path))
+
+
+def test_an_unknown_metric_is_refused(tmp_path, mesh):
+    cfg = tiny.stage(training={"best_metric": "los"})
+    with pytest.raises(UserError, match=r"best_metric is 'los'.*did you mean 'loss'"):
+        loop.train(cfg, str(tmp_path / "run"), tiny.Batches(cfg, mesh), mesh)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
