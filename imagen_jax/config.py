@@ -176,6 +176,13 @@ class TrainingConfig:
       checkpoint_every_steps: between two checkpoints (the last step always saves).
       keep_checkpoints: how many of the newest stay.
       preview_images: pictures of a preview grid.
+      spike_factor: a loss or gradient norm above so many times its running average
+        over 100 updates is a spike; 0 turns it off. The update of a spike is skipped,
+        and always that of a loss or gradient that is not finite.
+      skip_budget_steps: after how many skipped updates the run gives up, ten that are
+        done making up for one; 0 never.
+      on_spent_budget: "stop", or "rollback": go on from the newest checkpoint with the
+        data and noise that come next; both leave a bundle for --replay.
     """
 
     batch_size: int = 2048
@@ -187,6 +194,9 @@ class TrainingConfig:
     checkpoint_every_steps: int = 5_000
     keep_checkpoints: int = 3
     preview_images: int = 16
+    spike_factor: float = 0.0
+    skip_budget_steps: int = 20
+    on_spent_budget: str = "stop"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,12 @@ from jax.sharding import Mesh
 from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
+from imagen_jax.training.guard import new_guard
 from imagen_jax.training.state import TrainState, abstract_state
 
-SCHEMA_VERSION = 1
+# 2 has a guard; what a run of 1 has skipped it does not know.
+SCHEMA_VERSION = 2
+_READ = (1, 2)
 
 
 class Checkpointer:
@@ -46,7 +49,12 @@ class Checkpointer:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        train = {"step": state.step, "params": state.params, "opt": state.opt_state}
+        train = {
+            "step": state.step,
+            "params": state.params,
+            "opt": state.opt_state,
+            "guard": state.guard,
+        }
         description = {
             "schema_version": SCHEMA_VERSION,
             "stage": dataclasses.asdict(cfg),
@@ -70,6 +78,8 @@ class Checkpointer:
         step = self._newest()
         like = abstract_state(cfg, mesh)
         train = {"step": like.step, "params": like.params, "opt": like.opt_state}
+        if self._version_and_stage(step)[0] > 1:
+            train["guard"] = like.guard
         found = self.manager.restore(
             step,
             args=ocp.args.Composite(
@@ -83,6 +93,8 @@ class Checkpointer:
             params=found.train["params"],
             ema=found.ema,
             opt_state=found.train["opt"],
+            guard=found.train.get("guard")
+            or jax.device_put(new_guard(), like.step.sharding),
         )
         iterator = found.iterator.get(str(jax.process_index()))
         if iterator is None:
@@ -94,17 +106,8 @@ class Checkpointer:
 
     def stage(self) -> StageConfig:
         """The resolved config that the newest checkpoint was trained with."""
-        step = self._newest()
-        found = self.manager.restore(
-            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
-        )
-        version = found.config["schema_version"]
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"checkpoint {step} of {self.workdir} has schema version {version}, "
-                f"this program reads {SCHEMA_VERSION}: use the release that wrote it"
-            )
-        return config_lib.from_json(json.dumps(found.config["stage"]))
+        _, stage = self._version_and_stage(self._newest())
+        return config_lib.from_json(json.dumps(stage))
 
     def ema(self, cfg: StageConfig, mesh: Mesh, step: int):
         """The averaged parameters at a saved step, placed on `mesh`."""
@@ -118,6 +121,18 @@ class Checkpointer:
         """Waits for the last save and frees the folder."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+    def _version_and_stage(self, step: int) -> tuple[int, dict]:
+        found = self.manager.restore(
+            step, args=ocp.args.Composite(config=ocp.args.JsonRestore())
+        )
+        version = found.config["schema_version"]
+        if version not in _READ:
+            raise UserError(
+                f"checkpoint {step} of {self.workdir} has schema version {version}, "
+                f"this program reads {SCHEMA_VERSION}: use the release that wrote it"
+            )
+        return version, found.config["stage"]
 
     def _newest(self) -> int:
         step = self.latest_step()
