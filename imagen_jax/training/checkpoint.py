@@ -117,9 +117,13 @@ class Checkpointer:
         )
         return found.ema
 
+    def wait(self) -> None:
+        """Waits until the last save is complete."""
+        self.manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for the last save and frees the folder."""
-        self.manager.wait_until_finished()
+        self.wait()
         self.manager.close()
 
     def _version_and_stage(self, step: int) -> tuple[int, dict]:

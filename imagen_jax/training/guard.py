@@ -88,6 +88,20 @@ def judge(
     return skip | guard.spent, select(guard.spent, guard, select(skip, not_done, done))
 
 
+def before_the_last_skip(guard: Guard) -> Guard:
+    """The guard before the step that spent the budget."""
+    return guard.replace(
+        skipped=guard.skipped - 1,
+        debt=guard.debt - _REDEEMED_BY,
+        spent=guard.spent & False,
+    )
+
+
+def after_rollback(guard: Guard, lost: jax.Array) -> Guard:
+    """The guard of a checkpoint from which a run goes on `lost` steps later."""
+    return guard.replace(skipped=guard.skipped + lost, debt=guard.debt * 0)
+
+
 def select(condition: jax.Array, yes, no):
     """`yes` where the scalar `condition` holds, else `no`: trees of equal structure."""
     return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)

@@ -26,6 +26,7 @@ from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.metrics import MetricWriter
+from imagen_jax.training.recovery import Recovery
 from imagen_jax.training.state import TrainState, create_state
 from imagen_jax.training.step import compile_train_step
 
@@ -38,10 +39,15 @@ _FREE = (
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
     "training.preview_images",
+    "training.spike_factor",
+    "training.skip_budget_steps",
+    "training.on_spent_budget",
     "data.records",
     "sampler.",
     "mesh.",
 )
+# Metrics of which a line has the mean of its steps.
+_MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
 
 
 class BatchIterator(Protocol):
@@ -103,7 +109,7 @@ def train(
     Args:
       cfg: the stage, resolved.
       workdir: local or gs://; gets config.json, checkpoints/, metrics.jsonl,
-        tensorboard/, samples/ and events.jsonl.
+        tensorboard/, samples/, events.jsonl and, with bad numbers, bundles/.
       batches: yields global batches placed on `mesh`.
       mesh: of all devices.
       preview: examples on the host that are sampled, over and over, as training
@@ -113,7 +119,8 @@ def train(
       The last state.
 
     Raises:
-      UserError: for a workdir of another config, or a batch that does not divide.
+      UserError: for a workdir of another config, or a batch that does not divide;
+        and when more updates were skipped than the config allows.
       Stopped: on SIGINT or SIGTERM, after saving.
     """
     check_batch_size(
@@ -143,6 +150,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     step_fn = compile_train_step(cfg, mesh)
     writer.event("start", first, devices=jax.device_count())
     log = _Log(cfg, writer)
+    recovery = Recovery(cfg, workdir, batches, mesh, checkpointer, writer)
     bar = tqdm(
         total=last,
         initial=first,
@@ -152,19 +160,33 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
         disable=jax.process_index() != 0,
     )
     with bar, _signals() as stopped:
-        for step in range(first + 1, last + 1):
+        step = first
+        while step < last:
+            step += 1
+            recovery.note(step)
             batch = next(batches)
             state, metrics = step_fn(state, batch)
             bar.update()
             log.add(step, metrics, bar)
-            if step % cfg.training.checkpoint_every_steps == 0 or step == last:
+            saves = step % cfg.training.checkpoint_every_steps == 0 or step == last
+            every = cfg.training.sample_every_steps
+            samples = preview is not None and every
+            samples = samples and (step % every == 0 or step == last)
+            stops = stopped(step)
+            # Saving and sampling wait for the devices anyway.
+            if log.spent or ((saves or samples or stops) and state.guard.spent):
+                log.flush(step, bar)
+                state = recovery.recover(state, log.spent)
+                step, log = int(state.step), _Log(cfg, writer)
+                bar.update(step - bar.n)
+                saves, samples = step == last, False
+            if saves:
                 checkpointer.save(state, cfg, batches.get_state())
                 writer.event("checkpoint", step)
-            every = cfg.training.sample_every_steps
-            if preview is not None and every and (step % every == 0 or step == last):
+            if samples:
                 _preview(cfg, workdir, state, preview, mesh, step, writer)
                 log.restart_clock()
-            if stopped(step):
+            if stops:
                 checkpointer.save(state, cfg, batches.get_state())
                 log.flush(step, bar)
                 writer.event("stop", step)
@@ -178,7 +200,8 @@ class _Log:
     """Averages metrics on the host without holding up the device.
 
     An interval is fetched when the next one has been handed to the device, so the
-    queue never runs empty.
+    queue never runs empty. Steps whose update was skipped are in no mean; `spent` gets
+    the loss and gradient norm of the one that spent the budget.
     """
 
     def __init__(self, cfg: StageConfig, writer: MetricWriter):
@@ -186,6 +209,7 @@ class _Log:
         self.open: list = []
         self.closed: tuple[int, list] | None = None
         self.clock: float | None = None
+        self.spent: dict[str, float] | None = None
 
     def restart_clock(self) -> None:
         """Leaves an interval that was not all training out of the rate."""
@@ -204,14 +228,23 @@ class _Log:
             self._write(bar)
 
     def _write(self, bar) -> None:
-        if self.closed is None:
+        if self.closed is None or self.spent:
             return
         step, rows = self.closed
         self.closed = None
         rows = jax.device_get(rows)
-        buckets = [row.pop("loss_by_logsnr") for row in rows]
-        means = {name: float(np.mean([r[name] for r in rows])) for name in rows[0]}
-        means |= _bucket_means(buckets)
+        standing = [row["budget_spent"] for row in rows]
+        if any(standing):
+            # After the one that spent the budget nothing was done.
+            count = standing.index(True) + 1
+            step, rows = step - len(rows) + count, rows[:count]
+            self.spent = {n: float(rows[-1][n]) for n in ("loss", "gradient_norm")}
+        means = {"skipped_updates": int(rows[-1]["skipped_updates"])}
+        done = [row for row in rows if not row["skipped"]]
+        if done:
+            for name in _MEANS:
+                means[name] = float(np.mean([row[name] for row in done]))
+            means |= _bucket_means([row["loss_by_logsnr"] for row in done])
         now = time.perf_counter()
         if self.clock is not None:
             rate = len(rows) / (now - self.clock)
@@ -219,7 +252,10 @@ class _Log:
             means["images_per_second"] = rate * self.cfg.training.batch_size
         self.clock = now
         self.writer.scalars(step, means)
-        bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+        shown = {"loss": f"{means['loss']:.4f}"} if done else {}
+        if means["skipped_updates"]:
+            shown["skipped"] = means["skipped_updates"]
+        bar.set_postfix(shown, refresh=False)
 
 
 def _bucket_means(rows) -> dict[str, float]:

@@ -123,14 +123,22 @@ def loss_and_gradients(
         found, each = gradient(params, noised, own)
         return jax.tree.map(lambda t, f: t + f / parts, total, found), each
 
-    # Every parts-th row, so that each device keeps the rows that it has.
-    dealt = jax.tree.map(
-        lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), noised
-    )
     found, each = jax.lax.scan(
-        add, jax.tree.map(jnp.zeros_like, params), (jnp.arange(parts), dealt)
+        add,
+        jax.tree.map(jnp.zeros_like, params),
+        (jnp.arange(parts), deal(noised, parts)),
     )
     return each.swapaxes(0, 1).reshape(-1), found
+
+
+def deal(noised: NoisedBatch, parts: int) -> NoisedBatch:
+    """`[B, ...]` arrays as the `[parts, B / parts, ...]` of microbatches.
+
+    Each has every parts-th row, so that each device keeps the rows that it has.
+    """
+    return jax.tree.map(
+        lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), noised
+    )
 
 
 def compile_train_step(
