@@ -9,8 +9,9 @@ status 3. A run that stops for bad numbers leaves a bundle, whose step
 
 python -m imagen_jax.train --replay=DIR/bundles/STEP
 
-does again on one device, and tells where numbers go bad. With --distributed the same command is started once on each host of a TPU
-slice or for each task of a Slurm job (see launch/README.md).
+does again on one device, and tells where numbers go bad. With --distributed the same
+command is started once on each host of a TPU slice or for each task of a Slurm job (see
+launch/README.md).
 """
 
 import math
@@ -33,7 +34,6 @@ from imagen_jax.sharding import make_mesh
 from imagen_jax.training.bundle import first_not_finite, replay
 from imagen_jax.training.loop import BatchIterator, train
 from imagen_jax.training.state import TrainState
-
 
 # To which the numbers of a replay agree: other devices sum in another order.
 _SAME = 0.01

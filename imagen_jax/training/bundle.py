@@ -10,7 +10,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -77,13 +77,7 @@ def examine(
       absolute values "parameters", "layers" (in the order of the forward pass) and
       "gradients" (in that of the backward pass) by name. All floats.
     """
-    run = jax.jit(
-        on_mesh(functools.partial(_examine, cfg=cfg), mesh),
-        out_shardings=replicated(mesh),
-        compiler_options=compiler_options(
-            mesh, dtype=cfg.model.dtype, size=cfg.train_size
-        ),
-    )
+    run = compile_examine(cfg, mesh)
     found = jax.device_get(run(state.params, state.step, batch))
     layers = {k: float(v) for layer in found["layers"] for k, v in layer.items()}
     order = {name.split("[")[0]: place for place, name in enumerate(layers)}
@@ -109,6 +103,18 @@ def examine(
             name: gradients[name] for name in sorted(gradients, key=place, reverse=True)
         },
     }
+
+
+@functools.cache
+def compile_examine(cfg: StageConfig, mesh: Mesh) -> Callable[..., dict[str, Any]]:
+    """The jitted part of `examine`, of parameters, step and batch."""
+    return jax.jit(
+        on_mesh(functools.partial(_examine, cfg=cfg), mesh),
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(
+            mesh, dtype=cfg.model.dtype, size=cfg.train_size
+        ),
+    )
 
 
 def _examine(params, step, batch, *, cfg):
