@@ -19,6 +19,7 @@ _CHOICES = {
     "diffusion.prediction": ("eps", "x0", "v"),
     "diffusion.weighting": ("plain", "min_snr", "sigmoid"),
     "data.square": ("middle", "random"),
+    "training.on_spent_budget": ("stop", "rollback"),
     "optimizer.name": ("adam", "adafactor"),
     "sampler.name": ("ddpm", "ddim", "dpmpp"),
     "sampler.schedule": ("trained", "cosine", "linear"),
@@ -55,6 +56,7 @@ _NOT_NEGATIVE = (
     "training.sample_every_steps",
     "training.keep_every_steps",
     "training.keep_best_checkpoints",
+    "training.skip_budget_steps",
 )
 # Far more than any network has, so that a file of a stranger cannot ask for one that
 # takes for ever to trace.
@@ -111,6 +113,12 @@ def check_stage(cfg: Any) -> None:
     for path in _UNIT_INTERVAL:
         if not 0 <= _get(cfg, path) <= 1:
             raise UserError(f"config.{path} is {_get(cfg, path)}; it must be in [0, 1]")
+    factor = cfg.training.spike_factor
+    if factor and not factor > 1:
+        raise UserError(
+            f"config.training.spike_factor is {factor}; a spike is more than once the "
+            "average: use a value above 1, or 0 for no spikes"
+        )
     if not 0 < cfg.sampler.percentile <= 100:
         raise UserError(
             f"config.sampler.percentile is {cfg.sampler.percentile}; "

@@ -182,6 +182,13 @@ class TrainingConfig:
       init_from: what a run without checkpoints starts from: a workdir, whose averaged
         parameters it takes, or weights of `export`; "" for random parameters.
       preview_images: pictures of a preview grid.
+      spike_factor: a loss or gradient norm above so many times its running average
+        over 100 updates is a spike; 0 turns it off. The update of a spike is skipped,
+        and always that of a loss or gradient that is not finite.
+      skip_budget_steps: after how many skipped updates the run gives up, ten that are
+        done making up for one; 0 never.
+      on_spent_budget: "stop", or "rollback": go on from the newest checkpoint with the
+        data and noise that come next; both leave a bundle for --replay.
     """
 
     batch_size: int = 2048
@@ -197,6 +204,9 @@ class TrainingConfig:
     best_metric: str = "loss"
     init_from: str = ""
     preview_images: int = 16
+    spike_factor: float = 0.0
+    skip_budget_steps: int = 20
+    on_spent_budget: str = "stop"
 
 
 @dataclasses.dataclass(frozen=True)

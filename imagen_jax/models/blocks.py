@@ -308,7 +308,7 @@ class Chain(nn.Module):
 
         scanned = nn.scan(
             body,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "maxima": 0},
             split_rngs={"params": True, "dropout": True},
             length=self.count,
             metadata_params={nn.PARTITION_NAME: "layers"},

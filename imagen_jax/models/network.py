@@ -1,8 +1,11 @@
 """From a stage's config to its network."""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from imagen_jax.batch import Cond
 from imagen_jax.config import ModelConfig, StageConfig
@@ -33,6 +36,56 @@ def apply(
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     model = _ARCHITECTURES[cfg.architecture](cfg)
     return model.apply({"params": params}, z, logsnr, cond, rngs=rngs)
+
+
+def layer_maxima(
+    cfg: ModelConfig,
+    params,
+    z: jax.Array,
+    logsnr: jax.Array,
+    cond: Cond,
+    dropout_key: jax.Array | None = None,
+) -> list[dict[str, jax.Array]]:
+    """The largest absolute value that each layer answers with, NaN if it has one.
+
+    Args:
+      cfg, params, z, logsnr, cond, dropout_key: as for `apply`.
+
+    Returns:
+      `{"down_0_first/residual/conv_1": maximum}`, float32 scalars, for each layer in
+      the order in which they are done: a block comes after its parts. Of loops
+      (`scan_blocks`) each turn has its own, named "...[turn]".
+    """
+    paths = []
+
+    def watch(layer, args, kwargs, context):
+        answer = layer(*args, **kwargs)
+        if context.method_name == "__call__":
+            leaves = jax.tree.leaves(answer)
+            largest = [jnp.abs(leaf).max().astype(jnp.float32) for leaf in leaves]
+            paths.append(context.module.path)
+            if largest:
+                found = jnp.stack(largest).max()
+                context.module.sow("maxima", "max", found, reduce_fn=lambda _, x: x)
+        return answer
+
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    model = _ARCHITECTURES[cfg.architecture](cfg)
+    with nn.intercept_methods(watch):
+        _, found = model.apply(
+            {"params": params}, z, logsnr, cond, rngs=rngs, mutable=["maxima"]
+        )
+    flat = flatten_dict(found["maxima"])
+    paths = [path for path in dict.fromkeys(paths) if path and (*path, "max") in flat]
+    named = [("/".join(path), flat[(*path, "max")]) for path in paths]
+    in_order = []
+    for shape, layers in itertools.groupby(named, lambda layer: layer[1].shape):
+        layers = list(layers)
+        if not shape:
+            in_order += [{name: value} for name, value in layers]
+        for turn in range(shape[0] if shape else 0):
+            in_order += [{f"{name}[{turn}]": value[turn]} for name, value in layers]
+    return in_order
 
 
 def init(cfg: StageConfig, key: jax.Array):

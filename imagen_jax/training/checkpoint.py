@@ -84,7 +84,12 @@ class Checkpointer:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        train = {"step": state.step, "params": state.params, "opt": state.opt_state}
+        train = {
+            "step": state.step,
+            "params": state.params,
+            "opt": state.opt_state,
+            "guard": state.guard,
+        }
         positions = {
             str(process): base64.b64encode(position).decode()
             for process, position in enumerate(_gather(iterator))
@@ -151,7 +156,12 @@ class Checkpointer:
         """
         step = self._required(RESUMED)
         like = abstract_state(cfg, mesh)
-        train = {"step": like.step, "params": like.params, "opt": like.opt_state}
+        train = {
+            "step": like.step,
+            "params": like.params,
+            "opt": like.opt_state,
+            "guard": like.guard,
+        }
         found = self.manager.restore(
             step,
             args=ocp.args.Composite(
@@ -165,6 +175,7 @@ class Checkpointer:
             params=found.train["params"],
             ema=found.ema,
             opt_state=found.train["opt"],
+            guard=found.train["guard"],
         )
         iterator = found.iterator.get(str(jax.process_index()))
         if iterator is None:
@@ -191,9 +202,13 @@ class Checkpointer:
         )
         return found.ema
 
+    def wait(self) -> None:
+        """Waits until the last save is complete."""
+        self.manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for the last save and frees the folder."""
-        self.manager.wait_until_finished()
+        self.wait()
         self.manager.close()
 
     def _required(self, items: Sequence[str]) -> int:

@@ -26,6 +26,7 @@ from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.metrics import MetricWriter
+from imagen_jax.training.recovery import Recovery
 from imagen_jax.training.start import first_state
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import compile_train_step
@@ -44,10 +45,15 @@ _FREE = (
     "training.best_metric",
     "training.init_from",
     "training.preview_images",
+    "training.spike_factor",
+    "training.skip_budget_steps",
+    "training.on_spent_budget",
     "data.records",
     "sampler.",
     "mesh.",
 )
+# Metrics of which a line has the mean of its steps.
+_MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
 
 # Of a config.json, far more than one has.
 _CONFIG_BYTES = 2**20
@@ -117,7 +123,7 @@ def train(
     Args:
       cfg: the stage, resolved.
       workdir: local or gs://; gets config.json, checkpoints/, metrics.jsonl,
-        tensorboard/, samples/ and events.jsonl.
+        tensorboard/, samples/, events.jsonl and, with bad numbers, bundles/.
       batches: yields global batches placed on `mesh`.
       mesh: of all devices.
       preview: examples on the host that are sampled, over and over, as training
@@ -128,7 +134,8 @@ def train(
 
     Raises:
       UserError: for a workdir of another config, a batch that does not divide, weights
-        that do not fit, or checkpoints of which none is whole.
+        that do not fit, or checkpoints of which none is whole; and when more updates
+        were skipped than the config allows.
       Stopped: on SIGINT or SIGTERM, after saving.
     """
     check_batch_size(
@@ -156,6 +163,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     step_fn = compile_train_step(cfg, mesh)
     log = _Log(cfg, writer)
     watchdog = Watchdog(ahead=cfg.training.log_every_steps)
+    recovery = Recovery(cfg, workdir, batches, mesh, checkpointer, writer)
     bar = tqdm(
         total=last,
         initial=first,
@@ -165,22 +173,36 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
         disable=jax.process_index() != 0,
     )
     with bar, contextlib.closing(watchdog), _signals() as stopped:
-        for step in range(first + 1, last + 1):
+        step = first
+        while step < last:
+            step += 1
+            recovery.note(step)
             batch = next(batches)
             state, metrics = step_fn(state, batch)
             bar.update()
             log.add(step, metrics, bar)
             watchdog.step()
-            if step % cfg.training.checkpoint_every_steps == 0 or step == last:
+            saves = step % cfg.training.checkpoint_every_steps == 0 or step == last
+            every = cfg.training.sample_every_steps
+            samples = preview is not None and every
+            samples = samples and (step % every == 0 or step == last)
+            stops = stopped(step)
+            # Saving and sampling wait for the devices anyway.
+            if log.spent or ((saves or samples or stops) and state.guard.spent):
+                log.flush(step, bar)
+                state = recovery.recover(state, log.spent)
+                step, log = int(state.step), _Log(cfg, writer)
+                bar.update(step - bar.n)
+                saves, samples = step == last, False
+            if saves:
                 position = batches.get_state()
                 checkpointer.save(state, cfg, position, log.since_checkpoint())
                 writer.event("checkpoint", step)
-            every = cfg.training.sample_every_steps
-            if preview is not None and every and (step % every == 0 or step == last):
+            if samples:
                 _preview(cfg, workdir, state, preview, mesh, step, writer)
                 log.restart_clock()
                 watchdog.rest()
-            if stopped(step):
+            if stops:
                 position = batches.get_state()
                 checkpointer.save(state, cfg, position, log.since_checkpoint())
                 log.flush(step, bar)
@@ -195,7 +217,8 @@ class _Log:
     """Averages metrics on the host without holding up the device.
 
     An interval is fetched when the next one has been handed to the device, so the
-    queue never runs empty.
+    queue never runs empty. Steps whose update was skipped are in no mean; `spent` gets
+    the loss and gradient norm of the one that spent the budget.
     """
 
     def __init__(self, cfg: StageConfig, writer: MetricWriter):
@@ -205,6 +228,7 @@ class _Log:
         self.clock: float | None = None
         self.unsaved: list = []
         self.counted = 0
+        self.spent: dict[str, float] | None = None
 
     def restart_clock(self) -> None:
         """Leaves an interval that was not all training out of the rate."""
@@ -220,7 +244,7 @@ class _Log:
         pending = [*(self.closed[1] if self.closed else []), *self.open]
         rows = self.unsaved + jax.device_get(pending[self.counted :])
         self.unsaved, self.counted = [], len(pending)
-        return _means([row for row in rows if np.isfinite(row["loss"])])
+        return _means([row for row in rows if not row["skipped"]])
 
     def add(self, step: int, metrics, bar) -> None:
         self.open.append(metrics)
@@ -235,7 +259,7 @@ class _Log:
             self._write(bar)
 
     def _write(self, bar) -> None:
-        if self.closed is None:
+        if self.closed is None or self.spent:
             return
         step, rows = self.closed
         self.closed = None
@@ -243,7 +267,14 @@ class _Log:
         if self.cfg.training.keep_best_checkpoints:
             self.unsaved += rows[self.counted :]
             self.counted = max(0, self.counted - len(rows))
-        means = _means(rows)
+        standing = [row["budget_spent"] for row in rows]
+        if any(standing):
+            # After the one that spent the budget nothing was done.
+            count = standing.index(True) + 1
+            step, rows = step - len(rows) + count, rows[:count]
+            self.spent = {n: float(rows[-1][n]) for n in ("loss", "gradient_norm")}
+        done = [row for row in rows if not row["skipped"]]
+        means = {"skipped_updates": int(rows[-1]["skipped_updates"]), **_means(done)}
         now = time.perf_counter()
         if self.clock is not None:
             rate = len(rows) / (now - self.clock)
@@ -251,15 +282,17 @@ class _Log:
             means["images_per_second"] = rate * self.cfg.training.batch_size
         self.clock = now
         self.writer.scalars(step, means)
-        bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
+        shown = {"loss": f"{means['loss']:.4f}"} if done else {}
+        if means["skipped_updates"]:
+            shown["skipped"] = means["skipped_updates"]
+        bar.set_postfix(shown, refresh=False)
 
 
 def _means(rows) -> dict[str, float]:
     """Of some steps' metrics; a log-SNR bucket that nothing fell into has none."""
     if not rows:
         return {}
-    scalars = [name for name in rows[0] if name != "loss_by_logsnr"]
-    means = {name: float(np.mean([r[name] for r in rows])) for name in scalars}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in _MEANS}
     total = sum(row["loss_by_logsnr"]["sum"] for row in rows)
     count = sum(row["loss_by_logsnr"]["count"] for row in rows)
     buckets = zip(_bucket_names(), total, count, strict=True)

@@ -14,6 +14,7 @@ from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
 from imagen_jax.models import network
 from imagen_jax.sharding import state_shardings
+from imagen_jax.training.guard import Guard, new_guard
 from imagen_jax.training.optimizer import make_optimizer
 
 
@@ -22,16 +23,23 @@ class TrainState:
     """State of a run, sharded over the mesh.
 
     Attributes:
-      step: scalar int32, steps done.
+      step: scalar int32, steps done, those with skipped updates included.
       params: float32 parameters.
       ema: their exponential moving average: what is sampled.
       opt_state: of the optimizer.
+      guard: which updates were skipped.
     """
 
     step: jax.Array
     params: Any
     ema: Any
     opt_state: optax.OptState
+    guard: Guard
+
+    @property
+    def updates(self) -> jax.Array:
+        """Scalar int32, steps whose update was done."""
+        return self.step - self.guard.skipped
 
 
 def _init(cfg: StageConfig, key: jax.Array) -> TrainState:
@@ -42,6 +50,7 @@ def _init(cfg: StageConfig, key: jax.Array) -> TrainState:
         # A copy of its own: both are donated to the step.
         ema=jax.tree.map(jnp.copy, params),
         opt_state=make_optimizer(cfg.optimizer).init(params),
+        guard=new_guard(),
     )
 
 

@@ -20,6 +20,7 @@ from imagen_jax.diffusion.loss import (
 )
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
+from imagen_jax.training.guard import judge, select
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
 
@@ -39,45 +40,68 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Loss, gradient, update and average.
 
+    With numbers that `guard.judge` finds bad, parameters, average and optimizer stay
+    as they are to the bit, and only the step goes on: the next one has other noise.
+    Once the budget is spent the step stands still, too.
+
     Args:
       state: before the step.
       batch: `[B]` examples; B is the global batch.
       cfg: the stage.
 
     Returns:
-      The state after the step, and float32 metrics: scalars, and "loss_by_logsnr"
-      as `diffusion.loss` makes it.
+      The state after the step, and metrics: scalars, and "loss_by_logsnr" as
+      `diffusion.loss` makes it. "skipped" and "budget_spent" are bool, of this step;
+      "skipped_updates" is int32, since the start of the run; the others are float32.
     """
     check_batch(batch, batch_spec(cfg))
-    key = jax.random.fold_in(jax.random.key(cfg.training.seed), state.step)
-    key_noise, key_dropout = jax.random.split(key)
-    if not cfg.model.dropout:
-        key_dropout = None
+    noised, key_dropout = draw(state.step, batch, cfg)
+    each, gradients = loss_and_gradients(state.params, noised, key_dropout, cfg)
+    loss, gradient_norm = each.mean(), optax.tree.norm(gradients)
+    skip, guard = judge(state.guard, loss, gradient_norm, cfg.training)
 
-    noised = noise_batch(batch, key_noise, cfg)
-    each, gradients = _gradients(state.params, noised, key_dropout, cfg)
     updates, opt_state = make_optimizer(cfg.optimizer).update(
         gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(state.step, cfg.optimizer.ema_decay)
+    decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    params, ema, opt_state = select(
+        skip,
+        (state.params, state.ema, state.opt_state),
+        (params, ema, opt_state),
+    )
     metrics = {
-        "loss": each.mean(),
+        "loss": loss,
         "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),
-        "gradient_norm": optax.tree.norm(gradients),
+        "gradient_norm": gradient_norm,
         "parameter_norm": optax.tree.norm(params),
-        "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.step)),
+        "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.updates)),
+        "skipped": skip,
+        "skipped_updates": guard.skipped,
+        "budget_spent": guard.spent,
     }
     state = TrainState(
-        step=state.step + 1,
+        step=state.step + jnp.where(state.guard.spent, 0, 1),
         params=params,
-        ema=optax.incremental_update(params, state.ema, 1 - decay),
+        ema=ema,
         opt_state=opt_state,
+        guard=guard,
     )
     return state, metrics
 
 
-def _gradients(
+def draw(
+    step: jax.Array, batch: Batch, cfg: StageConfig
+) -> tuple[NoisedBatch, jax.Array | None]:
+    """All that is random in the step after `step`: the noise, and a key of dropout."""
+    key = jax.random.fold_in(jax.random.key(cfg.training.seed), step)
+    key_noise, key_dropout = jax.random.split(key)
+    noised = noise_batch(batch, key_noise, cfg)
+    return noised, key_dropout if cfg.model.dropout else None
+
+
+def loss_and_gradients(
     params: Any, noised: NoisedBatch, key: jax.Array | None, cfg: StageConfig
 ) -> tuple[jax.Array, Any]:
     """Each example's loss `[B]`, and the gradient of their mean."""
@@ -99,14 +123,22 @@ def _gradients(
         found, each = gradient(params, noised, own)
         return jax.tree.map(lambda t, f: t + f / parts, total, found), each
 
-    # Every parts-th row, so that each device keeps the rows that it has.
-    dealt = jax.tree.map(
-        lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), noised
-    )
     found, each = jax.lax.scan(
-        add, jax.tree.map(jnp.zeros_like, params), (jnp.arange(parts), dealt)
+        add,
+        jax.tree.map(jnp.zeros_like, params),
+        (jnp.arange(parts), deal(noised, parts)),
     )
     return each.swapaxes(0, 1).reshape(-1), found
+
+
+def deal(noised: NoisedBatch, parts: int) -> NoisedBatch:
+    """`[B, ...]` arrays as the `[parts, B / parts, ...]` of microbatches.
+
+    Each has every parts-th row, so that each device keeps the rows that it has.
+    """
+    return jax.tree.map(
+        lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), noised
+    )
 
 
 def compile_train_step(

@@ -100,7 +100,9 @@ def test_microbatches_give_the_gradient_of_the_batch():
     params = nn.unbox(network.init(cfg, jax.random.key(0)))
     noised = noise_batch(tiny.batch(cfg), jax.random.key(1), cfg)
     (losses, want), (each, have) = (
-        jax.jit(functools.partial(step._gradients, key=None, cfg=c))(params, noised)
+        jax.jit(functools.partial(step.loss_and_gradients, key=None, cfg=c))(
+            params, noised
+        )
         for c in (cfg, parts)
     )
     # Each example's own, in its own place.

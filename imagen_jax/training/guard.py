@@ -1,0 +1,107 @@
+"""Which updates are not done: those of bad numbers. Decided on the devices."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from imagen_jax.config import TrainingConfig
+
+# Of the running averages that spikes are measured by.
+AVERAGED_STEPS = 100
+# So many updates that are done make up for one that is skipped.
+_REDEEMED_BY = 10
+
+
+@flax.struct.dataclass
+class Guard:
+    """What is remembered of the steps so far; scalars, replicated.
+
+    Attributes:
+      skipped: int32, updates not done since the start of the run.
+      debt: int32, grows by 10 with a skipped update and falls by 1 with one that is
+        done, down to 0.
+      spent: bool, the debt has reached the budget: the state stands still.
+      averaged: int32, updates in the averages.
+      loss: float32, its running average.
+      gradient_norm: float32, its running average.
+    """
+
+    skipped: jax.Array
+    debt: jax.Array
+    spent: jax.Array
+    averaged: jax.Array
+    loss: jax.Array
+    gradient_norm: jax.Array
+
+
+def new_guard() -> Guard:
+    """Of a run that has done nothing."""
+    return Guard(
+        skipped=jnp.zeros((), jnp.int32),
+        debt=jnp.zeros((), jnp.int32),
+        spent=jnp.zeros((), jnp.bool_),
+        averaged=jnp.zeros((), jnp.int32),
+        loss=jnp.zeros((), jnp.float32),
+        gradient_norm=jnp.zeros((), jnp.float32),
+    )
+
+
+def judge(
+    guard: Guard, loss: jax.Array, gradient_norm: jax.Array, cfg: TrainingConfig
+) -> tuple[jax.Array, Guard]:
+    """Whether a step's update is skipped, and the guard after the step.
+
+    It is when the loss or the gradient norm is not finite, when one of them is a spike,
+    and always once the budget is spent; then the guard does not change any more.
+
+    Args:
+      guard: before the step.
+      loss: float32 scalar.
+      gradient_norm: float32 scalar, before clipping.
+      cfg: what a spike is, and the budget.
+    """
+    skip = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
+    if cfg.spike_factor:
+        spike = (loss > cfg.spike_factor * guard.loss) | (
+            gradient_norm > cfg.spike_factor * guard.gradient_norm
+        )
+        skip |= spike & (guard.averaged >= AVERAGED_STEPS)
+
+    # A plain mean at first, so that it needs no start value.
+    share = 1.0 / jnp.minimum(guard.averaged + 1, AVERAGED_STEPS)
+    done = Guard(
+        skipped=guard.skipped,
+        debt=jnp.maximum(guard.debt - 1, 0),
+        spent=guard.spent,
+        averaged=guard.averaged + 1,
+        loss=guard.loss + share * (loss - guard.loss),
+        gradient_norm=guard.gradient_norm
+        + share * (gradient_norm - guard.gradient_norm),
+    )
+    debt = guard.debt + _REDEEMED_BY
+    budget = _REDEEMED_BY * cfg.skip_budget_steps
+    not_done = guard.replace(
+        skipped=guard.skipped + 1,
+        debt=debt,
+        spent=(debt >= budget) if budget else guard.spent,
+    )
+    return skip | guard.spent, select(guard.spent, guard, select(skip, not_done, done))
+
+
+def before_the_last_skip(guard: Guard) -> Guard:
+    """The guard before the step that spent the budget."""
+    return guard.replace(
+        skipped=guard.skipped - 1,
+        debt=guard.debt - _REDEEMED_BY,
+        spent=guard.spent & False,
+    )
+
+
+def after_rollback(guard: Guard, lost: jax.Array) -> Guard:
+    """The guard of a checkpoint from which a run goes on `lost` steps later."""
+    return guard.replace(skipped=guard.skipped + lost, debt=guard.debt * 0)
+
+
+def select(condition: jax.Array, yes, no):
+    """`yes` where the scalar `condition` holds, else `no`: trees of equal structure."""
+    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)
