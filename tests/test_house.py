@@ -113,6 +113,8 @@ def import_faults(path: str, text: str) -> list[str]:
     room = room_of(path)
     for name, at_top in imports(text):
         parts = name.split(".")
+        if name == "imagen_jax":
+            continue  # its version
         if parts[0] == "imagen_jax":
             target = "/".join(parts[1:3])
             target = target if parts[1] in ROOMS else parts[1]
