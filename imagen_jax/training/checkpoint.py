@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-import imagen_jax
+from imagen_jax import __version__
 from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig, TrainingConfig
 from imagen_jax.errors import UserError
@@ -263,7 +263,7 @@ def description(cfg: StageConfig, step: int) -> dict:
     """What weights on disk say of themselves: version, stage (with encoder), step."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "written_by": {"imagen_jax": imagen_jax.__version__, "jax": jax.__version__},
+        "written_by": {"imagen_jax": __version__, "jax": jax.__version__},
         "step": step,
         "stage": dataclasses.asdict(cfg),
     }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import unittest.mock
 
 import jax
 import numpy as np
@@ -125,6 +126,34 @@ def test_a_config_that_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(UserError, match="not the config of a run"):
         loop.check_workdir(tiny.stage(), str(tmp_path))
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 3, 5, 100])
+def test_a_checkpoints_metrics_are_the_means_since_the_one_before(log_every):
+    """However the steps are logged; a loss that is not finite does not count."""
+    cfg = tiny.stage(
+        training={"keep_best_checkpoints": 1, "log_every_steps": log_every}
+    )
+    written, bar = [], unittest.mock.Mock()
+    writer = unittest.mock.Mock(scalars=lambda step, means: written.append(step))
+    log, found = loop._Log(cfg, writer), []
+    buckets = len(loop._bucket_names())
+    for step in range(1, 9):
+        hit = np.arange(buckets) == step % 2
+        loss = np.float32(np.nan if step == 6 else step)
+        split = {"sum": hit * 3 * loss, "count": hit * 3.0}
+        log.add(step, {"loss": loss, "loss_by_logsnr": split}, bar)
+        if step in (3, 7, 8):
+            found.append(log.since_checkpoint())
+    log.flush(8, bar)
+    # Summed in float32.
+    want = pytest.approx([2.0, (4 + 5 + 7) / 3, 8.0], rel=1e-6)
+    assert [means["loss"] for means in found] == want
+    even, odd = loop._bucket_names()[:2]
+    assert found[0][even] == 2.0 and found[0][odd] == 2.0
+    assert found[1][even] == 4.0 and found[1][odd] == 6.0
+    assert odd not in found[2]
+    assert written == sorted({*range(log_every, 9, log_every), 8})
 
 
 def test_an_unknown_metric_is_refused(tmp_path, mesh):
