@@ -23,11 +23,18 @@ from imagen_jax.topology import slice_devices
 
 SLICES = ("v4-16", "v4-64", "v4-256", "v4-1024")
 A_CHIP = 16
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+MADE = ("outputs", "temporaries", "program")
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 COLUMNS = {
     "TFLOP": lambda row: row["flops_per_chip"] / 1e12,
     "GB of memory traffic": lambda row: row["bytes_per_chip"] / 1e9,
-    "GiB held": lambda row: row["hbm_gib_per_chip"],
+    "MiB of arguments": lambda row: (
+        sum(gib for name, gib in row["memory_gib"].items() if name not in MADE) * 1024
+    ),
+    **{
+        f"MiB of {name}": lambda row, name=name: row["memory_gib"][name] * 1024
+        for name in ("temporaries", "program")
+    },
     "GB sent": lambda row: row["collective_bytes_per_chip"] / 1e9,
     **{
         f"of it {kind}": lambda row, kind=kind: (
