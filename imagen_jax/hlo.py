@@ -173,6 +173,21 @@ def _operation(name: str, text: str) -> Op | None:
     return Op(name, text[: kind.start()], kind[1], operands, rest, inside)
 
 
+def source(computation: Computation, name: str) -> Op | None:
+    """What `name` is a copy of."""
+    op = computation.ops.get(name)
+    while op and op.kind in ("copy", "bitcast", "convert"):
+        op = computation.ops.get(op.operands[0])
+    return op
+
+
+def whole(op: Op | None) -> int | None:
+    """The value of a constant whole number, else None."""
+    if op and op.kind == "constant" and re.fullmatch(r"-?\d+", op.literal):
+        return int(op.literal)
+    return None
+
+
 def group_size(op: Op, devices: int) -> int:
     """How many devices exchange with one another in a collective.
 

@@ -175,8 +175,9 @@ def _exchanged_bytes(cfg: StageConfig, mesh: Mesh, count: int) -> float:
     split, copies = (fsdp - 1) / fsdp, (data - 1) / data
     passes = (2 + _AGAIN[cfg.model.remat]) * cfg.training.microbatches
     gathered = own * item * split * passes
-    scattered = own * item * split * cfg.training.microbatches
-    return gathered + scattered + 2 * own / fsdp * item * copies
+    # Of each microbatch: sums are scattered over fsdp, and parts summed over data.
+    summed = own * item * (split + 2 / fsdp * copies) * cfg.training.microbatches
+    return gathered + summed
 
 
 # So many pictures that what is kept of weights does not count.

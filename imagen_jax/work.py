@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 
-from imagen_jax.hlo import Array, Computation, Op, group_size, parse
+from imagen_jax.hlo import Array, Computation, Op, group_size, parse, source, whole
 from imagen_jax.products import attention, convolution, dot
 
 COLLECTIVES = (
@@ -165,15 +165,34 @@ class _Reader:
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest)
         if noted:
             return int(noted[1])
-        condition = self.called(op, "condition")
-        start = computation.ops.get(op.operands[0])
-        if condition.root and "direction=LT" in self.text_of(condition.root):
-            for name in reversed(condition.root.operands):
-                limit = _constant(condition, name, start, computation)
-                if limit is not None:
-                    return limit
-        self.unknown_loops += 1
-        return 1
+        turns = self.counted(op, computation)
+        if turns is None:
+            self.unknown_loops += 1
+        return turns or 1
+
+    def counted(self, op: Op, computation: Computation) -> int | None:
+        """Turns of `while i < limit`, i growing by the same in each; else None."""
+        condition, body = self.called(op, "condition"), self.called(op, "body")
+        test, start = condition.root, computation.ops.get(op.operands[0])
+        if not test or "direction=LT" not in self.text_of(test):
+            return None
+        if len(test.operands) != 2:
+            return None
+        counter, limit = (source(condition, name) for name in test.operands)
+        outside = start.operands if start and start.kind == "tuple" else []
+        if limit and limit.kind == "get-tuple-element" and outside:
+            limit = source(computation, outside[int(limit.attribute("index"))])
+        if not counter or counter.kind != "get-tuple-element" or not body.root:
+            return None
+        index = int(counter.attribute("index"))
+        grown = body.ops.get(body.root.operands[index])
+        added = [whole(source(body, name)) for name in grown.operands] if grown else []
+        step = next((n for n in added if n), None)
+        # Counters begin at 0 unless a number is seen.
+        first = whole(source(computation, outside[index])) if outside else None
+        if step is None or whole(limit) is None:
+            return None
+        return -(-(whole(limit) - (first or 0)) // step)
 
     def text_of(self, op: Op) -> str:
         inner = self.called(op, "calls")
@@ -347,22 +366,6 @@ def _placed(arrays: Sequence[Array], like: Sequence[Array]) -> list[Array]:
     """Parts of `like`, which lie where it lies."""
     space = like[0].space if like else 0
     return [dataclasses.replace(array, space=space) for array in arrays]
-
-
-def _constant(
-    computation: Computation, name: str, start: Op | None, outside: Computation
-) -> int | None:
-    """The value of a whole number in a loop's condition, if it is constant."""
-    op = computation.ops.get(name)
-    while op and op.kind in ("copy", "bitcast", "convert"):
-        op = computation.ops.get(op.operands[0])
-    if op and op.kind == "constant" and re.fullmatch(r"\d+", op.literal):
-        return int(op.literal)
-    if op and op.kind == "get-tuple-element" and start and start.kind == "tuple":
-        index = int(op.attribute("index"))
-        if index:  # the first is what is counted
-            return _constant(outside, start.operands[index], None, outside)
-    return None
 
 
 def _stated(op: Op) -> float:

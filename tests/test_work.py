@@ -123,6 +123,47 @@ def test_loops_count_as_often_as_they_run():
     assert 0 < more < all_weights / 2
 
 
+LOOP = """
+%body (p: (f32[8], s32[], s32[])) -> (f32[8], s32[], s32[]) {
+  %p = (f32[8]{0}, s32[], s32[]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=0
+  %y = f32[8]{0} negate(%x)
+  %i = s32[] get-tuple-element(%p), index=1
+  %two = s32[] constant(STEP)
+  %more = s32[] add(%i, %two)
+  %n = s32[] get-tuple-element(%p), index=2
+  ROOT %t = (f32[8]{0}, s32[], s32[]) tuple(%y, %more, %n)
+}
+
+%condition (p: (f32[8], s32[], s32[])) -> pred[] {
+  %p = (f32[8]{0}, s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=1
+  %n = s32[] get-tuple-element(%p), index=2
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> (f32[8], s32[], s32[]) {
+  %x = f32[8]{0} parameter(0)
+  %first = s32[] constant(FIRST)
+  %limit = s32[] constant(7)
+  %limit.2 = s32[] copy(%limit)
+  %t = (f32[8]{0}, s32[], s32[]) tuple(%x, %first, %limit.2)
+  ROOT %w = (f32[8]{0}, s32[], s32[]) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "turns"), [(0, 1, 7), (0, 2, 4), (1, 2, 3), (3, 5, 1)]
+)
+def test_a_loop_is_counted_by_its_first_its_step_and_its_limit(first, step, turns):
+    """A TPU's compiler makes loops in steps of two, and keeps limits outside."""
+    text = LOOP.replace("STEP", str(step)).replace("FIRST", str(first))
+    program = read_program(text, 1)
+    assert {w.name: w.times for w in program.work}["y"] == turns
+    assert not program.unknown_loops
+
+
 def test_a_loop_of_unknown_length_is_told():
     def run(x):
         def go(c):
