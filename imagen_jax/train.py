@@ -136,13 +136,20 @@ def define_flags() -> None:
         lower_bound=1,
     )
     flags.DEFINE_string("replay", None, "a bundle, WORKDIR/bundles/STEP; alone")
-    flags.register_multi_flags_validator(
-        ["config", "workdir", "replay"],
-        lambda given: (
-            (given["replay"] is None) == (given["config"] is not None)
-            and (given["config"] is None) == (given["workdir"] is None)
-        ),
-        message="give --config and --workdir, or --replay alone",
+
+    def given(name):
+        return flags.FLAGS[name].value is not None
+
+    for name in ("config", "workdir"):
+        flags.register_validator(
+            name,
+            lambda value: value is not None or given("replay"),
+            message="give --config and --workdir, or --replay alone",
+        )
+    flags.register_validator(
+        "replay",
+        lambda value: value is None or not (given("config") or given("workdir")),
+        message="its config is in the bundle: give neither --config nor --workdir",
     )
 
 

@@ -159,7 +159,6 @@ def first_not_finite(found: Mapping[str, Any]) -> str:
     for kind, title in (
         ("parameters", "the parameter"),
         ("layers", "the output of layer"),
-        ("gradients", "the gradient of parameter"),
     ):
         for name, value in found[kind].items():
             if not np.isfinite(value):
@@ -167,6 +166,9 @@ def first_not_finite(found: Mapping[str, Any]) -> str:
     for example in found["examples"]:
         if not np.isfinite(example["loss"]):
             return f"the loss of example {example['id']}"
+    for name, value in found["gradients"].items():
+        if not np.isfinite(value):
+            return f"the gradient of parameter {name}"
     return "" if np.isfinite(found["gradient_norm"]) else "the gradient norm"
 
 

@@ -8,6 +8,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from imagen_jax import train as door
@@ -307,12 +308,14 @@ def test_one_device_gives_the_numbers_of_eight(tmp_path, eight):
 
 
 def test_what_is_named_is_where_it_begins(good, mesh):
-    """A parameter, a layer that overflows, a gradient that does."""
+    """A parameter, a layer that overflows, a loss, a gradient norm that do."""
     batch = jax.device_put(tiny.batch(CFG), batch_sharding(mesh))
 
-    def cause(name, value):
+    def cause(name, value, everywhere=False):
         params = jax.tree.map(np.copy, good.params)
-        params[name]["bias"][0] = value
+        params[name]["bias"][slice(None if everywhere else 1)] = value
+        if everywhere:
+            params[name]["kernel"][...] = value
         found = bundle.examine(good.replace(params=params), batch, CFG, mesh)
         return bundle.first_not_finite(found)
 
@@ -320,6 +323,8 @@ def test_what_is_named_is_where_it_begins(good, mesh):
     assert cause("conv_in", 1.0) == ""
     # Its square overflows in the normalisation that comes next.
     assert cause("conv_in", 1e30).startswith("the output of layer down_0_first/")
+    assert cause("conv_out", 1e25, True) == "the loss of example 0"
+    assert "gradient" in cause("conv_out", 1e15, True)
 
 
 def test_a_rollback_goes_on_with_what_comes_next(tmp_path, mesh):
@@ -344,6 +349,33 @@ def test_a_rollback_goes_on_with_what_comes_next(tmp_path, mesh):
     )
     want, _ = advance(moved, tiny.batch(cfg, 4), mesh)
     assert_equal(learned(last), learned(want))
+
+
+def test_checkpoints_without_a_guard_are_read(good, tmp_path, mesh):
+    """Those of schema version 1: what they skipped is not known, the rest is there."""
+    checkpointer = Checkpointer(str(tmp_path), 1)
+    train = {"step": good.step, "params": good.params, "opt": good.opt_state}
+    checkpointer.manager.save(
+        1,
+        args=ocp.args.Composite(
+            ema=ocp.args.StandardSave(good.ema),
+            train=ocp.args.StandardSave(train),
+            config=ocp.args.JsonSave(
+                {"schema_version": 1, "stage": dataclasses.asdict(CFG)}
+            ),
+            iterator=ocp.args.JsonSave({"0": ""}),
+        ),
+    )
+    checkpointer.wait()
+    found, _ = checkpointer.restore(CFG, mesh)
+    checkpointer.close()
+    assert_equal(jax.device_get(found), good.replace(guard=guard.new_guard()))
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, -2.0, math.nan])
+def test_a_factor_that_would_skip_what_is_normal_is_refused(factor):
+    with pytest.raises(UserError, match="spike_factor is .*above 1, or 0"):
+        tiny.stage(training={"spike_factor": factor})
 
 
 @pytest.mark.parametrize(
