@@ -8,7 +8,6 @@ import shutil
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from imagen_jax import train as door
@@ -349,27 +348,6 @@ def test_a_rollback_goes_on_with_what_comes_next(tmp_path, mesh):
     )
     want, _ = advance(moved, tiny.batch(cfg, 4), mesh)
     assert_equal(learned(last), learned(want))
-
-
-def test_checkpoints_without_a_guard_are_read(good, tmp_path, mesh):
-    """Those of schema version 1: what they skipped is not known, the rest is there."""
-    checkpointer = Checkpointer(str(tmp_path), 1)
-    train = {"step": good.step, "params": good.params, "opt": good.opt_state}
-    checkpointer.manager.save(
-        1,
-        args=ocp.args.Composite(
-            ema=ocp.args.StandardSave(good.ema),
-            train=ocp.args.StandardSave(train),
-            config=ocp.args.JsonSave(
-                {"schema_version": 1, "stage": dataclasses.asdict(CFG)}
-            ),
-            iterator=ocp.args.JsonSave({"0": ""}),
-        ),
-    )
-    checkpointer.wait()
-    found, _ = checkpointer.restore(CFG, mesh)
-    checkpointer.close()
-    assert_equal(jax.device_get(found), good.replace(guard=guard.new_guard()))
 
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, -2.0, math.nan])
