@@ -3,6 +3,7 @@
 A test that wants one device takes `jax.devices()[:1]`.
 """
 
+import importlib.util
 import os
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them.
@@ -10,9 +11,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    # Tests compile far longer than they run: with these a third to a half as long.
-    + " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    + " --xla_backend_optimization_level=0"
 ).strip()
+# Tests compile far longer than they run, and so a third less. libtpu, which some tests
+# compile with, ends the process that has a flag it does not know.
+if importlib.util.find_spec("libtpu") is None:
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # The same small programs are compiled in many tests and in the doors' processes.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",

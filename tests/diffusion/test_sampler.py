@@ -136,7 +136,8 @@ def test_nothing_is_lost_at_the_ends(name, schedule):
                 threshold="dynamic",
                 **options,
             )
-            assert np.isfinite(x0).all() and np.abs(x0).max() <= 1
+            eps = np.finfo(np.float32).eps  # of the division by its largest value
+            assert np.isfinite(x0).all() and np.abs(x0).max() <= 1 + eps
 
 
 def test_a_guidance_schedule_has_a_weight_for_each_step():

@@ -130,7 +130,7 @@ def test_a_config_that_is_no_file_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("log_every", [1, 2, 3, 5, 100])
 def test_a_checkpoints_metrics_are_the_means_since_the_one_before(log_every):
-    """However the steps are logged; a loss that is not finite does not count."""
+    """However the steps are logged; a step whose update was skipped does not count."""
     cfg = tiny.stage(
         training={"keep_best_checkpoints": 1, "log_every_steps": log_every}
     )
@@ -138,11 +138,13 @@ def test_a_checkpoints_metrics_are_the_means_since_the_one_before(log_every):
     writer = unittest.mock.Mock(scalars=lambda step, means: written.append(step))
     log, found = loop._Log(cfg, writer), []
     buckets = len(loop._bucket_names())
+    budget = {"budget_spent": False, "skipped_updates": 0}
     for step in range(1, 9):
         hit = np.arange(buckets) == step % 2
         loss = np.float32(np.nan if step == 6 else step)
         split = {"sum": hit * 3 * loss, "count": hit * 3.0}
-        log.add(step, {"loss": loss, "loss_by_logsnr": split}, bar)
+        row = dict.fromkeys(loop._MEANS, loss) | {"loss_by_logsnr": split}
+        log.add(step, row | {"skipped": step == 6, **budget}, bar)
         if step in (3, 7, 8):
             found.append(log.since_checkpoint())
     log.flush(8, bar)
