@@ -83,7 +83,7 @@ def start_processes(command: list[str], logs, count: int = 2) -> list[subprocess
 
 
 def ends(processes: list[subprocess.Popen]) -> list[int]:
-    return [process.wait(timeout=200) for process in processes]
+    return [process.wait(timeout=400) for process in processes]
 
 
 def rows(path) -> list[dict]:
