@@ -26,8 +26,8 @@ A_CHIP = 16
 MADE = ("outputs", "temporaries", "program")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 COLUMNS = {
-    "TFLOP": lambda row: row["flops_per_chip"] / 1e12,
-    "GB of memory traffic": lambda row: row["bytes_per_chip"] / 1e9,
+    "GFLOP": lambda row: row["flops_per_chip"] / 1e9,
+    "MB of HBM": lambda row: row["bytes_per_chip"] / 1e6,
     "MiB of arguments": lambda row: (
         sum(gib for name, gib in row["memory_gib"].items() if name not in MADE) * 1024
     ),
@@ -35,10 +35,10 @@ COLUMNS = {
         f"MiB of {name}": lambda row, name=name: row["memory_gib"][name] * 1024
         for name in ("temporaries", "program")
     },
-    "GB sent": lambda row: row["collective_bytes_per_chip"] / 1e9,
+    "MB sent": lambda row: row["collective_bytes_per_chip"] / 1e6,
     **{
         f"of it {kind}": lambda row, kind=kind: (
-            row["collectives"].get(kind, {"bytes": 0})["bytes"] / 1e9
+            row["collectives"].get(kind, {"bytes": 0})["bytes"] / 1e6
         )
         for kind in KINDS
     },
