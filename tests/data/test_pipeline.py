@@ -308,7 +308,7 @@ def test_the_shuffle_buffer_is_as_large_as_the_config_says(stage, line, mesh, sh
 
 
 def test_no_more_is_decoded_than_queues_hold(stage, line, mesh, monkeypatch):
-    """Five batches with that on the devices, one being filled, two pictures a thread."""
+    """Five batches with that on the devices, one being filled, and two a thread."""
     whole, decoded = preprocess.picture, []
     log = lambda data: (decoded.append(0), data)[1]  # noqa: E731
 
