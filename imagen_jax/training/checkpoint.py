@@ -6,13 +6,17 @@ this file does not understand, one entry per process) and the checksums of all.
 """
 
 import base64
+import collections
+import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -28,6 +32,9 @@ from imagen_jax.training import checksums
 from imagen_jax.training.state import TrainState, abstract_state
 
 SCHEMA_VERSION = 2
+
+# Free memory comes in pieces.
+_ROOM = 1.25
 
 # What the two uses of a checkpoint read, and so what must be whole.
 RESUMED = ("config", "ema", "iterator", "train")
@@ -61,6 +68,8 @@ class Checkpointer:
                 best_fn=_metric(training) if training.keep_best_checkpoints else None,
             )
         self.manager = ocp.CheckpointManager(self._folder, options=options)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._handed: concurrent.futures.Future | None = None
 
     @property
     def _folder(self) -> epath.Path:
@@ -73,7 +82,12 @@ class Checkpointer:
         iterator: bytes,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing `state`; returns once it is copied off the device.
+        """Starts writing `state`; returns once it may be donated.
+
+        Orbax takes longer than a short step to be handed a thousand arrays, so where
+        there is room the devices copy the state, and a thread hands over the copy. Of
+        several processes each hands it over itself: Orbax has the devices exchange
+        something, which all must do in the order of their steps.
 
         Args:
           state: after its step.
@@ -82,8 +96,12 @@ class Checkpointer:
           metrics: numbers of this state, by which the best are kept.
         """
         step = int(state.step)
+        self._settle()
         if step in self.manager.all_steps():
             return
+        apart = jax.process_count() == 1 and _fits_twice(state)
+        if apart:
+            state = _copy(state)
         train = {
             "step": state.step,
             "params": state.params,
@@ -101,10 +119,16 @@ class Checkpointer:
             "iterator": ocp.args.JsonSave(positions),
             checksums.ITEM: checksums.Checksums(),
         }
-        self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        args = ocp.args.Composite(**items)
+        save = functools.partial(self.manager.save, step, args=args, metrics=metrics)
+        if apart:
+            self._handed = self._thread.submit(save)
+        else:
+            save()
 
     def latest_step(self) -> int | None:
         """The newest complete step, whole or damaged; None when there is none."""
+        self._settle()
         return self.manager.latest_step()
 
     def newest(self, items: Sequence[str] = RESUMED) -> int | None:
@@ -119,7 +143,7 @@ class Checkpointer:
         Raises:
           UserError: when all are damaged, or the newest is of another version.
         """
-        self.manager.wait_until_finished()
+        self.wait()
         steps = sorted(self.manager.all_steps(), reverse=True)
         found = []
         for step in steps:
@@ -204,12 +228,22 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until the last save is complete."""
+        self._settle()
         self.manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save and frees the folder."""
-        self.wait()
-        self.manager.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self.manager.close()
+
+    def _settle(self) -> None:
+        """Waits until Orbax has what it is to write; raises what it raised."""
+        if self._handed is not None:
+            handed, self._handed = self._handed, None
+            handed.result()
 
     def _required(self, items: Sequence[str]) -> int:
         step = self.newest(items)
@@ -257,6 +291,29 @@ class Checkpointer:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self.manager.reload()
+
+
+@jax.jit
+def _copy(state: TrainState) -> TrainState:
+    """What is left when `state` is donated to the next step."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def _fits_twice(state: TrainState) -> bool:
+    """Whether the devices have room for a copy beside the most they ever held."""
+    need: collections.Counter[jax.Device] = collections.Counter()
+    for leaf in jax.tree.leaves(state):
+        for shard in leaf.addressable_shards:
+            need[shard.device] += shard.data.nbytes
+    return all(_has_room(device.memory_stats(), size) for device, size in need.items())
+
+
+def _has_room(memory: Mapping[str, int] | None, size: int) -> bool:
+    """Of a device with these `memory_stats`; a CPU has none, and the host's memory."""
+    if memory is None:
+        return True
+    free = memory.get("bytes_limit", 0) - memory.get("peak_bytes_in_use", 0)
+    return free > _ROOM * size
 
 
 def description(cfg: StageConfig, step: int) -> dict:
