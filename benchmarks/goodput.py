@@ -2,11 +2,11 @@
 
 python benchmarks/goodput.py
 
-Trains a small stage on random batches for 240 steps, on a real clock: a checkpoint every
-40 steps, a preview every 60, a log line each step. Every 30th batch sleeps, previews are
-sleep alone, saving sleeps first. Before step 188 the process kills itself with SIGKILL;
-three seconds later it is started again. What took how long is written down by the
-sleepers, and printed beside what `metrics` finds.
+Trains a small stage on random batches for 240 steps, on a real clock: a checkpoint
+every 40 steps, a preview every 60, a log line each step. Every 30th batch sleeps,
+previews are sleep alone, saving sleeps first. Before step 188 the process kills itself
+with SIGKILL; three seconds later it is started again. What took how long is written
+down by the sleepers, and printed beside what `metrics` finds.
 """
 
 import collections
