@@ -4,9 +4,9 @@ python benchmarks/goodput.py
 
 Trains a small stage on random batches for 240 steps, on a real clock: a checkpoint
 every 40 steps, a preview every 60, a log line each step. Every 30th batch sleeps,
-previews are sleep alone, saving sleeps first. Before step 188 the process kills itself
-with SIGKILL; three seconds later it is started again. What took how long is written
-down by the sleepers, and printed beside what `metrics` finds.
+previews are sleep alone, saving sleeps first, all when the device is done. Before step
+188 the process kills itself with SIGKILL; three seconds later it is started again. What
+took how long is written down by the sleepers, and printed beside what `metrics` finds.
 """
 
 import collections
@@ -65,6 +65,7 @@ def train(folder, kills):
                 tell("down", -time.monotonic())
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.taken % WAITS == 0:
+                jax.block_until_ready(newest)
                 timed("input_wait", time.sleep, WAIT)
             return batch
 
@@ -76,7 +77,7 @@ def train(folder, kills):
 
     save, wait = Checkpointer.save, Checkpointer.wait
     compile_step = loop.compile_train_step
-    previews = []
+    previews, newest = [], []
 
     def slow_save(self, *args):
         jax.block_until_ready(args[0])
@@ -93,7 +94,8 @@ def train(folder, kills):
 
         def run(*args):
             first = next(calls, None)
-            return timed(first, step, *args) if first else step(*args)
+            newest[:] = timed(first, step, *args) if first else step(*args)
+            return tuple(newest)
 
         return run
 
