@@ -2,8 +2,10 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 
 from imagen_jax.errors import UserError
@@ -20,14 +22,23 @@ _SHOWN = 300
 def writing(workdir: str) -> Iterator[None]:
     """Turns errors of a file system into one `UserError`, and lets others pass.
 
+    Each of Orbax's threads and tasks that fails shows a traceback of its own, some when
+    Python ends; the first of their errors is raised too, and so the others are hidden.
+
     Args:
       workdir: that is written and read inside.
     """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_raised_by_nobody)
+    shows = sys.unraisablehook
+    sys.unraisablehook = lambda found: _is_echo(found.exc_value) or shows(found)
     try:
         yield
+        sys.unraisablehook = shows
     except (OSError, ValueError) as error:
         number = _number(error)
         if number is None:
+            sys.unraisablehook = shows
             raise
         hint = "start the same command again when it can be"
         if number in _FULL:
@@ -49,3 +60,14 @@ def _number(error: Exception) -> int | None:
         return None
     found = _NUMBER.search(str(error))
     return int(found[1]) if found else 0
+
+
+def _is_raised_by_nobody(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _is_echo(record.exc_info[1]))
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether it comes of a write that failed."""
+    # What TensorStore tells a task that has given up already.
+    closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    return closed or (isinstance(error, Exception) and _number(error) is not None)
