@@ -26,6 +26,7 @@ from imagen_jax.training.start import first_state
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import compile_train_step
 from imagen_jax.training.stopping import stopping
+from imagen_jax.training.stopwatch import Stopwatch
 from imagen_jax.training.watchdog import Watchdog
 from imagen_jax.training.writing import writing
 
@@ -110,6 +111,7 @@ def train(
     batches: BatchIterator,
     mesh: Mesh,
     preview: Batch | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> TrainState:
     """Trains from the newest whole checkpoint of `workdir` to the last step.
 
@@ -123,6 +125,7 @@ def train(
       mesh: of all devices.
       preview: examples on the host that are sampled, over and over, as training
         goes; None for none.
+      stopwatch: of this run, that runs already; by default one from now on.
 
     Returns:
       The last state.
@@ -139,11 +142,12 @@ def train(
         "training.batch_size",
         cfg.training.microbatches,
     )
+    stopwatch = stopwatch or Stopwatch()
     _check_best_metric(cfg)
     with writing(workdir):
         check_workdir(cfg, workdir)
         checkpointer = Checkpointer(workdir, cfg.training)
-        writer = MetricWriter(workdir)
+        writer = MetricWriter(workdir, stopwatch)
         try:
             state, origin = first_state(cfg, mesh, checkpointer, batches.set_state)
             writer.event("start", int(state.step), devices=jax.device_count(), **origin)
@@ -151,6 +155,7 @@ def train(
                 cfg, workdir, batches, mesh, preview, state, checkpointer, writer
             )
         finally:
+            stopwatch.close()
             checkpointer.close()
             writer.close()
 
@@ -159,8 +164,8 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     first = int(state.step)
     last = cfg.training.steps
     step_fn = compile_train_step(cfg, mesh)
-    log = Log(cfg, writer)
-    watchdog = Watchdog(ahead=cfg.training.log_every_steps)
+    log, stopwatch = Log(cfg, writer), writer.stopwatch
+    watchdog = Watchdog()
     recovery = Recovery(cfg, workdir, batches, mesh, checkpointer, writer)
     bar = tqdm(
         total=last,
@@ -170,16 +175,31 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
         mininterval=1.0,
         disable=jax.process_index() != 0,
     )
+
+    def save(state):
+        with stopwatch.bucket("checkpoint"):
+            position = batches.get_state()
+            checkpointer.save(state, cfg, position, log.since_checkpoint())
+
+    stopwatch.train_from(first, watchdog.step)
     with bar, contextlib.closing(watchdog), stopping() as stopped:
         step = first
+        previews = 0
         while step < last:
             step += 1
             recovery.note(step)
-            batch = next(batches)
-            state, metrics = step_fn(state, batch)
+            with stopwatch.bucket("input_wait"):
+                batch = next(batches)
+            # The first call compiles.
+            with stopwatch.bucket("compile" if step == first + 1 else "step"):
+                state, metrics = step_fn(state, batch)
+            stopwatch.handed(step, metrics["loss"])
+            if step == first + 1:
+                writer.event("compile", first)
             bar.update()
             log.add(step, metrics, bar)
-            watchdog.step()
+            if step % cfg.training.log_every_steps == 0:
+                writer.event("steps", stopwatch.done)
             saves = step % cfg.training.checkpoint_every_steps == 0 or step == last
             every = cfg.training.sample_every_steps
             samples = preview is not None and every
@@ -187,30 +207,36 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             stops = stopped(step)
             # Saving and sampling wait for the devices anyway.
             if log.spent or ((saves or samples or stops) and state.guard.spent):
-                log.flush(step, bar)
-                state = recovery.recover(state, log.spent)
+                with stopwatch.bucket("lost"), watchdog.apart("recovery"):
+                    log.flush(step, bar)
+                    state = recovery.recover(state, log.spent)
                 step, log = int(state.step), Log(cfg, writer)
+                stopwatch.done = step
                 bar.update(step - bar.n)
                 saves, samples = step == last, False
             if saves:
-                position = batches.get_state()
-                checkpointer.save(state, cfg, position, log.since_checkpoint())
+                save(state)
                 writer.event("checkpoint", step)
             if samples:
-                _preview(cfg, workdir, state, preview, mesh, step, writer)
+                # Its first call compiles.
+                kind = "evaluation" if previews else "compile"
+                with stopwatch.bucket(kind), watchdog.apart("evaluation"):
+                    _preview(cfg, workdir, state, preview, mesh, step, writer)
+                writer.event("evaluation", step)
+                previews += 1
                 log.restart_clock()
-                watchdog.rest()
             if stops:
-                position = batches.get_state()
-                checkpointer.save(state, cfg, position, log.since_checkpoint())
+                save(state)
                 log.flush(step, bar)
-                checkpointer.wait()
+                with stopwatch.bucket("checkpoint"):
+                    checkpointer.wait()
                 writer.event("stop", step, why=stopped.why)
                 raise Stopped(
                     f"stopped on {stopped.why} at step {step}, saved in {workdir}"
                 )
         log.flush(last, bar)
-        checkpointer.wait()
+        with stopwatch.bucket("checkpoint"):
+            checkpointer.wait()
     writer.event("done", last)
     return state
 
