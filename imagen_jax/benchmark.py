@@ -18,8 +18,6 @@ the sampler of an untrained network, and how much of it is not the network. "dat
 times the input pipeline of config.data.records.
 """
 
-import json
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -65,10 +63,7 @@ def main() -> None:
     args = flags.FLAGS
     if args.topology and args.what != "compile":
         raise UserError("--topology is for --what=compile: a program for it cannot run")
-    if args.json and Path(args.json).is_dir():
-        raise UserError(f"--json={args.json} is a folder; name a file in it")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json={args.json}: there is no such folder; make it first")
+    cli.check_json(args.json)
     values = cli.config_values()
     cfg = resolve(values) if args.what == "data" else from_dict(values)
     if args.what == "params":
@@ -90,8 +85,7 @@ def main() -> None:
         else:
             report = time_steps(cfg, mesh, args.seconds)
     print("\n".join(_lines(report)))
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    cli.write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What all doors share: flags in, one clear line and an exit status out."""
 
+import json
 import pathlib
 import re
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -57,6 +58,20 @@ def config_values() -> dict[str, Any]:
         return flags.FLAGS.config.to_dict()
     except OSError as error:
         raise UserError(f"--config: {' '.join(str(error).split())}") from None
+
+
+def check_json(path: str | None) -> None:
+    """Raises `UserError` unless a file can be written to the `path` of --json."""
+    if path and pathlib.Path(path).is_dir():
+        raise UserError(f"--json={path} is a folder; name a file in it")
+    if path and not pathlib.Path(path).absolute().parent.is_dir():
+        raise UserError(f"--json={path}: there is no such folder; make it first")
+
+
+def write_json(path: str | None, report: Mapping[str, Any]) -> None:
+    """Writes what --json is to get, if it was given."""
+    if path:
+        pathlib.Path(path).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def peak_memory_gib() -> float:

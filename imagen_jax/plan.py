@@ -13,9 +13,7 @@ how to read it.
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -195,14 +193,6 @@ def _gib(row: dict[str, Any]) -> float:
     return row["hbm_gib_per_chip"] or 0.0
 
 
-def check_file(path: str | None) -> None:
-    """Raises `UserError` unless a file can be written to `path`."""
-    if path and Path(path).is_dir():
-        raise UserError(f"--json={path} is a folder; name a file in it")
-    if path and not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--json={path}: there is no such folder; make it first")
-
-
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     config_flags.DEFINE_config_file("config", None, "FILE.py[:variant]")
@@ -218,7 +208,7 @@ def define_flags() -> None:
 def main() -> None:
     """Plans what the flags ask for."""
     args = flags.FLAGS
-    check_file(args.json)
+    cli.check_json(args.json)
     if args.search and args.what == "sample":
         raise UserError("--search is for training; a sampler has only its mesh to vary")
     cfg = from_dict(cli.config_values())
@@ -234,7 +224,7 @@ def main() -> None:
     print(f"compiling for {where}; minutes, if the network is large", flush=True)
     if args.search:
         rows = search(cfg, devices, mesh, args.tries)
-        _write(args.json, {**named, **rows[0], "settings": rows})
+        cli.write_json(args.json, {**named, **rows[0], "settings": rows})
         if not rows[0]["fits"]:
             raise UserError("none of these fits; take more chips or smaller batches")
         print(f"\nbest: {rows[0]['setting']}\n\n{printed.report(rows[0])}")
@@ -243,7 +233,7 @@ def main() -> None:
         found = plan(cfg, mesh, args.what)
     except DoesNotFit as error:
         _refuse(cfg, devices, mesh, error, {**named, "stage": cfg.name})
-    _write(args.json, {**named, **found})
+    cli.write_json(args.json, {**named, **found})
     print(printed.report(found))
 
 
@@ -275,13 +265,8 @@ def _refuse(cfg, devices, mesh, error: DoesNotFit, named: dict[str, Any]) -> Non
             f"nearest that does (compiled, {figures_['hbm_gib_per_chip']:.2f} GiB): "
             + changes
         )
-    _write(args.json, report)
+    cli.write_json(args.json, report)
     raise UserError(f"{error}; {advice}") from None
-
-
-def _write(path: str | None, report: dict[str, Any]) -> None:
-    if path:
-        Path(path).write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

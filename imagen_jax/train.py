@@ -34,6 +34,7 @@ from imagen_jax.sharding import make_mesh
 from imagen_jax.training.bundle import first_not_finite, replay
 from imagen_jax.training.loop import BatchIterator, train
 from imagen_jax.training.state import TrainState
+from imagen_jax.training.stopwatch import Stopwatch
 
 # To which the numbers of a replay agree: other devices sum in another order.
 _SAME = 0.01
@@ -58,12 +59,13 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
       UserError: for records, a mesh or a workdir that do not fit.
       Stopped: on SIGINT or SIGTERM, after saving.
     """
+    stopwatch = Stopwatch()
     mesh = make_mesh(cfg.mesh)
     batches = open_records(cfg, mesh)
     preview = None
     if cfg.training.sample_every_steps:
         preview = _peek(batches, cfg.training.preview_images)
-    return train(cfg, workdir, batches, mesh, preview)
+    return train(cfg, workdir, batches, mesh, preview, stopwatch)
 
 
 def _peek(batches: BatchIterator, count: int) -> Batch:

@@ -11,11 +11,12 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from imagen_jax import pictures
+from imagen_jax import metrics, pictures
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
 from imagen_jax.training import checksums, loop
 from imagen_jax.training.metrics import MetricWriter
+from imagen_jax.training.stopwatch import Stopwatch
 from tests import tiny
 
 
@@ -69,7 +70,7 @@ def test_a_workdir_in_a_bucket_is_claimed_once(bucket):
 
 def test_logs_in_a_bucket_go_on_where_they_were(bucket):
     for first in (1, 3):
-        writer = MetricWriter("gs://b/run")
+        writer = MetricWriter("gs://b/run", Stopwatch())
         writer.event("start", first)
         writer.scalars(first, {"loss": 0.5})
         writer.scalars(first + 1, {"loss": 0.25})
@@ -83,11 +84,22 @@ def test_logs_in_a_bucket_go_on_where_they_were(bucket):
 
 
 def test_an_event_takes_what_was_logged_before_it_to_the_bucket(bucket):
-    writer = MetricWriter("gs://b/run")
+    writer = MetricWriter("gs://b/run", Stopwatch())
     writer.scalars(1, {"loss": 0.5})
     assert not (bucket / "run/metrics.jsonl").exists()
     writer.event("checkpoint", 1)
     assert json.loads((bucket / "run/metrics.jsonl").read_text())["loss"] == 0.5
+    writer.close()
+
+
+def test_lines_of_steps_are_not_each_sent_to_the_bucket(bucket):
+    writer = MetricWriter("gs://b/run", Stopwatch())
+    writer.event("start", 0)
+    writer.event("steps", 1)
+    assert (bucket / "run/events.jsonl").read_text().count("\n") == 1
+    writer.event("checkpoint", 1)
+    report = metrics.read_goodput("gs://b/run")
+    assert (report.runs, report.steps, report.last_event) == (1, 1, "checkpoint")
     writer.close()
 
 

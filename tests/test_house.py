@@ -29,6 +29,7 @@ DOORS = {
     "benchmark",
     "demo",
     "export",
+    "metrics",
 }
 DOORS |= {"cli", "compiled", "processes", "sweep", "timings", "trained"}
 DOORS |= {"planned", "printed", "settings"}

@@ -2,16 +2,11 @@
 
 import contextlib
 import dataclasses
-import itertools
-import signal
-import threading
-import time
 from typing import Protocol
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -20,17 +15,20 @@ from imagen_jax import pictures
 from imagen_jax.batch import Batch, downsample
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Stage, sample_cascade
-from imagen_jax.diffusion.loss import LOGSNR_EDGES
 from imagen_jax.errors import Stopped, UserError, did_you_mean
 from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.log import Log, bucket_names
 from imagen_jax.training.metrics import MetricWriter
 from imagen_jax.training.recovery import Recovery
 from imagen_jax.training.start import first_state
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import compile_train_step
+from imagen_jax.training.stopping import stopping
+from imagen_jax.training.stopwatch import Stopwatch
 from imagen_jax.training.watchdog import Watchdog
+from imagen_jax.training.writing import writing
 
 # What a resumed run may change: how long, how often, where; not what is learned.
 _FREE = (
@@ -52,8 +50,6 @@ _FREE = (
     "sampler.",
     "mesh.",
 )
-# Metrics of which a line has the mean of its steps.
-_MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
 
 # Of a config.json, far more than one has.
 _CONFIG_BYTES = 2**20
@@ -115,6 +111,7 @@ def train(
     batches: BatchIterator,
     mesh: Mesh,
     preview: Batch | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> TrainState:
     """Trains from the newest whole checkpoint of `workdir` to the last step.
 
@@ -128,6 +125,7 @@ def train(
       mesh: of all devices.
       preview: examples on the host that are sampled, over and over, as training
         goes; None for none.
+      stopwatch: of this run, that runs already; by default one from now on.
 
     Returns:
       The last state.
@@ -135,8 +133,8 @@ def train(
     Raises:
       UserError: for a workdir of another config, a batch that does not divide, weights
         that do not fit, or checkpoints of which none is whole; and when more updates
-        were skipped than the config allows.
-      Stopped: on SIGINT or SIGTERM, after saving.
+        were skipped than the config allows; or a workdir that cannot be written.
+      Stopped: on SIGINT, SIGTERM or a notice of maintenance, after saving.
     """
     check_batch_size(
         cfg.training.batch_size,
@@ -144,25 +142,30 @@ def train(
         "training.batch_size",
         cfg.training.microbatches,
     )
+    stopwatch = stopwatch or Stopwatch()
     _check_best_metric(cfg)
-    check_workdir(cfg, workdir)
-    checkpointer = Checkpointer(workdir, cfg.training)
-    writer = MetricWriter(workdir)
-    try:
-        state, origin = first_state(cfg, mesh, checkpointer, batches.set_state)
-        writer.event("start", int(state.step), devices=jax.device_count(), **origin)
-        return _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer)
-    finally:
-        checkpointer.close()
-        writer.close()
+    with writing(workdir):
+        check_workdir(cfg, workdir)
+        checkpointer = Checkpointer(workdir, cfg.training)
+        writer = MetricWriter(workdir, stopwatch)
+        try:
+            state, origin = first_state(cfg, mesh, checkpointer, batches.set_state)
+            writer.event("start", int(state.step), devices=jax.device_count(), **origin)
+            return _run(
+                cfg, workdir, batches, mesh, preview, state, checkpointer, writer
+            )
+        finally:
+            stopwatch.close()
+            checkpointer.close()
+            writer.close()
 
 
 def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     first = int(state.step)
     last = cfg.training.steps
     step_fn = compile_train_step(cfg, mesh)
-    log = _Log(cfg, writer)
-    watchdog = Watchdog(ahead=cfg.training.log_every_steps)
+    log, stopwatch = Log(cfg, writer), writer.stopwatch
+    watchdog = Watchdog()
     recovery = Recovery(cfg, workdir, batches, mesh, checkpointer, writer)
     bar = tqdm(
         total=last,
@@ -172,16 +175,31 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
         mininterval=1.0,
         disable=jax.process_index() != 0,
     )
-    with bar, contextlib.closing(watchdog), _signals() as stopped:
+
+    def save(state):
+        with stopwatch.bucket("checkpoint"):
+            position = batches.get_state()
+            checkpointer.save(state, cfg, position, log.since_checkpoint())
+
+    stopwatch.train_from(first, watchdog.step)
+    with bar, contextlib.closing(watchdog), stopping() as stopped:
         step = first
+        previews = 0
         while step < last:
             step += 1
             recovery.note(step)
-            batch = next(batches)
-            state, metrics = step_fn(state, batch)
+            with stopwatch.bucket("input_wait"):
+                batch = next(batches)
+            # The first call compiles.
+            with stopwatch.bucket("compile" if step == first + 1 else "step"):
+                state, metrics = step_fn(state, batch)
+            stopwatch.handed(step, metrics["loss"])
+            if step == first + 1:
+                writer.event("compile", first)
             bar.update()
             log.add(step, metrics, bar)
-            watchdog.step()
+            if step % cfg.training.log_every_steps == 0:
+                writer.event("steps", stopwatch.done)
             saves = step % cfg.training.checkpoint_every_steps == 0 or step == last
             every = cfg.training.sample_every_steps
             samples = preview is not None and every
@@ -189,165 +207,47 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             stops = stopped(step)
             # Saving and sampling wait for the devices anyway.
             if log.spent or ((saves or samples or stops) and state.guard.spent):
-                log.flush(step, bar)
-                state = recovery.recover(state, log.spent)
-                step, log = int(state.step), _Log(cfg, writer)
+                with stopwatch.bucket("lost"), watchdog.apart("recovery"):
+                    log.flush(step, bar)
+                    state = recovery.recover(state, log.spent)
+                step, log = int(state.step), Log(cfg, writer)
+                stopwatch.done = step
                 bar.update(step - bar.n)
                 saves, samples = step == last, False
             if saves:
-                position = batches.get_state()
-                checkpointer.save(state, cfg, position, log.since_checkpoint())
+                save(state)
                 writer.event("checkpoint", step)
             if samples:
-                _preview(cfg, workdir, state, preview, mesh, step, writer)
+                # Its first call compiles.
+                kind = "evaluation" if previews else "compile"
+                with stopwatch.bucket(kind), watchdog.apart("evaluation"):
+                    _preview(cfg, workdir, state, preview, mesh, step, writer)
+                writer.event("evaluation", step)
+                previews += 1
                 log.restart_clock()
-                watchdog.rest()
             if stops:
-                position = batches.get_state()
-                checkpointer.save(state, cfg, position, log.since_checkpoint())
+                save(state)
                 log.flush(step, bar)
-                writer.event("stop", step)
-                raise Stopped(f"stopped on a signal at step {step}, saved in {workdir}")
+                with stopwatch.bucket("checkpoint"):
+                    checkpointer.wait()
+                writer.event("stop", step, why=stopped.why)
+                raise Stopped(
+                    f"stopped on {stopped.why} at step {step}, saved in {workdir}"
+                )
         log.flush(last, bar)
+        with stopwatch.bucket("checkpoint"):
+            checkpointer.wait()
     writer.event("done", last)
     return state
 
 
-class _Log:
-    """Averages metrics on the host without holding up the device.
-
-    An interval is fetched when the next one has been handed to the device, so the
-    queue never runs empty. Steps whose update was skipped are in no mean; `spent` gets
-    the loss and gradient norm of the one that spent the budget.
-    """
-
-    def __init__(self, cfg: StageConfig, writer: MetricWriter):
-        self.cfg, self.writer = cfg, writer
-        self.open: list = []
-        self.closed: tuple[int, list] | None = None
-        self.clock: float | None = None
-        self.unsaved: list = []
-        self.counted = 0
-        self.spent: dict[str, float] | None = None
-
-    def restart_clock(self) -> None:
-        """Leaves an interval that was not all training out of the rate."""
-        self.clock = None
-
-    def since_checkpoint(self) -> dict[str, float]:
-        """The means over the steps since this was last called.
-
-        It waits for the last of them, as copying the state off the device does.
-        """
-        if not self.cfg.training.keep_best_checkpoints:
-            return {}
-        pending = [*(self.closed[1] if self.closed else []), *self.open]
-        rows = self.unsaved + jax.device_get(pending[self.counted :])
-        self.unsaved, self.counted = [], len(pending)
-        return _means([row for row in rows if not row["skipped"]])
-
-    def add(self, step: int, metrics, bar) -> None:
-        self.open.append(metrics)
-        if step % self.cfg.training.log_every_steps == 0:
-            self._write(bar)
-            self.closed, self.open = (step, self.open), []
-
-    def flush(self, step: int, bar) -> None:
-        self._write(bar)
-        if self.open:
-            self.closed, self.open = (step, self.open), []
-            self._write(bar)
-
-    def _write(self, bar) -> None:
-        if self.closed is None or self.spent:
-            return
-        step, rows = self.closed
-        self.closed = None
-        rows = jax.device_get(rows)
-        if self.cfg.training.keep_best_checkpoints:
-            self.unsaved += rows[self.counted :]
-            self.counted = max(0, self.counted - len(rows))
-        standing = [row["budget_spent"] for row in rows]
-        if any(standing):
-            # After the one that spent the budget nothing was done.
-            count = standing.index(True) + 1
-            step, rows = step - len(rows) + count, rows[:count]
-            self.spent = {n: float(rows[-1][n]) for n in ("loss", "gradient_norm")}
-        done = [row for row in rows if not row["skipped"]]
-        means = {"skipped_updates": int(rows[-1]["skipped_updates"]), **_means(done)}
-        now = time.perf_counter()
-        if self.clock is not None:
-            rate = len(rows) / (now - self.clock)
-            means["steps_per_second"] = rate
-            means["images_per_second"] = rate * self.cfg.training.batch_size
-        self.clock = now
-        self.writer.scalars(step, means)
-        shown = {"loss": f"{means['loss']:.4f}"} if done else {}
-        if means["skipped_updates"]:
-            shown["skipped"] = means["skipped_updates"]
-        bar.set_postfix(shown, refresh=False)
-
-
-def _means(rows) -> dict[str, float]:
-    """Of some steps' metrics; a log-SNR bucket that nothing fell into has none."""
-    if not rows:
-        return {}
-    means = {name: float(np.mean([row[name] for row in rows])) for name in _MEANS}
-    total = sum(row["loss_by_logsnr"]["sum"] for row in rows)
-    count = sum(row["loss_by_logsnr"]["count"] for row in rows)
-    buckets = zip(_bucket_names(), total, count, strict=True)
-    return means | {name: float(s / n) for name, s, n in buckets if n}
-
-
-def _bucket_names() -> list[str]:
-    edges = [f"{edge:g}" for edge in LOGSNR_EDGES]
-    between = ["_to_".join(pair) for pair in itertools.pairwise(edges)]
-    ranges = [f"to_{edges[0]}", *between, f"from_{edges[-1]}"]
-    return [f"loss_by_logsnr/{name}" for name in ranges]
-
-
 def _check_best_metric(cfg: StageConfig) -> None:
-    name, known = cfg.training.best_metric, ["loss", *_bucket_names()]
+    name, known = cfg.training.best_metric, ["loss", *bucket_names()]
     if name not in known:
         raise UserError(
             f"config.training.best_metric is {name!r}; it takes one of {known}"
             + did_you_mean(name, known)
         )
-
-
-@contextlib.contextmanager
-def _signals():
-    """Yields a function that tells after each step whether to stop.
-
-    It is when SIGINT or SIGTERM has come; of several processes, when it has come to
-    one of them and all are at the same step. The second signal meets the handlers that
-    were there before.
-    """
-    came = []
-    before = {}
-    alone = jax.process_count() == 1
-
-    def handler(number, frame):
-        came.append(number)
-        restore()
-        if not alone:
-            signal.raise_signal(signal.SIGTERM)
-
-    def restore():
-        for number, old in before.items():
-            signal.signal(number, old)
-
-    if threading.current_thread() is threading.main_thread():
-        # Of several processes JAX takes SIGTERM itself, and tells the others.
-        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            before[number] = signal.signal(number, handler)
-    try:
-        if alone:
-            yield lambda step: bool(came)
-        else:
-            yield multihost_utils.reached_preemption_sync_point
-    finally:
-        restore()
 
 
 def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:

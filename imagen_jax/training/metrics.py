@@ -10,6 +10,8 @@ from collections.abc import Mapping
 import jax
 from etils import epath
 
+from imagen_jax.training.stopwatch import Stopwatch
+
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 # A run that is killed loses as much of its logs as a bucket does not have yet.
@@ -25,7 +27,8 @@ class MetricWriter:
     TensorBoard files are written when the `tensorboardX` package is installed.
     """
 
-    def __init__(self, workdir: str):
+    def __init__(self, workdir: str, stopwatch: Stopwatch):
+        self.stopwatch = stopwatch
         self.active = jax.process_index() == 0
         self.folder = pathlib.Path(workdir)
         self.bucket = None
@@ -37,6 +40,8 @@ class MetricWriter:
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="imagen-logs-"))
             self._fetch()
         self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, EVENTS):
+            _end_line(self.folder / name)
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -57,10 +62,18 @@ class MetricWriter:
             self.tensorboard.add_image(name, picture, step, dataformats="HWC")
 
     def event(self, kind: str, step: int, **details) -> None:
-        """One line of events.jsonl: what happened, when (seconds since 1970)."""
-        line = {"event": kind, "step": step, "seconds": time.time(), **details}
-        self._append(EVENTS, line)
-        self._copy(0.0)
+        """One line of events.jsonl: what happened, when, and where the time went.
+
+        Args:
+          kind: of event; docs/goodput.md lists them.
+          step: that the devices have finished.
+          details: more values of the line.
+        """
+        self._append(
+            EVENTS, {"event": kind, "step": step, **self.stopwatch.lap(), **details}
+        )
+        # A bucket gets whole files: they are not sent with each of these lines.
+        self._copy(_COPY_SECONDS if kind == "steps" else 0.0)
 
     def close(self) -> None:
         """Flushes what is left."""
@@ -96,3 +109,12 @@ class MetricWriter:
                 place.write_bytes(path.read_bytes())
                 self.copied[path] = size
         self.copied_at = time.monotonic()
+
+
+def _end_line(path: pathlib.Path) -> None:
+    """Ends a line that a kill has cut, so that the next one is whole."""
+    if path.exists() and path.stat().st_size:
+        with open(path, "rb+") as file:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")

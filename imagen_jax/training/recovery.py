@@ -73,6 +73,7 @@ class Recovery:
             leaf.delete()
         good, _ = self.checkpointer.restore(self.cfg, self.mesh)
         self.rolled_back_to = newest
+        self.writer.event("rollback", step, to=int(good.step))
         guard = after_rollback(good.guard, skipped_to - good.step)
         return good.replace(step=skipped_to, guard=guard)
 

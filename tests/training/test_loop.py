@@ -16,6 +16,7 @@ from imagen_jax.errors import Stopped, UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.log import MEANS, Log, bucket_names
 from tests import tiny
 
 
@@ -136,14 +137,14 @@ def test_a_checkpoints_metrics_are_the_means_since_the_one_before(log_every):
     )
     written, bar = [], unittest.mock.Mock()
     writer = unittest.mock.Mock(scalars=lambda step, means: written.append(step))
-    log, found = loop._Log(cfg, writer), []
-    buckets = len(loop._bucket_names())
+    log, found = Log(cfg, writer), []
+    buckets = len(bucket_names())
     budget = {"budget_spent": False, "skipped_updates": 0}
     for step in range(1, 9):
         hit = np.arange(buckets) == step % 2
         loss = np.float32(np.nan if step == 6 else step)
         split = {"sum": hit * 3 * loss, "count": hit * 3.0}
-        row = dict.fromkeys(loop._MEANS, loss) | {"loss_by_logsnr": split}
+        row = dict.fromkeys(MEANS, loss) | {"loss_by_logsnr": split}
         log.add(step, row | {"skipped": step == 6, **budget}, bar)
         if step in (3, 7, 8):
             found.append(log.since_checkpoint())
@@ -151,7 +152,7 @@ def test_a_checkpoints_metrics_are_the_means_since_the_one_before(log_every):
     # Summed in float32.
     want = pytest.approx([2.0, (4 + 5 + 7) / 3, 8.0], rel=1e-6)
     assert [means["loss"] for means in found] == want
-    even, odd = loop._bucket_names()[:2]
+    even, odd = bucket_names()[:2]
     assert found[0][even] == 2.0 and found[0][odd] == 2.0
     assert found[1][even] == 4.0 and found[1][odd] == 6.0
     assert odd not in found[2]

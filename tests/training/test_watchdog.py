@@ -3,44 +3,106 @@
 import threading
 import time
 
+import pytest
+
 from imagen_jax.training.watchdog import Watchdog
+from tests.clock import Clock
 
 
-def _steps(dog, count, seconds):
-    for _ in range(count):
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def _steps(dog, clock, *seconds):
+    for each in seconds:
+        clock.advance(each)
         dog.step()
-        time.sleep(seconds)
 
 
 def a_thread_that_waits(release):
     release.wait()
 
 
-def test_a_hanging_step_shows_every_thread(tmp_path):
+def _hang(tmp_path, clock, seconds):
+    """What is written when, after steps of a second, so long nothing happens."""
+    with open(tmp_path / "log", "w") as log:
+        dog = Watchdog(least_seconds=0.5, file=log, clock=clock.monotonic)
+        # Ten times is half a second; it is waited for on a real clock.
+        _steps(dog, clock, 0, *[0.05] * 8)
+        time.sleep(seconds)
+        dog.close()
+    return (tmp_path / "log").read_text()
+
+
+def test_a_hanging_step_shows_every_thread(tmp_path, clock):
     release = threading.Event()
     other = threading.Thread(target=a_thread_that_waits, args=(release,))
     other.start()
-    with open(tmp_path / "log", "w") as log:
-        dog = Watchdog(ahead=5, least_seconds=0.5, file=log)
-        _steps(dog, 12, 0.001)
-        time.sleep(1.0)
-        dog.rest()
+    shown = _hang(tmp_path, clock, 1.0)
     release.set()
-    shown = (tmp_path / "log").read_text()
     assert "a_thread_that_waits" in shown
     assert "test_a_hanging_step_shows_every_thread" in shown
 
 
-def test_waiting_for_what_the_device_has_to_do_is_not_shown(tmp_path):
-    """Nor are rests, nor the first steps, of which nothing is known."""
+def test_a_step_takes_ten_times_the_median(clock):
+    dog = Watchdog(least_seconds=0, clock=clock.monotonic)
+    _steps(dog, clock, 100, 1, 2, 3, 2)
+    assert dog.allowed() is None, "four steps are too few"
+    _steps(dog, clock, 2)
+    assert dog.allowed() == 20
+    # The mean of these is over a hundred.
+    _steps(dog, clock, 100_000)
+    assert dog.allowed() == 20
+    # What was usual long ago is not for ever.
+    _steps(dog, clock, *[8] * 200)
+    assert dog.allowed() == 80
+    dog.close()
+
+
+def test_less_than_a_minute_is_never_shown(clock):
+    dog = Watchdog(clock=clock.monotonic)
+    _steps(dog, clock, *[1] * 10)
+    assert dog.allowed() == 60
+    _steps(dog, clock, *[16] * 40)
+    assert dog.allowed() == 160
+    dog.close()
+
+
+def test_what_is_no_step_is_measured_by_its_like(clock):
+    dog = Watchdog(least_seconds=0, clock=clock.monotonic)
+    _steps(dog, clock, *[1] * 10)
+    assert dog.allowed("evaluation", fewest=1) is None
+    for _ in range(9):
+        with dog.apart("evaluation"):
+            # What the devices had still to do.
+            _steps(dog, clock, 32)
+        # Of this the beginning is not known.
+        _steps(dog, clock, 32)
+    assert dog.allowed() == 10
+    assert dog.allowed("evaluation", fewest=1) == 320
+    dog.close()
+
+
+def test_what_ends_is_not_shown(tmp_path, clock):
+    """Nor what comes after an evaluation is watched as if it went on."""
     with open(tmp_path / "log", "w") as log:
-        dog = Watchdog(ahead=5, least_seconds=0, file=log)
-        _steps(dog, 3, 0.3)
-        for _ in range(4):
-            _steps(dog, 4, 0)
-            _steps(dog, 1, 0.3)
-        dog.rest()
-        time.sleep(1.5)
+        dog = Watchdog(least_seconds=0.3, file=log, clock=clock.monotonic)
+        _steps(dog, clock, *[0.01] * 10)
+        with dog.apart("evaluation"):
+            time.sleep(0.6)
         dog.step()
-        dog.rest()
+        dog.close()
+        time.sleep(0.6)
     assert (tmp_path / "log").read_text() == ""
+
+
+def test_a_hang_after_an_evaluation_is_shown(tmp_path, clock):
+    with open(tmp_path / "log", "w") as log:
+        dog = Watchdog(least_seconds=0.3, file=log, clock=clock.monotonic)
+        _steps(dog, clock, *[0.01] * 10)
+        with dog.apart("evaluation"):
+            pass
+        time.sleep(0.6)
+        dog.close()
+    assert "test_a_hang_after_an_evaluation_is_shown" in (tmp_path / "log").read_text()
