@@ -20,6 +20,8 @@ def paper() -> ml_collections.ConfigDict:
     # The encoder, T5-XXL, is printed; the length is ours, that of the peers.
     cfg.text.update(length=128, dim=4096)
     cfg.training.update(batch_size=2048, steps=2_500_000)  # printed
+    # The hosts of a v4-512, and a shuffle buffer of 1,600 for each.
+    cfg.data.update(readers=64, shuffle_examples=102_400)
     # Printed, but for the end value of 2500000, plainly a slip: ours is 0.
     cfg.optimizer.update(learning_rate=1e-4, warmup_steps=10_000, decay_steps=2_500_000)
     # Ours: EMA and clipping are not mentioned; 0.9999 is the family's.
@@ -48,6 +50,7 @@ def shrink(cfg: ml_collections.ConfigDict, size: int) -> ml_collections.ConfigDi
     model.update(dtype="float32", scan_blocks=False, remat="none")
     cfg.text.update(length=16, dim=64)
     cfg.training.update(batch_size=8, steps=200)
+    cfg.data.update(readers=0, shuffle_examples=1000)
     cfg.optimizer.update(learning_rate=1e-3, warmup_steps=20, decay_steps=200)
     cfg.optimizer.ema_decay = 0.99
     cfg.sampler.update(steps=16, batch_size=4)

@@ -113,6 +113,12 @@ def check_stage(cfg: Any) -> None:
     for path in _UNIT_INTERVAL:
         if not 0 <= _get(cfg, path) <= 1:
             raise UserError(f"config.{path} is {_get(cfg, path)}; it must be in [0, 1]")
+    if cfg.data.readers < 0:
+        raise UserError(
+            f"config.data.readers is {cfg.data.readers}; give a divisor of "
+            "config.training.batch_size, at least the number of hosts, or 0 for what "
+            "suits the records"
+        )
     factor = cfg.training.spike_factor
     if factor and not factor > 1:
         raise UserError(

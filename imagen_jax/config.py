@@ -101,8 +101,11 @@ class DataConfig:
     Attributes:
       records: a folder written by `prepare` (holds manifest.json), a .npz file of it
         (read without TensorFlow), "tfds:NAME", or a mixture, "DIR:WEIGHT,DIR:WEIGHT".
-      shuffle_examples: size of the shuffle buffer, in examples; folders that are mixed
-        have their shares of it.
+      shuffle_examples: size of the shuffle buffers of all readers together, in
+        examples; folders that are mixed have their shares of it.
+      readers: parts of a batch, each read by itself, on one host or another: a divisor
+        of the batch size, at least the number of hosts (docs/prepare.md). The order of
+        the examples depends on it. 0: 8 or less, by the records and the batch size.
       seed: of the order of the examples, and of where they are cut.
       square: which square of a picture is trained on: the "middle" one, or a "random"
         one, every epoch another.
@@ -112,6 +115,7 @@ class DataConfig:
 
     records: str = ""
     shuffle_examples: int = 10_000
+    readers: int = 0
     seed: int = 0
     square: str = "middle"
     flip: bool = False

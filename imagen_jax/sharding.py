@@ -98,6 +98,17 @@ def row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def rows_of_process(batch_size: int, mesh: Mesh, process_index: int) -> np.ndarray:
+    """Which rows of a batch the devices of a process hold, `[n]` int64, ascending.
+
+    They need not be neighbours, as axes follow a slice's links and not its hosts, and
+    hosts that share an example's pixels or weights hold the same rows.
+    """
+    shards = mesh.devices.reshape(row_shards(mesh), -1)
+    held = [any(d.process_index == process_index for d in shard) for shard in shards]
+    return np.flatnonzero(np.repeat(held, batch_size // len(shards)))
+
+
 def check_batch_size(
     batch_size: int, mesh: Mesh, name: str, microbatches: int = 1
 ) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from imagen_jax import config, sharding
 from imagen_jax.config import MeshConfig
@@ -94,6 +94,28 @@ def test_slices_are_parts_of_the_data_axis():
     assert slices == [{0}, {0}, {1}, {1}]
     with pytest.raises(UserError, match="data is 1, .* over 2 slices"):
         sharding.make_mesh(MeshConfig(data=1, fsdp=32), _chips(2))
+
+
+def test_rows_of_a_process():
+    """Eight chips of four hosts that axes cross, or that hold examples together."""
+
+    def rows(mesh, batch_size=8):
+        return [
+            sharding.rows_of_process(batch_size, mesh, process).tolist()
+            for process in range(4)
+        ]
+
+    def mesh(order, *shape):
+        hosts = [Chip(i, (i, 0, 0), process_index=p) for i, p in enumerate(order)]
+        return Mesh(np.array(hosts, object).reshape(shape), sharding.AXES)
+
+    straight = [0, 0, 1, 1, 2, 2, 3, 3]
+    assert rows(mesh(straight, 4, 2, 1, 1)) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    crossed = mesh([0, 1, 0, 1, 2, 3, 2, 3], 8, 1, 1, 1)
+    assert rows(crossed) == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert rows(crossed, 16)[1] == [2, 3, 6, 7]
+    assert rows(mesh(straight, 2, 1, 1, 4)) == [[*range(4)]] * 2 + [[*range(4, 8)]] * 2
+    assert rows(mesh(straight, 1, 2, 4, 1), 2) == [[0], [0], [1], [1]]
 
 
 def test_check_batch_size():

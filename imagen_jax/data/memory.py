@@ -69,12 +69,18 @@ def write(
 
 
 def make_memory(
-    cfg: StageConfig, mesh: Mesh, process_index: int = 0, process_count: int = 1
+    cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None
 ) -> stream.Stream:
     """Batches from a .npz file of `prepare`.
 
     Every epoch each example comes once, in a permutation of (data.seed, epoch); the
     order does not depend on the number of hosts.
+
+    Args:
+      cfg: the stage.
+      mesh: over whose data and fsdp axes a batch is spread.
+      rows: of every batch that are wanted here, ascending; by default those that
+        this host's devices hold.
 
     Raises:
       UserError: when the file is missing, damaged, of another text encoder, or of a
@@ -87,7 +93,7 @@ def make_memory(
             "the middle squares only: prepare a folder of records"
         )
     stream.check_text(cfg, manifest)
-    local = stream.local_batch_size(cfg, mesh, process_count)
+    held = stream.rows_here(cfg, mesh) if rows is None else rows
     with (
         epath.Path(cfg.data.records).open("rb") as opened,
         np.load(opened, allow_pickle=False) as file,
@@ -114,9 +120,9 @@ def make_memory(
     )
 
     def batch_at(number: int) -> Batch:
-        first = number * cfg.training.batch_size + process_index * local
-        epoch, place = np.divmod(np.arange(first, first + local), len(ids))
-        rows = np.empty(local, np.int64)
+        numbers = number * cfg.training.batch_size + held
+        epoch, place = np.divmod(numbers, len(ids))
+        rows = np.empty(len(held), np.int64)
         for e in np.unique(epoch):
             order = np.random.default_rng((cfg.data.seed % 2**32, int(e))).permutation(
                 len(ids)

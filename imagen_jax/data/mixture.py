@@ -113,7 +113,7 @@ def _check_pair(one: Part, other: Part) -> None:
 
 
 def enter(
-    seed: int, weights: Sequence[float], position: int
+    seed: int, weights: Sequence[float], position: int, count: int
 ) -> tuple[list[int], Iterator[np.ndarray]]:
     """The order in which the parts of a mixture take turns, from `position` on.
 
@@ -124,10 +124,11 @@ def enter(
       seed: of the order.
       weights: of the parts, above zero.
       position: in examples.
+      count: in each array.
 
     Returns:
-      how many examples of each part precede `position`, and without end arrays of the
-      parts that follow, numbered from 0.
+      how many examples of each part precede `position`, and without end arrays
+      `[count]` int64 of the parts that follow, numbered from 0.
     """
     shares = np.asarray(weights, float) / math.fsum(weights)
     # Fewer than `position` examples come before this time.
@@ -138,10 +139,14 @@ def enter(
     past = np.bincount(first[:skipped], minlength=len(shares))
 
     def choices(time=time):
-        yield first[skipped:]
+        found = first[skipped:]
         while True:
-            time += _CHUNK
-            yield _between(seed, shares, time, time + _CHUNK)
+            while len(found) < count:
+                time += _CHUNK
+                more = _between(seed, shares, time, time + _CHUNK)
+                found = np.concatenate([found, more])
+            yield found[:count]
+            found = found[count:]
 
     return [int(a + b) for a, b in zip(before, past)], choices()
 

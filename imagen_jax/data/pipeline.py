@@ -1,5 +1,6 @@
 """The tf.data pipeline from a folder of records to the batches of a host."""
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -11,8 +12,7 @@ from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
-from imagen_jax.data import mixture, stream, tasks
-from imagen_jax.data.manifest import Manifest
+from imagen_jax.data import mixture, readers, stream, tasks
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
@@ -23,62 +23,72 @@ _MAX_THREADS = 32
 
 
 def make_pipeline(
-    cfg: StageConfig, mesh: Mesh, process_index: int = 0, process_count: int = 1
+    cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None
 ) -> stream.Stream:
     """Batches from a folder of records, or from several that are mixed.
 
-    Every epoch each record comes once, on one host, in an order of (data.seed,
-    epoch): files are shuffled, then records within data.shuffle_examples. When there
-    are fewer files than hosts, every host reads all and keeps its share.
+    Their order is a function of the config and the records (`readers`): any number of
+    hosts has together the same batches. Every share of the files is shuffled, files
+    and then records within data.shuffle_examples, by (data.seed, epoch).
 
-    Mixed folders take turns as `mixture.enter` says, on all hosts alike. Each has its
-    own epochs, and of K folders the k-th has ids that are k modulo K.
+    Of K mixed folders the k-th has ids that are k modulo K.
 
     Args:
       cfg: the stage.
       mesh: over whose data and fsdp axes a batch is spread.
-      process_index: this host among `process_count`.
-      process_count: hosts between which the records are divided.
+      rows: of every batch that are wanted here, ascending; by default those that
+        this host's devices hold.
 
     Raises:
       UserError: when the records are missing, incomplete, of another text encoder,
-        or too small.
+        or too small, and when data.readers does not divide the batch.
     """
     start_tensorflow()
     parts = mixture.read_parts(cfg.data.records)
-    usable, own = [], []
     for part in parts:
         stream.check_text(cfg, part.manifest)
-        usable.append(sum(check_sizes(cfg, part)))
-        own.append(examples_of_host(cfg, part.manifest, process_index, process_count))
-        if not own[-1]:
-            raise UserError(
-                f"host {process_index} of {process_count} gets none of the "
-                f"{usable[-1]} pictures in {part.path!r}: prepare with a smaller "
-                "--shard_examples, or use fewer hosts"
-            )
-    batch_size = stream.local_batch_size(cfg, mesh, process_count)
+    files = [check_sizes(cfg, part) for part in parts]
+    held = stream.rows_here(cfg, mesh) if rows is None else rows
+    count = readers.count_readers(cfg, files)
+    streams = [readers.count_streams(usable, count) for usable in files]
     weights = [part.weight for part in parts]
 
+    def enter(start):
+        return readers.enter(cfg, weights, count, streams, held, start)
+
+    openers = [_opener(cfg, parts, k, n) for k, n in enumerate(streams)]
+    opened, choices = enter(0)
+    _log_waste(len(next(choices)[0]), len(held))
+
     def batches_from(start: int) -> Iterator[Batch]:
-        turns = (cfg.data.seed, weights, start * batch_size)
-        datasets = [
-            tasks.StageFeatureConverter(cfg, part.manifest.embedding_dtype)(
-                _examples_from(
-                    cfg, parts, k, process_index, process_count, place, own[k]
+        opened, choices = enter(start)
+        raw = [openers[k](stream, position) for k, stream, position in opened]
+        if len(parts) == 1:
+            numbers = tf.data.Dataset.from_tensors(next(choices)).repeat()
+        else:
+            numbers = tf.data.Dataset.from_generator(
+                lambda: enter(start)[1],
+                output_signature=(
+                    tf.TensorSpec([None], tf.int64),
+                    tf.TensorSpec([None], tf.bool),
                 ),
-                {"image": cfg.train_size, "text": cfg.text.length, "id": 1, "epoch": 1},
             )
-            for k, (part, place) in enumerate(zip(parts, mixture.enter(*turns)[0]))
-        ]
-        dataset = datasets[0]
-        if len(parts) > 1:
-            choices = tf.data.Dataset.from_generator(
-                lambda: mixture.enter(*turns)[1],
-                output_signature=tf.TensorSpec([None], tf.int64),
-            )
-            dataset = tf.data.Dataset.choose_from_datasets(datasets, choices.unbatch())
-        dataset = dataset.batch(batch_size, drop_remainder=True).prefetch(2)
+        numbers = numbers.unbatch()
+        sources, own = numbers.map(_first), numbers.map(_second)
+        dataset = tf.data.Dataset.choose_from_datasets(raw, sources)
+        # Several hosts that hold rows of one reader each leave out the others'.
+        dataset = tf.data.Dataset.zip(dataset, own).filter(_second).map(_first)
+        dataset = tasks.StageFeatureConverter(cfg)(
+            dataset,
+            {
+                "image": cfg.train_size,
+                "text": cfg.text.length,
+                "id": 1,
+                "epoch": 1,
+                "int8": 1,
+            },
+        )
+        dataset = dataset.batch(len(held), drop_remainder=True).prefetch(2)
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = min(
@@ -94,14 +104,16 @@ def make_pipeline(
             ) from None
 
     contents = [part.manifest.content_sha256 for part in parts]
+    usable = [sum(counts) for counts in files]
     if len(parts) == 1:
         identity = stream.identity(cfg, contents[0], usable[0])
     else:
         identity = stream.identity(cfg, contents, usable)
         identity["data.records' weights"] = weights
     identity["data.shuffle_examples"] = cfg.data.shuffle_examples
+    identity["data.readers"] = count
     identity["data.square"] = cfg.data.square
-    return stream.Stream(batches_from, mesh, identity, process_count)
+    return stream.Stream(batches_from, mesh, identity)
 
 
 def check_sizes(cfg: StageConfig, part: mixture.Part) -> list[int]:
@@ -131,42 +143,51 @@ def check_sizes(cfg: StageConfig, part: mixture.Part) -> list[int]:
     return usable
 
 
-def examples_of_host(
-    cfg: StageConfig, manifest: Manifest, process_index: int, process_count: int
-) -> int:
-    """Records that a host reads in one epoch."""
-    usable = manifest.large_enough(cfg.image_size)
-    if len(usable) >= process_count:
-        return sum(usable[process_index::process_count])
-    return len(range(process_index, sum(usable), process_count))
+def _log_waste(read: int, kept: int) -> None:
+    if read > 2 * kept:
+        log.warning(
+            "this host reads %.3g times as many records as it keeps, as several hosts "
+            "share a reader: set config.data.readers to the number of hosts, and "
+            "prepare at least as many files (a smaller --shard_examples)",
+            read / kept,
+        )
 
 
-def _examples_from(
-    cfg, parts, k, process_index, process_count, start, own
-) -> tf.data.Dataset:
-    # A position is an epoch and a place in it, so resuming reads at most one epoch
-    # of raw records and decodes none of what it skips.
+def _opener(cfg, parts, k, count):
+    """How a stream of a folder is opened: of `count`, the g-th at a position."""
     part = parts[k]
     task = tasks.make_task(part.path, part.manifest, cfg.image_size)
-    by_file = len(part.manifest.shards) >= process_count
-    shard = seqio.ShardInfo(process_index, process_count) if by_file else None
-    share = part.weight / sum(other.weight for other in parts)
+    # A buffer for each stream, together as large as the config says.
+    share = part.weight / sum(other.weight for other in parts) / count
+    shares = readers.shares(part.manifest.large_enough(cfg.image_size), count)
 
-    def one_epoch(epoch):
+    # Traced once, not for every stream: that takes a fifth of a second.
+    @functools.partial(tf.function, autograph=False)
+    def one_epoch(stream, epoch):
         dataset = task.get_dataset(
-            # A buffer for each folder, together as large as that of one.
             shuffle_buffer_size=max(1, round(cfg.data.shuffle_examples * share)),
             seed=k * 2**53 + cfg.data.seed % 2**32 * 1_000_003 + epoch,
-            shard_info=shard,
+            shard_info=seqio.ShardInfo((stream + epoch) % count, count),
             trim_output_features=False,
             try_in_mem_cache=False,
         )
-        if not by_file:
-            dataset = dataset.shard(process_count, process_index)
-        return dataset.map(
-            lambda row: row | {"epoch": epoch, "id": row["id"] * len(parts) + k}
-        )
+        added = {"epoch": epoch, "int8": part.manifest.embedding_dtype == "int8"}
+        return dataset.map(lambda row: row | added | {"id": row["id"] * len(parts) + k})
 
-    epoch, place = divmod(start, own)
-    epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)
-    return epochs.flat_map(one_epoch).skip(place)
+    def open_stream(stream: int, position: int) -> tf.data.Dataset:
+        # A position is an epoch and a place in it, so resuming reads at most one epoch
+        # of raw records and decodes none of what it skips.
+        epoch, place = readers.seek(shares, stream, position)
+        epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)
+        number = tf.constant(stream, tf.int64)
+        return epochs.flat_map(lambda epoch: one_epoch(number, epoch)).skip(place)
+
+    return open_stream
+
+
+def _first(one, other):
+    return one
+
+
+def _second(one, other):
+    return other

@@ -21,27 +21,24 @@ def open_records(cfg: StageConfig, mesh: Mesh) -> Stream:
     Raises:
       UserError: when the records are missing, incomplete or do not fit the config.
     """
-    hosts = {
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
     parts = read_parts(cfg.data.records)
     if epath.Path(parts[0].path).is_file():
         from imagen_jax.data.memory import make_memory
 
-        return make_memory(cfg, mesh, **hosts)
+        return make_memory(cfg, mesh)
     start_tensorflow()
     from imagen_jax.data.pipeline import make_pipeline
 
-    return make_pipeline(cfg, mesh, **hosts)
+    return make_pipeline(cfg, mesh)
 
 
 def queue_bytes(cfg: StageConfig, hosts: int = 1) -> int:
     """What the queues in front of one of `hosts` hold, about: the config bounds it.
 
     data.shuffle_examples encoded records, of mean size, or all if they are fewer; and
-    five batches: one on the devices, two that wait, two in the making. A .npz file has
-    no queue but the first of these; all of it is in memory.
+    five batches: one on the devices, two that wait, two in the making. Some hundred
+    encoded records that are read ahead are not counted. A .npz file has no queue but
+    the first of these; all of it is in memory.
     """
     leaves = jax.tree.leaves(batch_spec(cfg))
     batch = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) // hosts

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from imagen_jax import sharding
@@ -29,7 +30,6 @@ class Stream:
         batches_from: Callable[[int], Iterator[Batch]],
         mesh: Mesh,
         identity: dict[str, Any],
-        hosts: int = 1,
     ):
         """
         Args:
@@ -37,13 +37,10 @@ class Stream:
             as numpy arrays.
           mesh: batches are spread over its data and fsdp axes.
           identity: what the order depends on; a state of another is refused.
-          hosts: between which the records are divided, when the order depends on
-            it; else 1.
         """
         self._batches_from = batches_from
         self._sharding = sharding.batch_sharding(mesh)
         self._identity = identity
-        self._hosts = hosts
         self._seek(0)
 
     def _seek(self, batches: int) -> None:
@@ -71,12 +68,11 @@ class Stream:
         )
 
     def get_state(self) -> bytes:
-        """The position after the last batch handed out, some 200 bytes."""
-        state = {
-            "batches": self._consumed,
-            "hosts": self._hosts,
-            "identity": self._identity,
-        }
+        """The position after the last batch handed out, some 200 bytes.
+
+        It is the same on all hosts, and valid for any number of them.
+        """
+        state = {"batches": self._consumed, "identity": self._identity}
         return json.dumps(state).encode()
 
     def set_state(self, state: bytes) -> None:
@@ -87,9 +83,7 @@ class Stream:
         """
         try:
             values = json.loads(state)
-            batches, hosts, identity = (
-                values[name] for name in ("batches", "hosts", "identity")
-            )
+            batches, identity = (values[name] for name in ("batches", "identity"))
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 "the checkpoint's data position is damaged; start from an older "
@@ -103,14 +97,6 @@ class Stream:
                     f"has {have!r}: continue with the same data, or start in a new "
                     "workdir"
                 )
-        if hosts != self._hosts:
-            log.warning(
-                "the checkpoint was written by %d hosts, this run has %d: the records "
-                "are divided anew, so the rest of this epoch may repeat some and miss "
-                "others",
-                hosts,
-                self._hosts,
-            )
         self._seek(batches)
 
 
@@ -129,20 +115,15 @@ def check_text(cfg: StageConfig, manifest: Manifest) -> None:
         )
 
 
-def local_batch_size(cfg: StageConfig, mesh: Mesh, process_count: int) -> int:
-    """Rows of a batch that one host reads.
+def rows_here(cfg: StageConfig, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch this host's devices hold, `[n]` int64, ascending.
 
     Raises:
-      UserError: when the batch does not divide over the hosts or the mesh.
+      UserError: when the batch does not divide over the mesh.
     """
     size = cfg.training.batch_size
     sharding.check_batch_size(size, mesh, "training.batch_size")
-    if size % process_count:
-        raise UserError(
-            f"config.training.batch_size is {size}, which does not divide over "
-            f"{process_count} hosts"
-        )
-    return size // process_count
+    return sharding.rows_of_process(size, mesh, jax.process_index())
 
 
 def identity(

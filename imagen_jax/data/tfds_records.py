@@ -22,7 +22,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from imagen_jax.data import disk, embeddings, manifest
+from imagen_jax.data import disk, embeddings, manifest, readers
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.data.tfds_source import open_builder
 from imagen_jax.errors import UserError
@@ -149,12 +149,37 @@ def make_source(name: str, split: str) -> seqio.TfdsDataSource:
     Pictures and embeddings stay the bytes that are stored.
     """
     builder, own = open_builder(name)
-    return seqio.TfdsDataSource(
-        tfds_data_dir=str(builder.data_dir),
-        read_only=True,
-        splits={split: own},
-        decoders={key: tfds.decode.SkipDecoding() for key in ("image", "text")},
-    )
+    return _Source(str(builder.data_dir), split, own)
+
+
+class _Source(seqio.TfdsDataSource):
+    """One whose shards can be tensors, and that reads ahead as a folder's."""
+
+    supports_arbitrary_sharding = True
+
+    def __init__(self, folder: str, split: str, own: str):
+        super().__init__(tfds_data_dir=folder, read_only=True, splits={split: own})
+        self._own = own
+
+    def get_dataset(
+        self, split=_SPLIT, shuffle=True, seed=None, shard_info=None, **_
+    ) -> tf.data.Dataset:
+        """Rows as they are stored; of n shards the i-th has the files i::n."""
+        shard = shard_info or seqio.ShardInfo(0, 1)
+        return self.tfds_dataset.builder.as_dataset(
+            split=self._own,
+            shuffle_files=shuffle,
+            decoders={key: tfds.decode.SkipDecoding() for key in ("image", "text")},
+            read_config=tfds.ReadConfig(
+                shuffle_seed=seed,
+                interleave_cycle_length=readers.open_files(shard.num_shards),
+                interleave_block_length=1,
+                num_parallel_calls_for_decode=1,
+                skip_prefetch=True,
+                try_autocache=False,
+                input_context=tf.distribute.InputContext(shard.num_shards, shard.index),
+            ),
+        )
 
 
 def _fault(info) -> str:

@@ -64,6 +64,8 @@ class Checkpointer:
         if training:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation(training),
+                # What killed processes have not finished.
+                cleanup_tmp_directories=True,
                 # Without it Orbax does not keep metrics.
                 best_fn=_metric(training) if training.keep_best_checkpoints else None,
             )
@@ -201,13 +203,7 @@ class Checkpointer:
             opt_state=found.train["opt"],
             guard=found.train["guard"],
         )
-        iterator = found.iterator.get(str(jax.process_index()))
-        if iterator is None:
-            raise UserError(
-                f"the checkpoint {step} of {self.workdir} was written by "
-                f"{len(found.iterator)} processes, there are {jax.process_count()} now"
-            )
-        return state, base64.b64decode(iterator)
+        return state, self._position(step, found.iterator)
 
     def stage(self, step: int | None = None) -> StageConfig:
         """The resolved config that a checkpoint (default: the newest) was trained with.
@@ -252,6 +248,19 @@ class Checkpointer:
                 f"{self.workdir} has no complete checkpoint: train this stage first"
             )
         return step
+
+    def _position(self, step: int, saved: Mapping[str, str]) -> bytes:
+        """This process's iterator bytes; on another number of them, those of all."""
+        count = jax.process_count()
+        if len(saved) == count:
+            return base64.b64decode(saved[str(jax.process_index())])
+        if len(set(saved.values())) == 1:
+            return base64.b64decode(saved["0"])
+        raise UserError(
+            f"the checkpoint {step} of {self.workdir} was written by {len(saved)} "
+            f"processes whose data stood at different places, there are {count} now: "
+            f"start {len(saved)}"
+        )
 
     def _description(self, step: int) -> dict:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())

@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import signal
-import threading
 from typing import Protocol
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -28,8 +25,10 @@ from imagen_jax.training.recovery import Recovery
 from imagen_jax.training.start import first_state
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import compile_train_step
+from imagen_jax.training.stopping import stopping
 from imagen_jax.training.stopwatch import Stopwatch
 from imagen_jax.training.watchdog import Watchdog
+from imagen_jax.training.writing import writing
 
 # What a resumed run may change: how long, how often, where; not what is learned.
 _FREE = (
@@ -134,8 +133,8 @@ def train(
     Raises:
       UserError: for a workdir of another config, a batch that does not divide, weights
         that do not fit, or checkpoints of which none is whole; and when more updates
-        were skipped than the config allows.
-      Stopped: on SIGINT or SIGTERM, after saving.
+        were skipped than the config allows; or a workdir that cannot be written.
+      Stopped: on SIGINT, SIGTERM or a notice of maintenance, after saving.
     """
     check_batch_size(
         cfg.training.batch_size,
@@ -145,17 +144,20 @@ def train(
     )
     stopwatch = stopwatch or Stopwatch()
     _check_best_metric(cfg)
-    check_workdir(cfg, workdir)
-    checkpointer = Checkpointer(workdir, cfg.training)
-    writer = MetricWriter(workdir, stopwatch)
-    try:
-        state, origin = first_state(cfg, mesh, checkpointer, batches.set_state)
-        writer.event("start", int(state.step), devices=jax.device_count(), **origin)
-        return _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer)
-    finally:
-        stopwatch.close()
-        checkpointer.close()
-        writer.close()
+    with writing(workdir):
+        check_workdir(cfg, workdir)
+        checkpointer = Checkpointer(workdir, cfg.training)
+        writer = MetricWriter(workdir, stopwatch)
+        try:
+            state, origin = first_state(cfg, mesh, checkpointer, batches.set_state)
+            writer.event("start", int(state.step), devices=jax.device_count(), **origin)
+            return _run(
+                cfg, workdir, batches, mesh, preview, state, checkpointer, writer
+            )
+        finally:
+            stopwatch.close()
+            checkpointer.close()
+            writer.close()
 
 
 def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
@@ -180,7 +182,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             checkpointer.save(state, cfg, position, log.since_checkpoint())
 
     stopwatch.train_from(first, watchdog.step)
-    with bar, contextlib.closing(watchdog), _signals() as stopped:
+    with bar, contextlib.closing(watchdog), stopping() as stopped:
         step = first
         previews = 0
         while step < last:
@@ -228,8 +230,10 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
                 log.flush(step, bar)
                 with stopwatch.bucket("checkpoint"):
                     checkpointer.wait()
-                writer.event("stop", step)
-                raise Stopped(f"stopped on a signal at step {step}, saved in {workdir}")
+                writer.event("stop", step, why=stopped.why)
+                raise Stopped(
+                    f"stopped on {stopped.why} at step {step}, saved in {workdir}"
+                )
         log.flush(last, bar)
         with stopwatch.bucket("checkpoint"):
             checkpointer.wait()
@@ -244,41 +248,6 @@ def _check_best_metric(cfg: StageConfig) -> None:
             f"config.training.best_metric is {name!r}; it takes one of {known}"
             + did_you_mean(name, known)
         )
-
-
-@contextlib.contextmanager
-def _signals():
-    """Yields a function that tells after each step whether to stop.
-
-    It is when SIGINT or SIGTERM has come; of several processes, when it has come to
-    one of them and all are at the same step. The second signal meets the handlers that
-    were there before.
-    """
-    came = []
-    before = {}
-    alone = jax.process_count() == 1
-
-    def handler(number, frame):
-        came.append(number)
-        restore()
-        if not alone:
-            signal.raise_signal(signal.SIGTERM)
-
-    def restore():
-        for number, old in before.items():
-            signal.signal(number, old)
-
-    if threading.current_thread() is threading.main_thread():
-        # Of several processes JAX takes SIGTERM itself, and tells the others.
-        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            before[number] = signal.signal(number, handler)
-    try:
-        if alone:
-            yield lambda step: bool(came)
-        else:
-            yield multihost_utils.reached_preemption_sync_point
-    finally:
-        restore()
 
 
 def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:

@@ -13,7 +13,7 @@ from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
 start_tensorflow()
-from imagen_jax.data.pipeline import examples_of_host, make_pipeline  # noqa: E402
+from imagen_jax.data.pipeline import make_pipeline  # noqa: E402
 
 DRAWN = 9
 
@@ -46,10 +46,7 @@ def _rows(batches):
 
 
 def _choices(seed, weights, start, count):
-    chunks, found = mixture.enter(seed, weights, start)[1], []
-    while sum(map(len, found)) < count:
-        found.append(next(chunks))
-    return np.concatenate(found)[:count]
+    return next(mixture.enter(seed, weights, start, count)[1])
 
 
 class TestEnter:
@@ -69,15 +66,15 @@ class TestEnter:
     def test_any_position_can_be_entered(self, weights, start):
         whole = _choices(3, weights, 0, start + 9_000)
         np.testing.assert_array_equal(_choices(3, weights, start, 9_000), whole[start:])
-        counts = mixture.enter(3, weights, start)[0]
+        counts = mixture.enter(3, weights, start, 1)[0]
         assert counts == np.bincount(whole[:start], minlength=len(weights)).tolist()
 
     def test_a_position_after_years_too(self):
         """It is gone to at once: nothing before it is drawn."""
         position, weights = 10**11, (3, 1)
-        counts, _ = mixture.enter(0, weights, position)
+        counts, _ = mixture.enter(0, weights, position, 1)
         choices = _choices(0, weights, position, 1000)
-        later, _ = mixture.enter(0, weights, position + 1000)
+        later, _ = mixture.enter(0, weights, position + 1000, 1)
         assert sum(counts) == position
         assert (np.subtract(later, counts) == np.bincount(choices)).all()
 
@@ -89,10 +86,19 @@ class TestEnter:
         # Of two numbers even in strata of 4 the difference is triangular on (0, 8).
         assert set(gaps) >= {1, 2, 3, 4, 5, 6, 7} and abs(gaps.mean() - 4) < 0.01
 
+    @pytest.mark.parametrize("count", [1, 7, 4096, 5000])
+    def test_arrays_are_as_long_as_is_asked_for(self, count):
+        _, arrays = mixture.enter(0, (3, 1), 5, count)
+        found = np.stack([next(arrays) for _ in range(3)])
+        assert found.shape == (3, count)
+        want = _choices(0, (3, 1), 5, 3 * count)
+        np.testing.assert_array_equal(found.ravel(), want)
+
 
 def test_a_mixture_has_what_its_folders_have(stage, records, drawn, mixed, mesh):
     """Pictures, text and masks of each folder, once an epoch of it, by the weights."""
-    batches = _take(make_pipeline(stage(mixed, batch_size=4), mesh), 28)
+    cfg = stage(mixed, batch_size=4, data={"readers": 1})
+    batches = _take(make_pipeline(cfg, mesh), 28)
     ids = np.concatenate([batch.id for batch in batches])
     parts = ids % 2
     assert np.abs(np.cumsum(parts) - np.arange(1, 113) / 4).max() < 1.5
@@ -117,24 +123,6 @@ def test_resuming_equals_never_stopping(stage, mixed, mesh, consumed):
     resumed.set_state(state)
     have, want = _take(resumed, 4), _take(whole, 4)
     jax.tree.map(np.testing.assert_array_equal, have, want)
-
-
-@pytest.mark.parametrize("hosts", [2, 4])
-def test_hosts_share_every_folder(stage, mixed, mesh, hosts):
-    """The scenes are in three files: two hosts have their own, four share all."""
-    cfg = stage(mixed, batch_size=hosts)
-    seen = [[], []]
-    turns = []
-    for host in range(hosts):
-        ids = np.concatenate(
-            [b.id for b in _take(make_pipeline(cfg, mesh, host, hosts), 40)]
-        )
-        turns.append((ids % 2).tolist())
-        for k, part in enumerate(mixture.read_parts(mixed)):
-            own = examples_of_host(cfg, part.manifest, host, hosts)
-            seen[k] += (ids[ids % 2 == k] // 2)[:own].tolist()
-    assert [sorted(ids) for ids in seen] == [list(range(21)), list(range(DRAWN))]
-    assert all(turn == turns[0] for turn in turns)
 
 
 def test_small_pictures_are_told_by_folder(stage, mixed, drawn, mesh):

@@ -26,7 +26,7 @@ start_tensorflow()
 import tensorflow as tf  # noqa: E402
 
 from imagen_jax.data import preprocess, tasks  # noqa: E402
-from imagen_jax.data.pipeline import examples_of_host, make_pipeline  # noqa: E402
+from imagen_jax.data.pipeline import make_pipeline  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -168,21 +168,6 @@ def test_crops_change_from_epoch_to_epoch(stage, records, mesh):
             }
             assert image.tobytes() in places
     assert all(len(seen) > 1 for seen in crops.values())
-
-
-@pytest.mark.parametrize("hosts", [2, 4, 7])
-def test_hosts_share_the_examples(stage, records, mesh, hosts):
-    """Two and four hosts have files of their own, seven share all of the five files."""
-    cfg = stage(records, batch_size=hosts)
-    manifest = read_manifest(records)
-    epochs = [[], []]
-    for host in range(hosts):
-        own = examples_of_host(cfg, manifest, host, hosts)
-        ids = _ids(_take(make_pipeline(cfg, mesh, host, hosts), 2 * own))
-        epochs[0] += ids[:own]
-        epochs[1] += ids[own:]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(21))
-    assert epochs[0] != epochs[1]
 
 
 def test_flips_are_asked_for(stage, records, mesh):
@@ -349,13 +334,6 @@ class TestRefusals:
         mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:4])
         with pytest.raises(UserError, match="batch_size is 6.*4 shards"):
             make_pipeline(stage(records, batch_size=6), mesh)
-        mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
-        with pytest.raises(UserError, match="batch_size is 4.*3 hosts"):
-            make_pipeline(stage(records), mesh, 0, 3)
-
-    def test_a_host_without_examples(self, stage, records, mesh):
-        with pytest.raises(UserError, match="host 30 of 32 gets none of the 21"):
-            make_pipeline(stage(records, batch_size=32), mesh, 30, 32)
 
     @pytest.mark.parametrize(
         "change, message",
@@ -381,8 +359,3 @@ class TestRefusals:
     def test_a_damaged_state(self, stage, records, mesh, state):
         with pytest.raises(UserError, match="data position is damaged"):
             make_pipeline(stage(records), mesh).set_state(state)
-
-    def test_another_number_of_hosts_is_announced(self, stage, records, mesh, caplog):
-        state = make_pipeline(stage(records), mesh, 0, 2).get_state()
-        make_pipeline(stage(records), mesh).set_state(state)
-        assert "written by 2 hosts, this run has 1" in caplog.text

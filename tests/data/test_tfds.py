@@ -173,25 +173,28 @@ def test_records_are_a_data_set_for_everybody(kept, pictures):
 
 
 def test_training_from_a_data_set(kept, records, stage, mesh):
-    """By seqio.TfdsDataSource: what the folder gives, once an epoch on two hosts."""
-    rows = []
-    for name, hosts, own in ((records, 1, [21]), (f"tfds:{kept}", 2, [11, 10])):
-        cfg, seen = stage(name, batch_size=hosts), []
-        rows.append({})
-        for host, count in enumerate(own):
-            stream = make_pipeline(cfg, mesh, host, hosts)
-            for _ in range(count):
-                b = jax.tree.map(np.asarray, next(stream))
-                seen += b.id.tolist()
-                rows[-1][int(b.id[0])] = (b.image, b.text, b.mask)
-        assert sorted(seen) == list(range(21))
-    jax.tree.map(np.testing.assert_array_equal, *rows)
-    resumed = open_records(cfg, mesh)
-    whole = open_records(cfg, mesh)
+    """By seqio.TfdsDataSource: the folder's batches, on one host and on two."""
+    data = {"readers": 2}
+    folder = make_pipeline(stage(records, batch_size=4, data=data), mesh)
+    cfg = stage(f"tfds:{kept}", batch_size=4, data=data)
+    rows = np.arange(4).reshape(2, 2)
+    streams = [open_records(cfg, mesh), *(make_pipeline(cfg, mesh, r) for r in rows)]
+    seen = []
     for _ in range(13):
-        next(whole)
-    resumed.set_state(whole.get_state())
-    jax.tree.map(np.testing.assert_array_equal, next(resumed), next(whole))
+        want, whole, *halves = (
+            jax.tree.map(np.asarray, next(stream)) for stream in (folder, *streams)
+        )
+        jax.tree.map(np.testing.assert_array_equal, whole, want)
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *halves)
+        jax.tree.map(np.testing.assert_array_equal, joined, whole)
+        seen += whole.id.reshape(2, 2).tolist()
+    # Each reader has all of them in its 21 examples.
+    for reader in (0, 1):
+        assert sorted(np.ravel(seen[reader::2])[:21]) == list(range(21))
+    resumed = open_records(cfg, mesh)
+    resumed.set_state(streams[1].get_state())
+    want = jax.tree.map(np.asarray, next(streams[0]))
+    jax.tree.map(np.testing.assert_array_equal, next(resumed), want)
 
 
 class Embedded(tfds.core.GeneratorBasedBuilder):

@@ -1,0 +1,34 @@
+"""A loop without a network's arithmetic, for tests of what is around it."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax.training import loop, start
+from imagen_jax.training.log import MEANS, bucket_names
+from imagen_jax.training.state import create_state
+
+_created = functools.cache(create_state)
+
+
+def _step(state, batch):
+    """Moves every parameter by what depends on the step and the batch."""
+    moved = (np.float32(state.step) + batch.id.sum()) / 64
+    buckets = np.zeros(len(bucket_names()))
+    metrics = {
+        **dict.fromkeys(MEANS, np.float32(1)),
+        "loss_by_logsnr": {"sum": buckets, "count": buckets},
+        **dict.fromkeys(("skipped", "budget_spent"), False),
+        "skipped_updates": 0,
+    }
+    params = jax.tree.map(lambda leaf: leaf + moved, state.params)
+    return state.replace(step=state.step + 1, params=params), metrics
+
+
+@pytest.fixture
+def no_arithmetic(monkeypatch):
+    """Steps compile nothing; every run starts from the same state."""
+    monkeypatch.setattr(loop, "compile_train_step", lambda cfg, mesh: _step)
+    monkeypatch.setattr(start, "create_state", _created)
