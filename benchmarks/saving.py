@@ -92,7 +92,8 @@ def main():
                 for each in own.values()
                 if each
             ]
-            print(f"| {name}, {size / 1e6:,.0f} MB, {way} | {' | '.join(cells)} |")
+            row = f"{name}, {size / 1e6:,.0f} MB, {way}"
+            print(f"| {row} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
