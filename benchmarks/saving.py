@@ -23,7 +23,7 @@ from imagen_jax.training.state import create_state
 from imagen_jax.training.step import compile_train_step
 
 QUIET = 8
-WAYS = {"the loop": lambda state: False, "a thread": checkpoint._fits_twice}
+WAYS = {"the loop": lambda state: False, "a thread": checkpoint.fits_twice}
 
 
 def stages():
@@ -56,7 +56,7 @@ def measure(cfg, rounds):
         checkpointer = checkpoint.Checkpointer(workdir, cfg.training)
         for number in range(rounds + 1):
             for way, fits in WAYS.items():
-                checkpoint._fits_twice = fits
+                checkpoint.fits_twice = fits
                 own = found[way]
                 for _ in range(QUIET):
                     train(own["quiet"])

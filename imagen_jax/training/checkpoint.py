@@ -6,7 +6,6 @@ this file does not understand, one entry per process) and the checksums of all.
 """
 
 import base64
-import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -16,7 +15,6 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -29,12 +27,10 @@ from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig, TrainingConfig
 from imagen_jax.errors import UserError
 from imagen_jax.training import checksums
+from imagen_jax.training.copying import copied, fits_twice
 from imagen_jax.training.state import TrainState, abstract_state
 
 SCHEMA_VERSION = 2
-
-# Free memory comes in pieces.
-_ROOM = 1.25
 
 # What the two uses of a checkpoint read, and so what must be whole.
 RESUMED = ("config", "ema", "iterator", "train")
@@ -101,9 +97,9 @@ class Checkpointer:
         self._settle()
         if step in self.manager.all_steps():
             return
-        apart = jax.process_count() == 1 and _fits_twice(state)
+        apart = jax.process_count() == 1 and fits_twice(state)
         if apart:
-            state = _copy(state)
+            state = copied(state)
         train = {
             "step": state.step,
             "params": state.params,
@@ -300,29 +296,6 @@ class Checkpointer:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self.manager.reload()
-
-
-@jax.jit
-def _copy(state: TrainState) -> TrainState:
-    """What is left when `state` is donated to the next step."""
-    return jax.tree.map(jnp.copy, state)
-
-
-def _fits_twice(state: TrainState) -> bool:
-    """Whether the devices have room for a copy beside the most they ever held."""
-    need: collections.Counter[jax.Device] = collections.Counter()
-    for leaf in jax.tree.leaves(state):
-        for shard in leaf.addressable_shards:
-            need[shard.device] += shard.data.nbytes
-    return all(_has_room(device.memory_stats(), size) for device, size in need.items())
-
-
-def _has_room(memory: Mapping[str, int] | None, size: int) -> bool:
-    """Of a device with these `memory_stats`; a CPU has none, and the host's memory."""
-    if memory is None:
-        return True
-    free = memory.get("bytes_limit", 0) - memory.get("peak_bytes_in_use", 0)
-    return free > _ROOM * size
 
 
 def description(cfg: StageConfig, step: int) -> dict:

@@ -11,6 +11,7 @@ from imagen_jax.config import MeshConfig
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import checkpoint
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.copying import has_room
 from imagen_jax.training.state import create_state
 from tests import tiny
 
@@ -27,7 +28,7 @@ def spoil(state):
 def test_what_is_saved_is_what_was_there(tmp_path, monkeypatch, devices, room):
     """Whatever the steps after it do to its memory, before Orbax has seen it."""
     if not room:
-        monkeypatch.setattr(checkpoint, "_fits_twice", lambda state: False)
+        monkeypatch.setattr(checkpoint, "fits_twice", lambda state: False)
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     state = create_state(CFG, mesh)
     checkpointer = Checkpointer(str(tmp_path), CFG.training)
@@ -93,4 +94,4 @@ def test_an_error_of_the_thread_is_one_of_the_loop(tmp_path, monkeypatch):
     ],
 )
 def test_a_copy_is_made_where_there_is_room(memory, has):
-    assert checkpoint._has_room(memory, 100) == has
+    assert has_room(memory, 100) == has
