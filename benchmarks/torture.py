@@ -45,7 +45,7 @@ WEIGHTS = (5, 2, 2, 1)
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
 # When: while it starts, and some time after it has started to train, while a
 # checkpoint is unfinished, or after its last is begun.
-WHEN = ("start", "steps", "saving", "end")
+WHEN = ("start", "steps", "steps", "saving", "saving", "end")
 LONGEST_SECONDS = 600
 
 
@@ -92,9 +92,12 @@ class Torture:
         with self.start(self.whole) as process:
             assert process.wait(LONGEST_SECONDS) == 0, self.log(self.whole)
         took = time.monotonic() - begun
-        times = {e["event"]: e["seconds"] for e in lines(self.whole / "events.jsonl")}
-        # Until it trains, about; and from there to the end.
-        self.training_seconds = times["done"] - times["start"]
+        # The first event, "start", is written before the step is compiled or, later,
+        # found in the cache; the first checkpoint comes after it.
+        times = {}
+        for event in lines(self.whole / "events.jsonl"):
+            times.setdefault(event["event"], event["seconds"])
+        self.training_seconds = times["done"] - times["checkpoint"]
         self.start_seconds = took - self.training_seconds
 
     def start(self, workdir: pathlib.Path) -> subprocess.Popen:
@@ -144,12 +147,13 @@ class Torture:
         """Returns at a random time of the process's life; False if it has ended."""
         when = self.random.choice(WHEN)
         if when == "start":
-            time.sleep(self.random.uniform(0, 1.2 * self.start_seconds))
+            time.sleep(self.random.uniform(0, self.start_seconds))
             return process.poll() is None
         events = workdir / "events.jsonl"
 
         def trains():
-            return len(lines(events)) > before
+            own = lines(events)[before:]
+            return any(event["event"] != "start" for event in own)
 
         def saves():
             return trains() and any(unfinished(workdir))
@@ -161,7 +165,9 @@ class Torture:
         begun = {"steps": trains, "saving": saves, "end": ends}[when]
         while not begun() and process.poll() is None:
             time.sleep(0.003)
-        longest = {"steps": self.training_seconds, "saving": 0.3, "end": 1.0}[when]
+        # Short of the end, or most lives would be their run's last.
+        steps = self.training_seconds / 4
+        longest = {"steps": steps, "saving": 0.3, "end": 1.0}[when]
         time.sleep(self.random.uniform(0, longest))
         return process.poll() is None
 
@@ -181,6 +187,8 @@ class Torture:
             hit = "steps, then saved"
         elif not events:
             hit = "start-up"
+        elif events == ["start"]:
+            hit = "compiling"
         elif not left:
             hit = "steps"
         elif any(not p.name.endswith(UNFINISHED) for p in left[0].iterdir()):
@@ -268,7 +276,7 @@ def main() -> None:
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="torture-"))
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    torture = Torture(folder, steps=40, every=5, seed=seed)
+    torture = Torture(folder, steps=80, every=5, seed=seed)
     killed = runs = 0
     while killed < args.kills:
         runs += 1

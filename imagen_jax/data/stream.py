@@ -16,6 +16,9 @@ from imagen_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Examples are counted in 64 bits.
+_MOST_BATCHES = 2**40
+
 
 class Stream:
     """An endless iterator of training batches.
@@ -90,7 +93,10 @@ class Stream:
             batches, hosts, identity = (
                 values[name] for name in ("batches", "hosts", "identity")
             )
-        except (ValueError, KeyError, TypeError):
+            right = type(batches) is int and 0 <= batches < _MOST_BATCHES
+            if not (right and isinstance(identity, dict)):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 "the checkpoint's data position is damaged; start from an older "
                 "checkpoint"

@@ -18,7 +18,7 @@ def _step(state, batch):
     moved = (np.float32(state.step) + batch.id.sum()) / 64
     buckets = np.zeros(len(bucket_names()))
     metrics = {
-        **dict.fromkeys(MEANS, np.float32(1)),
+        **dict.fromkeys(MEANS, jax.numpy.ones(())),
         "loss_by_logsnr": {"sum": buckets, "count": buckets},
         **dict.fromkeys(("skipped", "budget_spent"), False),
         "skipped_updates": 0,
