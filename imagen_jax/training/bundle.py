@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from imagen_jax import config as config_lib
+from imagen_jax.barrier import wait_for_all
 from imagen_jax.batch import Batch, batch_spec, check_batch
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import MeshConfig, StageConfig
@@ -204,6 +205,7 @@ def write_bundle(
     checkpointer.save(before, cfg, position)
     checkpointer.close()
     found = examine(before, batch, cfg, mesh)
+    wait_for_all("collect the batch of a bundle")
     whole = jax.tree.map(
         lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), batch
     )

@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from imagen_jax import __version__
 from imagen_jax import config as config_lib
+from imagen_jax.barrier import wait_for_all
 from imagen_jax.config import StageConfig, TrainingConfig
 from imagen_jax.errors import UserError
 from imagen_jax.training import checksums
@@ -269,8 +270,7 @@ class Checkpointer:
                     number += 1
                     name = f"{step}_{number}"
                 (self._folder / str(step)).rename(folder / name)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        wait_for_all("go on when damaged checkpoints are set aside")
         self.manager.reload()
 
 
@@ -349,6 +349,7 @@ def _gather(mine: bytes) -> list[bytes]:
     """Every process's bytes."""
     if jax.process_count() == 1:
         return [mine]
+    wait_for_all("exchange what a checkpoint needs")
     sizes = multihost_utils.process_allgather(np.asarray(len(mine)))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
