@@ -43,6 +43,13 @@ STAGE = {
 WAYS = ("kill", "term", "int", "int twice")
 WEIGHTS = (5, 2, 2, 1)
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
+# How a life may end: done all the same, saved, or dead of it.
+STATUSES = {
+    "kill": (0, -9),
+    "term": (0, 3, -15),
+    "int": (0, 3, -2),
+    "int twice": (0, 3, -2, 130),
+}
 # When: while it starts, and some time after it has started to train, while a
 # checkpoint is unfinished, or after its last is begun.
 WHEN = ("start", "steps", "steps", "saving", "saving", "end")
@@ -117,16 +124,27 @@ class Torture:
         """What all lives of a run have printed."""
         return pathlib.Path(f"{workdir}.log").read_text()
 
-    def until_done(self, workdir: pathlib.Path, kills: int) -> int:
-        """Kills a run at most so often; returns how often it was, when it is done."""
-        killed = 0
+    def draw(self) -> tuple[str, str]:
+        """A way to end a life, and when."""
+        return self.random.choices(WAYS, WEIGHTS)[0], self.random.choice(WHEN)
+
+    def until_done(self, workdir: pathlib.Path, plan: list[tuple[str, str]]) -> int:
+        """Kills a run as planned; returns how often it was killed, when it is done.
+
+        Args:
+          workdir: of a new run.
+          plan: of each life how and when it ends; the next one is left to end.
+        """
+        killed, plan = 0, list(plan)
         while True:
             before = len(lines(workdir / "events.jsonl"))
             printed = len(self.log(workdir)) if before else 0
             process = self.start(workdir)
-            way = self.random.choices(WAYS, WEIGHTS)[0]
-            if killed < kills and self.wait_for_a_moment(workdir, process, before):
+            way, when = plan.pop(0) if plan else ("", "")
+            if way and self.wait_for_a_moment(workdir, process, when, before):
                 hit, status = self.kill(workdir, process, way, before)
+                if status not in STATUSES[way]:
+                    self.faults.append(f"{workdir.name}: {way} gave status {status}")
             else:
                 hit, status = "", process.wait(LONGEST_SECONDS)
             told = self.log(workdir)[printed:]
@@ -143,9 +161,8 @@ class Torture:
                 self.compare(workdir)
                 return killed
 
-    def wait_for_a_moment(self, workdir, process, before: int) -> bool:
+    def wait_for_a_moment(self, workdir, process, when: str, before: int) -> bool:
         """Returns at a random time of the process's life; False if it has ended."""
-        when = self.random.choice(WHEN)
         if when == "start":
             time.sleep(self.random.uniform(0, self.start_seconds))
             return process.poll() is None
@@ -280,8 +297,8 @@ def main() -> None:
     killed = runs = 0
     while killed < args.kills:
         runs += 1
-        # The last kills of a run are near its end.
-        killed += torture.until_done(folder / f"run{runs}", args.kills - killed)
+        plan = [torture.draw() for _ in range(args.kills - killed)]
+        killed += torture.until_done(folder / f"run{runs}", plan)
         print(f"run {runs} is done: {killed} kills", flush=True)
     print(f"{killed} kills, {runs} runs, {time.monotonic() - begun:.0f} s")
     print(table(torture.hits))

@@ -26,7 +26,14 @@ def cfg(tmp_path_factory):
     options = {"image_size": 8, "text_length": 4, "progress": False}
     prepare.prepare("shapes:20", path, **options)
     cfg = tiny.stage(
-        model=tiny.ONE_LEVEL,
+        # It compiles in half the time of ONE_LEVEL.
+        model={
+            "channels": (8,),
+            "num_res_blocks": (1,),
+            "self_attention": (False,),
+            "text_attention": (False,),
+            "text_conditioning": "mean_pool",
+        },
         data={"records": path},
         text={"length": 4, "dim": 64, "encoder": ""},
     )
@@ -78,11 +85,14 @@ def test_other_devices_midway(cfg, tmp_path):
     for devices, steps in ((8, 2), (4, 4), (2, 6), (8, STEPS)):
         found = train(cfg, tmp_path / "parts", devices, steps, parts)
     assert parts == whole and len(whole) == STEPS
+    far = {}
     for tree in ("params", "ema"):
         leaves = jax.tree.leaves_with_path(getattr(want, tree))
         for (path, x), y in zip(leaves, jax.tree.leaves(getattr(found, tree))):
             error = np.linalg.norm(x - y) / np.linalg.norm(x)
-            assert error < 1e-4, (tree, jax.tree_util.keystr(path), error)
+            if error > 1e-4:
+                far[tree + jax.tree_util.keystr(path)] = error
+    assert not far
     # On the same devices there is nothing to allow for.
     train(cfg, tmp_path / "same", 8, 4, same)
     found = train(cfg, tmp_path / "same", 8, STEPS, same)
