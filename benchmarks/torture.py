@@ -43,9 +43,16 @@ STAGE = {
 WAYS = ("kill", "term", "int", "int twice")
 WEIGHTS = (5, 2, 2, 1)
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
+# How a life may end: done all the same, saved, or dead of it.
+STATUSES = {
+    "kill": (0, -9),
+    "term": (0, 3, -15),
+    "int": (0, 3, -2),
+    "int twice": (0, 3, -2, 130),
+}
 # When: while it starts, and some time after it has started to train, while a
 # checkpoint is unfinished, or after its last is begun.
-WHEN = ("start", "steps", "saving", "end")
+WHEN = ("start", "steps", "steps", "saving", "saving", "end")
 LONGEST_SECONDS = 600
 
 
@@ -92,9 +99,12 @@ class Torture:
         with self.start(self.whole) as process:
             assert process.wait(LONGEST_SECONDS) == 0, self.log(self.whole)
         took = time.monotonic() - begun
-        times = {e["event"]: e["seconds"] for e in lines(self.whole / "events.jsonl")}
-        # Until it trains, about; and from there to the end.
-        self.training_seconds = times["done"] - times["start"]
+        # The first event, "start", is written before the step is compiled or, later,
+        # found in the cache; the first checkpoint comes after it.
+        times = {}
+        for event in lines(self.whole / "events.jsonl"):
+            times.setdefault(event["event"], event["seconds"])
+        self.training_seconds = times["done"] - times["checkpoint"]
         self.start_seconds = took - self.training_seconds
 
     def start(self, workdir: pathlib.Path) -> subprocess.Popen:
@@ -114,16 +124,27 @@ class Torture:
         """What all lives of a run have printed."""
         return pathlib.Path(f"{workdir}.log").read_text()
 
-    def until_done(self, workdir: pathlib.Path, kills: int) -> int:
-        """Kills a run at most so often; returns how often it was, when it is done."""
-        killed = 0
+    def draw(self) -> tuple[str, str]:
+        """A way to end a life, and when."""
+        return self.random.choices(WAYS, WEIGHTS)[0], self.random.choice(WHEN)
+
+    def until_done(self, workdir: pathlib.Path, plan: list[tuple[str, str]]) -> int:
+        """Kills a run as planned; returns how often it was killed, when it is done.
+
+        Args:
+          workdir: of a new run.
+          plan: of each life how and when it ends; the next one is left to end.
+        """
+        killed, plan = 0, list(plan)
         while True:
             before = len(lines(workdir / "events.jsonl"))
             printed = len(self.log(workdir)) if before else 0
             process = self.start(workdir)
-            way = self.random.choices(WAYS, WEIGHTS)[0]
-            if killed < kills and self.wait_for_a_moment(workdir, process, before):
+            way, when = plan.pop(0) if plan else ("", "")
+            if way and self.wait_for_a_moment(workdir, process, when, before):
                 hit, status = self.kill(workdir, process, way, before)
+                if status not in STATUSES[way]:
+                    self.faults.append(f"{workdir.name}: {way} gave status {status}")
             else:
                 hit, status = "", process.wait(LONGEST_SECONDS)
             told = self.log(workdir)[printed:]
@@ -140,16 +161,16 @@ class Torture:
                 self.compare(workdir)
                 return killed
 
-    def wait_for_a_moment(self, workdir, process, before: int) -> bool:
+    def wait_for_a_moment(self, workdir, process, when: str, before: int) -> bool:
         """Returns at a random time of the process's life; False if it has ended."""
-        when = self.random.choice(WHEN)
         if when == "start":
-            time.sleep(self.random.uniform(0, 1.2 * self.start_seconds))
+            time.sleep(self.random.uniform(0, self.start_seconds))
             return process.poll() is None
         events = workdir / "events.jsonl"
 
         def trains():
-            return len(lines(events)) > before
+            own = lines(events)[before:]
+            return any(event["event"] != "start" for event in own)
 
         def saves():
             return trains() and any(unfinished(workdir))
@@ -161,7 +182,9 @@ class Torture:
         begun = {"steps": trains, "saving": saves, "end": ends}[when]
         while not begun() and process.poll() is None:
             time.sleep(0.003)
-        longest = {"steps": self.training_seconds, "saving": 0.3, "end": 1.0}[when]
+        # Short of the end, or most lives would be their run's last.
+        steps = self.training_seconds / 4
+        longest = {"steps": steps, "saving": 0.3, "end": 1.0}[when]
         time.sleep(self.random.uniform(0, longest))
         return process.poll() is None
 
@@ -181,6 +204,8 @@ class Torture:
             hit = "steps, then saved"
         elif not events:
             hit = "start-up"
+        elif events == ["start"]:
+            hit = "compiling"
         elif not left:
             hit = "steps"
         elif any(not p.name.endswith(UNFINISHED) for p in left[0].iterdir()):
@@ -268,12 +293,12 @@ def main() -> None:
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="torture-"))
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    torture = Torture(folder, steps=40, every=5, seed=seed)
+    torture = Torture(folder, steps=80, every=5, seed=seed)
     killed = runs = 0
     while killed < args.kills:
         runs += 1
-        # The last kills of a run are near its end.
-        killed += torture.until_done(folder / f"run{runs}", args.kills - killed)
+        plan = [torture.draw() for _ in range(args.kills - killed)]
+        killed += torture.until_done(folder / f"run{runs}", plan)
         print(f"run {runs} is done: {killed} kills", flush=True)
     print(f"{killed} kills, {runs} runs, {time.monotonic() - begun:.0f} s")
     print(table(torture.hits))

@@ -3,15 +3,16 @@
 import contextlib
 import json
 import os
-import re
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 from jax._src import clusters, distributed
 
+from imagen_jax.barrier import not_come, numbered
 from imagen_jax.errors import PeerLost, UserError
 
 # Who finds that a process is gone waits so long for the others to find it too.
@@ -44,7 +45,7 @@ def join(start_seconds: int, lost_seconds: int) -> None:
     missing = roll_call(address, count, index, start_seconds)
     if missing:
         raise PeerLost(
-            f"--distributed: {_numbers(missing)} of {count} did not come within "
+            f"--distributed: {numbered(missing)} of {count} did not come within "
             f"--start_timeout_seconds={start_seconds}; see the logs there. Process 0 "
             f"is at {address}"
         )
@@ -104,20 +105,24 @@ def losses_named() -> Iterator[None]:
     """Ends this process, status 4, when what is run fails because another is gone."""
     try:
         yield
+    except PeerLost as lost:
+        _leave(str(lost))
     except jax.errors.JaxRuntimeError as error:
         lost = _lost() if jax.process_count() > 1 else []
         if not lost:
             raise
         first = str(error).splitlines()[0]
-        print(
-            f"error: {_numbers(lost)} of {jax.process_count()} is gone; see its log. "
+        _leave(
+            f"{numbered(lost)} of {jax.process_count()} is gone; see its log. "
             "The same command resumes from the last checkpoint when all are back. "
-            f"Noticed by: {first}",
-            file=sys.stderr,
-            flush=True,
+            f"Noticed by: {first}"
         )
-        # A normal end would wait for the lost process, and then abort.
-        os._exit(4)
+
+
+def _leave(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    # A normal end would wait for the lost process, and then abort.
+    os._exit(4)
 
 
 def _lost() -> list[int]:
@@ -127,11 +132,5 @@ def _lost() -> list[int]:
             "who_is_left", _AGREE_SECONDS * 1000
         )
     except jax.errors.JaxRuntimeError as error:
-        _, _, names = str(error).partition("timed out task names:")
-        return [int(n) for n in re.findall(r"^\D*?(?:task:)?(\d+)$", names, re.M)]
+        return not_come(error)
     return []
-
-
-def _numbers(processes: list[int]) -> str:
-    word = "process" if len(processes) == 1 else "processes"
-    return f"{word} {', '.join(map(str, processes))}"

@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
 from imagen_jax import cli, processes
+from imagen_jax.barrier import wait_for_all
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.manifest import with_text
@@ -73,6 +74,7 @@ def _peek(batches: BatchIterator, count: int) -> Batch:
     state = batches.get_state()
     batch = next(batches)
     batches.set_state(state)
+    wait_for_all("collect the examples of the preview")
     return jax.tree.map(
         lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))[:count],
         batch,
@@ -163,6 +165,8 @@ def main() -> None:
         return
     if args.distributed:
         processes.join(args.start_timeout_seconds, args.heartbeat_timeout_seconds)
+        # Orbax's own flag: its barriers end after 300 s, and not never.
+        args.experimental_orbax_use_distributed_barrier = True
     with processes.losses_named():
         train_stage(resolve(cli.config_values()), args.workdir)
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from imagen_jax.processes import roll_call
@@ -122,6 +124,121 @@ def test_four_processes_train_as_one(tmp_path, records, start):
     assert len(losses[0]) == 20
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert (four / "checkpoints" / "20").is_dir()
+
+
+# The door, which writes down the ids that each of its batches has here.
+WITH_IDS = """
+import sys
+import jax
+from imagen_jax import cli, train
+
+class Noted:
+    def __init__(self, stream, file):
+        self.stream, self.file, self.taken = stream, file, 0
+        self.get_state, self.set_state = stream.get_state, stream.set_state
+    def __next__(self):
+        batch = next(self.stream)
+        ids = [n for s in batch.id.addressable_shards for n in s.data.tolist()]
+        print(*ids, file=self.file, flush=True)
+        return batch
+
+open_records, path = train.open_records, sys.argv.pop(1)
+train.open_records = lambda cfg, mesh: Noted(
+    open_records(cfg, mesh), open(f"{path}-{jax.process_index()}", "w")
+)
+train.define_flags()
+cli.run(train.main)
+"""
+
+
+# A bias of attention's keys has no gradient but for rounding, which Adam makes as large
+# as any other's: two orders of sums have nothing in common there.
+NO_ATTENTION = (
+    "--config.model.self_attention=(False,)",
+    "--config.model.text_attention=(False,)",
+    "--config.model.text_conditioning=mean_pool",
+)
+
+
+@pytest.mark.slow
+def test_other_processes_midway(tmp_path, records, start):
+    """1, 2, 1 of them: the same examples, losses up to the order of sums."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    alone = environment() | {"XLA_FLAGS": ""}
+
+    def call(run, ids, steps):
+        every = "--config.training.checkpoint_every_steps=3"
+        last = f"--config.training.steps={steps}"
+        door = command(run, records, every, last, *NO_ATTENTION)
+        return [sys.executable, "-c", WITH_IDS, str(tmp_path / ids), *door[3:]]
+
+    def one(*args):
+        done = subprocess.run(call(*args), cwd=ROOT, env=alone, capture_output=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return ids_of(f"{args[1]}-0")
+
+    def ids_of(name):
+        lines = (tmp_path / name).read_text().splitlines()
+        return [[int(n) for n in line.split()] for line in lines]
+
+    want = one(whole, "whole", 9)
+    found = one(parts, "first", 3)
+    ended = ends(start(call(parts, "second", 6), tmp_path / "log"))
+    assert ended == [0, 0], [
+        (tmp_path / f"log-{i}").read_text()[-2000:] for i in (0, 1)
+    ]
+    found += [
+        a + b for a, b in zip(ids_of("second-0"), ids_of("second-1"), strict=True)
+    ]
+    found += one(parts, "third", 9)
+    assert found == want and len(want) == 9 and len(want[0]) == 4
+    logged = [
+        [r["loss"] for r in rows(run / "metrics.jsonl")] for run in (parts, whole)
+    ]
+    np.testing.assert_allclose(*logged, rtol=1e-4)
+    ends_at = [parameters(run / "checkpoints" / "9") for run in (parts, whole)]
+    for x, y in zip(*ends_at, strict=True):
+        assert np.linalg.norm(x - y) <= 1e-4 * np.linalg.norm(y)
+
+
+def parameters(folder) -> list[np.ndarray]:
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(folder / "train")["params"]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+# Of two processes the second lives, and does not come.
+HANGS = """
+import sys, time
+import jax
+from imagen_jax import processes
+from imagen_jax.barrier import wait_for_all
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+with processes.losses_named():
+    wait_for_all("begin")
+    if jax.process_index():
+        time.sleep(1000)
+    wait_for_all("save", 2)
+"""
+
+
+def test_a_process_that_hangs_is_not_waited_for():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    call = [sys.executable, "-c", HANGS, address]
+    streams = {"stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    first, second = (
+        subprocess.Popen([*call, str(i)], env=environment(), **streams) for i in (0, 1)
+    )
+    try:
+        _, told = first.communicate(timeout=200)
+    finally:
+        second.kill()
+        second.communicate()
+        first.kill()
+    assert first.returncode == 4
+    assert "error: process 1 of 2 did not come within 2 s to save" in told
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import typing
 import zipfile
 from typing import Any
 
@@ -23,6 +24,11 @@ JOB_FILE = "prepare.json"
 QUARANTINE_FILE = "quarantine.jsonl"
 # In its place in a folder of pictures without embeddings.
 PICTURES_FILE = "pictures.json"
+
+
+# Of counts, far more than there is room for.
+_LARGEST = 2**50
+_MANIFEST_BYTES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +101,13 @@ class Manifest:
         )
 
 
+# Of each field's type what isinstance understands.
+_KINDS = {
+    name: typing.get_origin(kind) or kind
+    for name, kind in typing.get_type_hints(Manifest).items()
+}
+
+
 def to_json(manifest: Manifest) -> str:
     """The manifest as it lies on disk."""
     values = {"format": FORMAT} | dataclasses.asdict(manifest)
@@ -109,7 +122,7 @@ def from_json(text: str, where: str) -> Manifest:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}); prepare again") from None
     found = values.pop("format", None) if isinstance(values, dict) else None
     if found != FORMAT:
@@ -124,7 +137,35 @@ def from_json(text: str, where: str) -> Manifest:
             f"{where} is damaged: {sorted(set(values) ^ names)} missing or unknown; "
             "prepare again"
         )
+    wrong = [name for name, kind in _KINDS.items() if not _is(values[name], kind)]
+    if wrong or not all(map(_is_shard, values["shards"])):
+        raise UserError(
+            f"{where} is damaged: {', '.join(wrong) or 'shards'} of another type; "
+            "prepare again"
+        )
     return Manifest(**values)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is int:
+        return type(value) is int and 0 <= value < _LARGEST
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _is_shard(shard: Any) -> bool:
+    if not isinstance(shard, dict):
+        return False
+    counts = [shard.get("sides"), shard.get("lengths")]
+    return (
+        all(isinstance(shard.get(name), str) for name in ("file", "sha256"))
+        and _is(shard.get("examples"), int)
+        and all(isinstance(count, dict) for count in counts)
+        and all(
+            key.isdecimal() and len(key) < 10 and _is(number, int)
+            for count in counts
+            for key, number in count.items()
+        )
+    )
 
 
 def read_manifest(records: str | os.PathLike) -> Manifest:
@@ -161,7 +202,11 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
             f"{str(path)!r} has no {FILE_NAME}: it was not written by "
             "`python -m imagen_jax.prepare`, or not to the end"
         )
-    manifest = from_json(file.read_text("utf8"), str(file))
+    # A pipe has no length, and reading it might not end.
+    if not 0 < file.stat().length < _MANIFEST_BYTES:
+        raise UserError(f"{str(file)!r} is no manifest: prepare again")
+    text = file.read_bytes().decode("utf8", "replace")
+    manifest = from_json(text, str(file))
     # One listing, not a question for each file: a bucket takes its time to answer.
     there = {p.name for p in path.iterdir()}
     missing = [s["file"] for s in manifest.shards if s["file"] not in there]
@@ -175,6 +220,8 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
 
 def _read_npz_manifest(path: epath.Path) -> Manifest:
     try:
+        if not path.stat().length:
+            raise ValueError("empty, or a pipe")
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             text = str(file["manifest"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

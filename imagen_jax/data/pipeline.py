@@ -102,6 +102,12 @@ def make_pipeline(
                 f"{cfg.data.records!r} has a record that is not what it was prepared "
                 f"to be: {error.message.splitlines()[0]}"
             ) from None
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"{cfg.data.records!r} cannot be read any more: "
+                f"{error.message.splitlines()[0]}\nThe same command goes on from the "
+                "last checkpoint when it can be"
+            ) from None
 
     contents = [part.manifest.content_sha256 for part in parts]
     usable = [sum(counts) for counts in files]

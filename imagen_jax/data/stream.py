@@ -17,6 +17,9 @@ from imagen_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Examples are counted in 64 bits.
+_MOST_BATCHES = 2**40
+
 
 class Stream:
     """An endless iterator of training batches.
@@ -84,7 +87,10 @@ class Stream:
         try:
             values = json.loads(state)
             batches, identity = (values[name] for name in ("batches", "identity"))
-        except (ValueError, KeyError, TypeError):
+            right = type(batches) is int and 0 <= batches < _MOST_BATCHES
+            if not (right and isinstance(identity, dict)):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 "the checkpoint's data position is damaged; start from an older "
                 "checkpoint"

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from imagen_jax import config as config_lib
+from imagen_jax.barrier import wait_for_all
 from imagen_jax.batch import Batch, batch_spec, check_batch
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import MeshConfig, StageConfig
@@ -41,6 +42,8 @@ from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import deal, draw, loss_and_gradients
 
 _VERSION = 1
+# Of a bundle.json, far more than one has.
+_RECORD_BYTES = 2**28
 # numpy's files have no bfloat16.
 _TEXT_BITS = "text_bfloat16_as_uint16"
 
@@ -202,6 +205,7 @@ def write_bundle(
     checkpointer.save(before, cfg, position)
     checkpointer.close()
     found = examine(before, batch, cfg, mesh)
+    wait_for_all("collect the batch of a bundle")
     whole = jax.tree.map(
         lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), batch
     )
@@ -258,7 +262,10 @@ def replay(bundle: str) -> Replay:
             "the folder WORKDIR/bundles/STEP that the stopped run named"
         )
     try:
-        record = json.loads(path.read_text())
+        # A pipe has no length, and reading it might not end.
+        if not 0 < path.stat().length < _RECORD_BYTES:
+            raise ValueError("it is no file of a bundle")
+        record = json.loads(path.read_bytes())
         if record["schema_version"] != _VERSION:
             raise UserError(
                 f"{path} has schema version {record['schema_version']}, this program "
@@ -266,7 +273,7 @@ def replay(bundle: str) -> Replay:
             )
         step, shards = int(record["step"]), int(record["row_shards"])
         recorded = {n: float(record["recorded"][n]) for n in ("loss", "gradient_norm")}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise _damaged(path, error) from None
@@ -304,7 +311,7 @@ def _read_batch(folder: epath.Path, cfg: StageConfig) -> Batch:
                 mask=file["mask"],
                 id=file["id"],
             )
-    except (OSError, EOFError, KeyError, ValueError, TypeError) as error:
+    except (OSError, EOFError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise _damaged(path, error) from None
     except (zipfile.BadZipFile, zlib.error) as error:
         raise _damaged(path, error) from None

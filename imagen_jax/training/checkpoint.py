@@ -7,12 +7,13 @@ this file does not understand, one entry per process) and the checksums of all.
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from imagen_jax import __version__
 from imagen_jax import config as config_lib
+from imagen_jax.barrier import wait_for_all
 from imagen_jax.config import StageConfig, TrainingConfig
 from imagen_jax.errors import UserError
 from imagen_jax.training import checksums
@@ -184,14 +186,16 @@ class Checkpointer:
             "opt": like.opt_state,
             "guard": like.guard,
         }
-        found = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                ema=ocp.args.StandardRestore(like.ema),
-                train=ocp.args.StandardRestore(train),
-                iterator=ocp.args.JsonRestore(),
-            ),
-        )
+        with _readable(f"the checkpoint {step} of {self.workdir}"):
+            found = self.manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    ema=ocp.args.StandardRestore(like.ema),
+                    train=ocp.args.StandardRestore(train),
+                    iterator=ocp.args.JsonRestore(),
+                ),
+            )
+            position = self._position(step, found.iterator)
         state = TrainState(
             step=found.train["step"],
             params=found.train["params"],
@@ -199,7 +203,7 @@ class Checkpointer:
             opt_state=found.train["opt"],
             guard=found.train["guard"],
         )
-        return state, self._position(step, found.iterator)
+        return state, position
 
     def stage(self, step: int | None = None) -> StageConfig:
         """The resolved config that a checkpoint (default: the newest) was trained with.
@@ -208,14 +212,17 @@ class Checkpointer:
           UserError: as `newest`, and when there is none.
         """
         step = self._required(SAMPLED) if step is None else step
-        found = self._description(step)
-        return config_lib.from_json(json.dumps(found["stage"]))
+        where = f"the config of checkpoint {step} of {self.workdir}"
+        with _readable(where):
+            text = json.dumps(self._description(step)["stage"])
+        return config_lib.from_json(text, where)
 
     def ema(self, like, step: int):
         """The averaged parameters at a saved step, as the abstract arrays of `like`."""
-        found = self.manager.restore(
-            step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like))
-        )
+        with _readable(f"the checkpoint {step} of {self.workdir}"):
+            found = self.manager.restore(
+                step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like))
+            )
         return found.ema
 
     def wait(self) -> None:
@@ -293,8 +300,7 @@ class Checkpointer:
                     number += 1
                     name = f"{step}_{number}"
                 (self._folder / str(step)).rename(folder / name)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        wait_for_all("go on when damaged checkpoints are set aside")
         self.manager.reload()
 
 
@@ -318,6 +324,28 @@ def check_version(version, what: str) -> None:
             f"{what} has {has}, this program reads {SCHEMA_VERSION}: use the release "
             "that wrote it"
         )
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Whoever wrote it may have given it checksums that are right."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    # Orbax has no error of its own; JAX's are RuntimeErrors.
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{what} is not what this program writes of this stage ({reason}): use the "
+            "release that wrote it, or copy it again"
+        ) from None
 
 
 def _preservation(training: TrainingConfig):
@@ -351,6 +379,7 @@ def _gather(mine: bytes) -> list[bytes]:
     """Every process's bytes."""
     if jax.process_count() == 1:
         return [mine]
+    wait_for_all("exchange what a checkpoint needs")
     sizes = multihost_utils.process_allgather(np.asarray(len(mine)))
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)

@@ -82,7 +82,8 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
         # A pipe has no length, and reading it might not end.
         if not 0 < path.stat().length < _CONFIG_BYTES:
             raise UserError(f"{path} is not the config of a run: remove it")
-        old = config_lib.from_json(path.read_text(), str(path))
+        text = path.read_bytes().decode("utf8", "replace")
+        old = config_lib.from_json(text, str(path))
         lines = [
             line
             for line in config_lib.difference(old, cfg)

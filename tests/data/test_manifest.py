@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -96,13 +97,15 @@ def test_no_records(stage, records, mesh):
         open_records(cfg, mesh)
 
 
-@pytest.mark.parametrize("kind", ["text", "truncated", "other", "pickle"])
+@pytest.mark.parametrize("kind", ["text", "truncated", "other", "pickle", "pipe"])
 def test_damaged_npz(npz, tmp_path, kind):
     path = tmp_path / "x.npz"
     if kind == "text":
         path.write_text("hello")
     elif kind == "truncated":
         path.write_bytes(pathlib.Path(npz).read_bytes()[:-200])
+    elif kind == "pipe":
+        os.mkfifo(path)
     elif kind == "other":
         np.savez(path, a=np.zeros(3))
     else:
