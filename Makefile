@@ -6,7 +6,9 @@ VENV ?= .venv
 
 .PHONY: demo test lint
 
-# Prepares captioned shapes, trains a small cascade and samples it, in demo/.
+# Prepares captioned shapes, trains a small cascade and samples it, in demo/. Linux then
+# gives out the memory of each step in large pages (benchmarks/README.md).
+demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m imagen_jax.demo --output=demo $(if $(SECONDS),--seconds=$(SECONDS))
 

@@ -2,8 +2,9 @@
 
 python benchmarks/peers.py --stage=base --peers_python=VENV/bin/python --json=FILE
 
-The other Python has torch, diffusers and imagen-pytorch. All train with Adam on float32
-noise with the text of 32 x 256: the base 64 x 64 pixels in batches of 4, the
+The other Python has torch, diffusers and imagen-pytorch, and not the torchvision that
+pip installs with them, which does not fit torch's CPU wheel. All train with Adam on
+float32 noise with the text of 32 x 256: the base 64 x 64 pixels in batches of 4, the
 super-resolution stage 256 x 256 in batches of 1; networks of 20 to 30 million
 parameters, alike in width, depth and where they attend. They differ in arithmetic, so
 compare GFLOP/s. Ours also clips gradients and averages parameters.

@@ -1,8 +1,11 @@
 """The optimizer of a config."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from imagen_jax.config import OptimizerConfig
+from imagen_jax.training.guard import select
 
 
 def learning_rate(cfg: OptimizerConfig) -> optax.Schedule:
@@ -22,13 +25,49 @@ def learning_rate(cfg: OptimizerConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then Adam or Adafactor (paper App. F)."""
+def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Clipping by the global norm, then Adam or Adafactor (paper App. F).
+
+    Its `update(gradients, state, params, skip=skip)` leaves the state as it is, to the
+    bit, where the bool scalar `skip` holds; the updates then are of no use.
+    """
     rate = learning_rate(cfg)
     rule = {
-        "adam": lambda: optax.adam(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
-        "adafactor": lambda: optax.adafactor(
-            rate, multiply_by_parameter_scale=cfg.parameter_scale
+        "adam": lambda: optax.chain(
+            _adam(cfg), _skipping(optax.scale_by_learning_rate(rate))
+        ),
+        "adafactor": lambda: _skipping(
+            optax.adafactor(rate, multiply_by_parameter_scale=cfg.parameter_scale)
         ),
     }[cfg.name]()
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule)
+
+
+def _skipping(
+    rule: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    def update(gradients, state, params=None, *, skip):
+        updates, new = rule.update(gradients, state, params)
+        return updates, select(skip, state, new)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+def _adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_adam`, whose updates are of the moments that are kept.
+
+    So the old moments are read once and XLA writes the new ones in their place; of
+    the moments before the selection it would copy all of them (benchmarks/README.md).
+    """
+    rule = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
+
+    def update(gradients, state, params=None, *, skip):
+        state = select(skip, state, rule.update(gradients, state)[1])
+        means = optax.tree.bias_correction(state.mu, cfg.b1, state.count)
+        squares = optax.tree.bias_correction(state.nu, cfg.b2, state.count)
+        updates = jax.tree.map(
+            lambda mean, square: mean / (jnp.sqrt(square) + cfg.eps), means, squares
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)

@@ -61,16 +61,13 @@ def train_step(
     skip, guard = judge(state.guard, loss, gradient_norm, cfg.training)
 
     updates, opt_state = make_optimizer(cfg.optimizer).update(
-        gradients, state.opt_state, state.params
+        gradients, state.opt_state, state.params, skip=skip
     )
-    params = optax.apply_updates(state.params, updates)
+    # Each array is selected once and goes on from there, so that it stays in place.
+    params = select(skip, state.params, optax.apply_updates(state.params, updates))
     decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
     ema = optax.incremental_update(params, state.ema, 1 - decay)
-    params, ema, opt_state = select(
-        skip,
-        (state.params, state.ema, state.opt_state),
-        (params, ema, opt_state),
-    )
+    ema = select(skip, state.ema, ema)
     metrics = {
         "loss": loss,
         "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),

@@ -38,6 +38,18 @@ def test_attend_is_a_masked_softmax():
     np.testing.assert_allclose(have, want, atol=13 * 8 * EPS)
 
 
+def test_logits_and_softmax_are_float32():
+    """bfloat16 cannot tell the logits 256 and 257, and would take the mean."""
+    q = jnp.array([32, 2, 0, 0], jnp.bfloat16).reshape(1, 1, 1, 4)
+    k = jnp.array([[16, 0, 0, 0], [16, 1, 0, 0]], jnp.bfloat16).reshape(1, 2, 1, 4)
+    v = jnp.array([[0] * 4, [1] * 4], jnp.bfloat16).reshape(1, 2, 1, 4)
+    have = attend(q, k, v, np.ones((1, 2), bool))
+    assert have.dtype == jnp.bfloat16
+    # The weight and the answer are rounded to bfloat16.
+    want = 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(have.astype(np.float32), want, rtol=2 * 2**-9)
+
+
 @pytest.mark.parametrize("kernel", [False, True])
 def test_attending_to_nothing_is_zero(kernel, monkeypatch):
     """As the null text is, where a level attends to the text alone."""

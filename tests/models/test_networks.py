@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base64, sr256, sr1024
+from configs import base64, common, sr256, sr1024
 from imagen_jax import config
 from imagen_jax.batch import Cond, null_text
 from imagen_jax.models import network
@@ -98,6 +98,7 @@ class Network:
         shapes = jax.eval_shape(lambda: network.init(self.cfg, jax.random.key(0)))
         self.params = jax.tree.map(lambda leaf: draw(leaf.shape), nn.unbox(shapes))
         size, low = self.cfg.train_size, self.cfg.train_lowres_size
+        augmented = self.cfg.diffusion.lowres_augmentation
         mask = np.arange(LENGTH) < np.array([4, 2, 0])[:, None]
 
         def normal(*shape):
@@ -110,7 +111,7 @@ class Network:
                 text=normal(LENGTH, DIM) * mask[..., None],
                 mask=jnp.asarray(mask),
                 lowres=normal(low, low, 3) if low else None,
-                aug_logsnr=normal() if low else None,
+                aug_logsnr=normal() if low and augmented else None,
             ),
         }
         self._run = jax.jit(network.apply, static_argnums=0, compiler_options=QUICK)
@@ -242,6 +243,28 @@ def test_text_can_enter_by_pooling_alone(kind):
     assert moved[1] > 1e-3 and moved[0] == moved[2] == 0
     text = jnp.where(cond.mask[..., None], cond.text, 1e4)
     np.testing.assert_array_equal(net(text=text), net())
+
+
+def test_a_unet_may_enlarge_without_augmentation():
+    """The paper's other network for super-resolution; no level is told to it."""
+    values = {"image_size": 16, "lowres_size": 4, "model": UNET["model"]}
+    # A stage whose pictures are never spoilt is not sampled with spoilt ones.
+    off = {"diffusion": {"lowres_augmentation": False}, "sampler": {"aug_level": 0.0}}
+    net = Network({**values, **off})
+    assert "aug_1" not in net.params["embedding"]
+    for name in ("z", "logsnr", "text", "lowres"):
+        moved = _moved(net(), net(**{name: _field(net, name).at[1].multiply(-0.5)}))
+        assert moved[1] > 1e-3 and moved[0] == moved[2] == 0, name
+
+
+@pytest.mark.parametrize("name", ["1b", "500m", "300m"])
+def test_smaller_bases_are_alike_in_their_tiny_form(name):
+    """They differ in width alone, so what holds for one tiny form holds for all."""
+    values = base64.get_config(name)
+    multiples = {w / values.model.channels[0] for w in values.model.channels}
+    assert multiples == {1, 2, 3, 4}
+    shrunk = common.shrink(values, 16)
+    assert shrunk.to_dict() == base64.get_config("tiny").to_dict()
 
 
 @pytest.mark.parametrize("values", [CROSS, LAST_SKIPS], ids=["unet", "efficient"])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import shutil
 
 import jax
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 
 from imagen_jax import train as door
+from imagen_jax.batch import batch_spec
 from imagen_jax.config import MeshConfig, TrainingConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import batch_sharding, make_mesh
 from imagen_jax.training import bundle, guard, loop
 from imagen_jax.training.checkpoint import Checkpointer
-from imagen_jax.training.state import create_state
+from imagen_jax.training.state import abstract_state, create_state
 from tests import tiny
 
 # Text comes in only by its mean: this compiles in half the time of ONE_LEVEL.
@@ -132,6 +134,16 @@ def test_an_update_that_is_not_finite_is_not_done(good, mesh, value):
     assert metrics["loss"] != earlier["loss"] and not metrics["skipped"]
     # The rate and the average's warm-up are those of the optimizer's own count.
     assert metrics["learning_rate"] == earlier["learning_rate"]
+
+
+def test_what_is_kept_is_not_copied(mesh):
+    """Of an array that is selected twice XLA copies the old values, for each step."""
+    run = loop.compile_train_step(CFG, mesh)
+    state, batch = abstract_state(CFG, mesh), batch_spec(CFG)
+    program = run.lower(state, batch).compile().as_text()
+    names = r"%?state_(?:params|ema|opt_state)\w*"
+    assert re.search(rf"f32\[\d[\d,]*\]\S* fusion\([^)]*{names}", program)
+    assert not re.findall(rf"f32\[\d[\d,]*\]\S* copy\({names}", program)
 
 
 def test_a_gradient_that_overflows_is_not_done(good, mesh):

@@ -216,9 +216,30 @@ def test_adafactor_moves_a_parameter_of_zero(scaled, size):
     rule = optimizer.make_optimizer(cfg)
     gradient = np.random.default_rng(0).normal(size=(9, 7)).astype("f4")
     zeros = np.zeros_like(gradient)
-    update, _ = rule.update(gradient, rule.init(zeros), zeros)
+    update, _ = rule.update(gradient, rule.init(zeros), zeros, skip=False)
     # The first step divides each gradient by its own size.
     np.testing.assert_allclose(update, -0.1 * size * np.sign(gradient), rtol=1e-3)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 1e9])
+def test_adam_is_that_of_optax(clip_norm):
+    """The updates and the state of three steps, to the bit."""
+    cfg = OptimizerConfig(warmup_steps=2, decay_steps=9, clip_norm=clip_norm)
+    mine = optimizer.make_optimizer(cfg)
+    rate = optimizer.learning_rate(cfg)
+    want = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adam(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+    )
+    random = np.random.default_rng(0)
+    parameter = random.normal(size=(9, 7)).astype("f4")
+    state = mine.init(parameter), want.init(parameter)
+    for _ in range(3):
+        gradient = random.normal(size=parameter.shape).astype("f4")
+        a = mine.update(gradient, state[0], parameter, skip=False)
+        b = want.update(gradient, state[1], parameter)
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+        state = a[1], b[1]
 
 
 @pytest.mark.slow
