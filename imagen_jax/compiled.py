@@ -23,6 +23,7 @@ from imagen_jax.training.step import compile_train_step
 from imagen_jax.work import Program, read_program
 
 _GIB = 2**30
+_SIZES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u8": 1, "pred": 1}
 
 
 class DoesNotFit(UserError):
@@ -85,7 +86,8 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> Compiled:
     lowered = compile_train_step(cfg, mesh).lower(
         abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     )
-    return _compile(lowered, mesh, "the training step", start)
+    rows = cfg.training.batch_size
+    return _compile(lowered, mesh, "the training step", rows, start)
 
 
 def sampled_rows(cfg: StageConfig, mesh: Mesh) -> int:
@@ -115,10 +117,10 @@ def compile_sampling(cfg: StageConfig, mesh: Mesh) -> Compiled:
         array(jnp.float32),
         array(jnp.uint8, low, low, 3) if low else None,
     )
-    return _compile(lowered, mesh, "the sampler", start)
+    return _compile(lowered, mesh, "the sampler", count, start)
 
 
-def _compile(lowered: Any, mesh: Mesh, what: str, start: float) -> Compiled:
+def _compile(lowered: Any, mesh: Mesh, what: str, rows: int, start: float) -> Compiled:
     """Compiles, and reads what came of it.
 
     Memory and work are one device's; bytes are those of its main memory. The
@@ -154,6 +156,7 @@ def _compile(lowered: Any, mesh: Mesh, what: str, start: float) -> Compiled:
         "memory_bytes": program.total("moved_bytes"),
         "collectives": program.collectives(),
         "largest_array": largest_array(text),
+        "arrays_as_long_as_the_batch": arrays_of(text, rows),
         "loops_counted_once": {
             "flops": cost["flops"],
             "bytes_accessed": cost["bytes accessed"],
@@ -171,11 +174,26 @@ def needed_gib(message: str) -> float:
     return 0.0
 
 
+def _arrays(program: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Types and shapes in a compiled program's text, the largest first."""
+    found = set(re.findall(rf"\b({'|'.join(_SIZES)})\[([\d,]+)\]", program))
+    shapes = [(dtype, tuple(map(int, shape.split(",")))) for dtype, shape in found]
+    return sorted(shapes, key=lambda a: (-_SIZES[a[0]] * math.prod(a[1]), a))
+
+
+def _written(array: tuple[str, tuple[int, ...]]) -> str:
+    return f"{array[0]}[{','.join(map(str, array[1]))}]"
+
+
 def largest_array(program: str) -> str:
     """The largest array of a compiled program, as "bf16[8,64,64,512]"."""
-    sizes = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "u8": 1, "pred": 1}
-    arrays = set(re.findall(rf"\b({'|'.join(sizes)})\[([\d,]+)\]", program))
-    dtype, shape = max(
-        arrays, key=lambda a: sizes[a[0]] * math.prod(map(int, a[1].split(",")))
-    )
-    return f"{dtype}[{shape}]"
+    return _written(_arrays(program)[0])
+
+
+def arrays_of(program: str, rows: int) -> list[str]:
+    """Arrays of a compiled program with a dimension of `rows`, the largest first.
+
+    On many devices there should be none of a global batch's rows: each has its own. An
+    array that is as wide as the batch is long is told too.
+    """
+    return [_written(each) for each in _arrays(program) if rows in each[1]]

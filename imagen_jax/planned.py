@@ -110,6 +110,7 @@ def figures(cfg: StageConfig, mesh: Mesh, made: Compiled, what: str) -> dict[str
             "of_arguments": 1 - held / stored if what == "train" and stored else None,
         },
         "largest_array": report["largest_array"],
+        "arrays_as_long_as_the_batch": report["arrays_as_long_as_the_batch"],
         "operations": report["operations"],
         "loops_of_unknown_length": program.unknown_loops,
         "kernels_of_unknown_arithmetic": program.unknown_kernels,

@@ -12,6 +12,7 @@ from imagen_jax import plan, planned, printed, settings, topology
 from imagen_jax.compiled import (
     DoesNotFit,
     abstract_batch,
+    arrays_of,
     compile_sampling,
     compile_step,
 )
@@ -19,7 +20,7 @@ from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models.flops import forward_flops
 from imagen_jax.settings import Setting
-from imagen_jax.sharding import make_mesh
+from imagen_jax.sharding import make_mesh, replicated
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.step import compile_train_step
 from tests import tiny
@@ -340,6 +341,20 @@ def test_a_slice_that_is_not_here():
     assert 0.7 < found["flops_per_chip"] / ours < 2
     assert found["collectives"]["all-gather"]["count"] > 0
     assert 0 < found["step_seconds"] < found["roofline"]["by_the_compilers_cycles"]
+
+
+@pytest.mark.slow
+def test_no_chip_of_256_holds_the_whole_batch():
+    """13 rows a chip of 3328: no array is as long, but one that is gathered is told."""
+    pytest.importorskip("libtpu")
+    cfg = tiny.sr_stage(model={"channels": (64, 128)}, training={"batch_size": 3328})
+    mesh = make_mesh(MeshConfig(fsdp=16), topology.slice_devices("v4-512"))
+    made = compile_step(cfg, mesh)
+    assert made.report["arrays_as_long_as_the_batch"] == []
+    assert "u8[13,16,16,3]" in made.run.as_text()
+    whole = jax.jit(lambda batch: batch.image + 1, out_shardings=replicated(mesh))
+    text = whole.lower(abstract_batch(cfg, mesh)).compile().as_text()
+    assert "u8[3328,16,16,3]" in arrays_of(text, 3328)
 
 
 @pytest.mark.parametrize(
