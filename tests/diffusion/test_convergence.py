@@ -167,8 +167,12 @@ def test_steps_even_in_time_converge_too():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
-def test_ancestral_samples_have_the_datas_mean_and_covariance(gamma):
-    x0, _, _ = _run(_normal, 4, 32, name="ddpm", steps=1024, gamma=gamma)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ancestral_samples_have_the_datas_moments(prediction, schedule, gamma):
+    """Mean and covariance."""
+    options = {"prediction": prediction, "schedule": schedule, "gamma": gamma}
+    x0, _, _ = _run(_normal, 4, 32, name="ddpm", steps=1024, **options)
     pixels = x0.reshape(-1, 3)
     # Four standard errors of the moments of so many normal vectors.
     variances = np.diag(COVARIANCE)
