@@ -7,6 +7,7 @@ mixture of two normal distributions has no closed path; scipy integrates it.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -166,9 +167,11 @@ def test_steps_even_in_time_converge_too():
     assert errors["dpmpp"] < 0.2 * errors["ddim"] < 0.01
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+# Between its bounds the variance is the same for all of them.
+@pytest.mark.parametrize(
+    ("prediction", "schedule", "gamma"),
+    [*itertools.product(PREDICTIONS, SCHEDULES, (0.0, 1.0)), ("x0", "cosine", 0.5)],
+)
 def test_ancestral_samples_have_the_datas_moments(prediction, schedule, gamma):
     """Mean and covariance."""
     options = {"prediction": prediction, "schedule": schedule, "gamma": gamma}
