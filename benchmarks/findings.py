@@ -3,7 +3,7 @@
 python benchmarks/findings.py --demo=demo [--what=threshold|augmentation|solver]
 
 "threshold": judged accuracy of the base at growing guidance for each kind of
-thresholding (paper Fig. A.8), on white paper and trained again on grey.
+thresholding (paper Fig. A.8), trained again on pictures of muted hues (hues.py).
 "augmentation": a second super-resolution stage is trained without noise-conditioning
 augmentation; both enlarge base pictures that are spoilt more and more (Fig. A.11).
 "solver": DPM-Solver++ in 25 steps beside DDPM in 1000.
@@ -13,6 +13,7 @@ import argparse
 import pathlib
 import time
 
+import hues
 import jax
 import numpy as np
 
@@ -29,6 +30,8 @@ from imagen_jax.train import resolve, train_stage
 from imagen_jax.trained import open_stages, sample_prompts, with_sampler
 
 WEIGHTS = (3.0, 10.0, 30.0)
+# The paper's 99.5 is decided by four of the 768 values of a picture, 95 by 38.
+KINDS = (("none", 99.5), ("static", 99.5), ("dynamic", 99.5), ("dynamic", 95.0))
 LEVELS = (0.0, 0.1, 0.2, 0.3)
 # Standard deviation of what spoils a base picture, of values in [0, 255].
 SPOILT = (0, 16, 32, 48)
@@ -47,51 +50,48 @@ def accuracy(made, prompts):
     return found["colour_accuracy"], found["shape_accuracy"]
 
 
-def on_grey_paper(folder) -> pathlib.Path:
-    """The demo's base again, on the same scenes with half of the contrast.
-
-    White paper becomes the middle of the range, where most of a photograph lies, and
-    colours lie below it.
-    """
-    workdir, records = folder / "base_grey", folder / "grey.npz"
+def on_hues(folder) -> pathlib.Path:
+    """The demo's base on another world, and predicting eps as the paper does."""
+    workdir, records = folder / "base_hues", folder / "hues.npz"
     if not records.exists():
-        prepare("shapes:20000", str(records), text_length=16, image_size=16)
-        with np.load(records, allow_pickle=False) as file:
-            values = dict(file)
-        values["image"] = (values["image"].astype(int) + 1 >> 1).astype(np.uint8)
-        with open(records, "wb") as file:
-            np.savez_compressed(file, **values)
+        hues.write(folder / "hues", 20_000)
+        source = f"folder:{folder / 'hues'}"
+        prepare(source, str(records), text_length=16, image_size=16)
     config = tiny.base()
     config.data.records = str(records)
-    config.training.update(sample_every_steps=0, checkpoint_every_steps=2900)
+    config.diffusion.prediction = "eps"
+    config.training.update(
+        steps=2500, sample_every_steps=0, checkpoint_every_steps=2500
+    )
+    config.optimizer.decay_steps = 2500
     train_stage(resolve(config.to_dict()), str(workdir))
     return workdir
 
 
 def threshold(folder, mesh, count):
-    """One row per paper, weight and kind, of the base alone; and a picture of them."""
-    prompts, seeds = captions(count)
-    print("| paper | w | threshold | colour | shape |\n|---|---|---|---|---|")
+    """One row per weight and kind of the base alone; and a picture of them."""
+    prompts, seeds = hues.captions(count), np.arange(count)
+    print("| w | threshold | hue | shape | ground | muted | muted ground | at an end |")
+    print("|---|---|---|---|---|---|---|---|")
     shown, labels = [], []
-    kinds = ("none", "static", "dynamic")
-    for paper, workdir in (("white", folder / "base"), ("grey", on_grey_paper(folder))):
-        for kind in kinds:
-            trained = with_sampler(open_stages([str(workdir)]), threshold=[kind])
-            cells = all_cells([trained[0].cfg], [WEIGHTS])
-            (made,), _ = sample_prompts(
-                trained, prompts, seeds, mesh, cells=cells, progress=False
-            )
-            if paper == "grey":
-                made = np.minimum(made.astype(int) * 2, 255).astype(np.uint8)
-            for i, weight in enumerate(WEIGHTS):
-                own = made[i :: len(cells)]
-                colour, shape = accuracy(own, prompts)
-                row = f"{paper} | {weight:g} | {kind} | {colour:.0%} | {shape:.0%}"
-                print(f"| {row} |", flush=True)
-                shown.append(own[:8])
-                labels += [f"{paper} {kind} w {weight:g}"] * 8
+    trained = open_stages([str(on_hues(folder))])
+    cells = all_cells([trained[0].cfg], [WEIGHTS])
+    for kind, percentile in KINDS:
+        changed = with_sampler(trained, threshold=[kind], percentile=[percentile])
+        (made,), _ = sample_prompts(
+            changed, prompts, seeds, mesh, cells=cells, progress=False
+        )
+        name = kind if kind != "dynamic" else f"dynamic {percentile:g}"
+        for i, weight in enumerate(WEIGHTS):
+            own = made[i :: len(cells)]
+            at_an_end = ((own == 0) | (own == 255)).mean()
+            shares = (*hues.accuracy(own, prompts), *hues.muted(own), at_an_end)
+            row = " | ".join(f"{share:.0%}" for share in shares)
+            print(f"| {weight:g} | {name} | {row} |", flush=True)
+            shown.append(own[:8])
+            labels += [f"{name} w {weight:g}"] * 8
     sheet = pictures.enlarge(np.concatenate(shown), 96)
-    pictures.save(folder / "thresholds.png", pictures.grid(sheet, 8, labels))
+    pictures.save(folder / "thresholds.png", pictures.grid(sheet, 24, labels))
 
 
 def train_without_augmentation(folder) -> pathlib.Path:

@@ -155,7 +155,7 @@ def look(picture: np.ndarray) -> list[Object]:
         # The half covered edge belongs to the object, another object does not.
         own = _grow(region) & ((labels == label) | (labels < 0))
         alpha = np.where(own, alpha, 0)
-        shape, x, y, radius, fit = _fit(alpha)
+        shape, x, y, radius, fit = fit_shape(alpha)
         colour = _colour(offset[region], covered[..., label][region])
         objects.append(
             Object(shape, colour, x / side, y / side, radius / side, float(fit))
@@ -225,7 +225,7 @@ def _colour(offset: np.ndarray, covered: np.ndarray) -> str:
     return _NAMES[int((rest**2).sum(-1).argmin())]
 
 
-def _fit(alpha: np.ndarray) -> tuple[str, float, float, float, float]:
+def fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float, float]:
     """The shape that overlaps a soft mask `[H, W]` best: sum of min over sum of max.
 
     Every shape is tried at five scales about the one that gives it the mask's area,

@@ -7,6 +7,7 @@ mixture of two normal distributions has no closed path; scipy integrates it.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -166,9 +167,15 @@ def test_steps_even_in_time_converge_too():
     assert errors["dpmpp"] < 0.2 * errors["ddim"] < 0.01
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
-def test_ancestral_samples_have_the_datas_mean_and_covariance(gamma):
-    x0, _, _ = _run(_normal, 4, 32, name="ddpm", steps=1024, gamma=gamma)
+# Between its bounds the variance is the same for all of them.
+@pytest.mark.parametrize(
+    ("prediction", "schedule", "gamma"),
+    [*itertools.product(PREDICTIONS, SCHEDULES, (0.0, 1.0)), ("x0", "cosine", 0.5)],
+)
+def test_ancestral_samples_have_the_datas_moments(prediction, schedule, gamma):
+    """Mean and covariance."""
+    options = {"prediction": prediction, "schedule": schedule, "gamma": gamma}
+    x0, _, _ = _run(_normal, 4, 32, name="ddpm", steps=1024, **options)
     pixels = x0.reshape(-1, 3)
     # Four standard errors of the moments of so many normal vectors.
     variances = np.diag(COVARIANCE)

@@ -141,6 +141,22 @@ def test_a_hot_neighbour_changes_nothing():
     assert np.abs(have).max() <= 1
 
 
+@pytest.mark.parametrize("ways", [(8, 1), (1, 8), (2, 4)])
+def test_a_picture_is_thresholded_alike_on_any_mesh(ways):
+    """Pictures, or rows of them, on eight devices: the same to the bit."""
+    rng = np.random.default_rng(0)
+    scale = np.geomspace(0.1, 100, 8, dtype=np.float32)[:, None, None, None]
+    x0 = rng.normal(size=(8, 16, 16, 3)).astype(np.float32) * scale
+    run = jax.jit(threshold, static_argnums=(1, 2))
+    want = np.asarray(run(x0, "dynamic", 99.5))
+    mesh = jax.make_mesh(ways, ("data", "spatial"))
+    split = jax.sharding.PartitionSpec("data", "spatial")
+    placed = jax.device_put(x0, jax.sharding.NamedSharding(mesh, split))
+    np.testing.assert_array_equal(run(placed, "dynamic", 99.5), want)
+    alone = run(x0[5:6], "dynamic", 99.5)
+    np.testing.assert_array_equal(alone, want[5:6])
+
+
 def test_static_and_no_threshold():
     x0 = jnp.linspace(-3, 3, 48).reshape(1, 4, 4, 3)
     static = threshold(x0, "static", 99.5)
