@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import typing
 import zipfile
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.config import StageConfig
+from imagen_jax.data.embeddings import DTYPES
 from imagen_jax.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -124,7 +126,52 @@ def from_json(text: str, where: str) -> Manifest:
             f"{where} is damaged: {sorted(set(values) ^ names)} missing or unknown; "
             "prepare again"
         )
+    wrong = _wrong(values)
+    if wrong:
+        raise UserError(
+            f"{where} is damaged: {wrong} is not what `prepare` writes; copy it again, "
+            "or prepare again"
+        )
     return Manifest(**values)
+
+
+def _wrong(values: dict[str, Any]) -> str:
+    """The first value that training could stumble on; "" for none.
+
+    A manifest may be a stranger's, and positions are computed from its counts.
+    """
+    for field in dataclasses.fields(Manifest):
+        value, kind = values[field.name], typing.get_origin(field.type) or field.type
+        kinds = (int, float) if kind is float else kind
+        if not (_is_count(value) if kind is int else isinstance(value, kinds)):
+            return field.name
+    if values["embedding_dtype"] not in DTYPES:
+        return "embedding_dtype"
+    for number, shard in enumerate(values["shards"]):
+        if not _is_shard(shard):
+            return f"shards[{number}]"
+    if sum(shard["examples"] for shard in values["shards"]) != values["examples"]:
+        return "examples"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_shard(shard: Any) -> bool:
+    return (
+        isinstance(shard, dict)
+        and all(isinstance(shard.get(name), str) for name in ("file", "sha256"))
+        and all(isinstance(shard.get(name), dict) for name in ("sides", "lengths"))
+        and all(
+            key.isdecimal() and _is_count(count)
+            for name in ("sides", "lengths")
+            for key, count in shard[name].items()
+        )
+        and _is_count(shard.get("examples"))
+        and sum(shard["sides"].values()) == shard["examples"]
+    )
 
 
 def read_manifest(records: str | os.PathLike) -> Manifest:

@@ -97,7 +97,7 @@ def make_pipeline(
         try:
             for fields in dataset.with_options(options).as_numpy_iterator():
                 yield Batch(**fields)
-        except tf.errors.InvalidArgumentError as error:
+        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
             raise UserError(
                 f"{cfg.data.records!r} has a record that is not what it was prepared "
                 f"to be: {error.message.splitlines()[0]}"
