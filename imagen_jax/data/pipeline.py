@@ -57,7 +57,7 @@ def make_pipeline(
         return readers.enter(cfg, weights, count, streams, held, start)
 
     openers = [_opener(cfg, parts, k, n) for k, n in enumerate(streams)]
-    opened, choices = enter(0)
+    _, choices = enter(0)
     _log_waste(len(next(choices)[0]), len(held))
 
     def batches_from(start: int) -> Iterator[Batch]:
