@@ -242,8 +242,8 @@ MANIFEST = {
 
 
 def shard(**changes):
-    right = {"file": "a", "examples": 1, "sha256": "0", "sides": {}, "lengths": {}}
-    return {"shards": [right | changes]}
+    right = {"file": "a", "examples": 1, "sha256": "0", "lengths": {}}
+    return {"shards": [right | {"sides": {"64": 1}} | changes]}
 
 
 @pytest.mark.parametrize(
@@ -265,18 +265,8 @@ def shard(**changes):
 def test_values_of_a_manifest(changes):
     values = MANIFEST | shard()
     assert manifests.from_json(json.dumps(values), "x").examples == 1
-    with pytest.raises(UserError, match="x is damaged: .* of another type"):
+    with pytest.raises(UserError, match="x is damaged: .* is not what"):
         manifests.from_json(json.dumps(values | changes), "x")
-
-
-def test_a_manifest_reads_no_file_of_another_folder(tmp_path):
-    values = MANIFEST | shard(file="../secret")
-    (tmp_path / "secret").write_text("")
-    folder = tmp_path / "records"
-    folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="lacks 1 of its 1 files"):
-        manifests.read_manifest(str(folder))
 
 
 @pytest.mark.parametrize("what", KINDS)

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.config import StageConfig
+from imagen_jax.data.embeddings import DTYPES
 from imagen_jax.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -101,13 +102,6 @@ class Manifest:
         )
 
 
-# Of each field's type what isinstance understands.
-_KINDS = {
-    name: typing.get_origin(kind) or kind
-    for name, kind in typing.get_type_hints(Manifest).items()
-}
-
-
 def to_json(manifest: Manifest) -> str:
     """The manifest as it lies on disk."""
     values = {"format": FORMAT} | dataclasses.asdict(manifest)
@@ -137,34 +131,51 @@ def from_json(text: str, where: str) -> Manifest:
             f"{where} is damaged: {sorted(set(values) ^ names)} missing or unknown; "
             "prepare again"
         )
-    wrong = [name for name, kind in _KINDS.items() if not _is(values[name], kind)]
-    if wrong or not all(map(_is_shard, values["shards"])):
+    wrong = _wrong(values)
+    if wrong:
         raise UserError(
-            f"{where} is damaged: {', '.join(wrong) or 'shards'} of another type; "
-            "prepare again"
+            f"{where} is damaged: {wrong} is not what `prepare` writes; copy it again, "
+            "or prepare again"
         )
     return Manifest(**values)
 
 
-def _is(value: Any, kind: Any) -> bool:
-    if kind is int:
-        return type(value) is int and 0 <= value < _LARGEST
-    return isinstance(value, (int, float) if kind is float else kind)
+def _wrong(values: dict[str, Any]) -> str:
+    """The first value that training could stumble on; "" for none.
+
+    A manifest may be a stranger's, and positions are computed from its counts.
+    """
+    for field in dataclasses.fields(Manifest):
+        value, kind = values[field.name], typing.get_origin(field.type) or field.type
+        kinds = (int, float) if kind is float else kind
+        if not (_is_count(value) if kind is int else isinstance(value, kinds)):
+            return field.name
+    if values["embedding_dtype"] not in DTYPES:
+        return "embedding_dtype"
+    for number, shard in enumerate(values["shards"]):
+        if not _is_shard(shard):
+            return f"shards[{number}]"
+    if sum(shard["examples"] for shard in values["shards"]) != values["examples"]:
+        return "examples"
+    return ""
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
 
 
 def _is_shard(shard: Any) -> bool:
-    if not isinstance(shard, dict):
-        return False
-    counts = [shard.get("sides"), shard.get("lengths")]
     return (
-        all(isinstance(shard.get(name), str) for name in ("file", "sha256"))
-        and _is(shard.get("examples"), int)
-        and all(isinstance(count, dict) for count in counts)
+        isinstance(shard, dict)
+        and all(isinstance(shard.get(name), str) for name in ("file", "sha256"))
+        and all(isinstance(shard.get(name), dict) for name in ("sides", "lengths"))
         and all(
-            key.isdecimal() and len(key) < 10 and _is(number, int)
-            for count in counts
-            for key, number in count.items()
+            key.isdecimal() and len(key) < 10 and _is_count(count)
+            for name in ("sides", "lengths")
+            for key, count in shard[name].items()
         )
+        and _is_count(shard.get("examples"))
+        and sum(shard["sides"].values()) == shard["examples"]
     )
 
 

@@ -57,7 +57,7 @@ def make_pipeline(
         return readers.enter(cfg, weights, count, streams, held, start)
 
     openers = [_opener(cfg, parts, k, n) for k, n in enumerate(streams)]
-    opened, choices = enter(0)
+    _, choices = enter(0)
     _log_waste(len(next(choices)[0]), len(held))
 
     def batches_from(start: int) -> Iterator[Batch]:
@@ -97,7 +97,7 @@ def make_pipeline(
         try:
             for fields in dataset.with_options(options).as_numpy_iterator():
                 yield Batch(**fields)
-        except tf.errors.InvalidArgumentError as error:
+        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
             raise UserError(
                 f"{cfg.data.records!r} has a record that is not what it was prepared "
                 f"to be: {error.message.splitlines()[0]}"

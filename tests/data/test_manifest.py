@@ -90,6 +90,44 @@ def test_damaged_folders(copy, damage, message):
         read_manifest(copy)
 
 
+def _with_shard(folder, **values):
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    shards[1] |= values
+    _edit(folder, shards=shards)
+
+
+@pytest.mark.parametrize(
+    ("edit", "wrong"),
+    [
+        (lambda f: _edit(f, shards=3), "shards"),
+        (lambda f: _edit(f, shards=[3]), r"shards\[0\]"),
+        (lambda f: _edit(f, encoder=None), "encoder"),
+        (lambda f: _edit(f, tokens_mean="many"), "tokens_mean"),
+        (lambda f: _edit(f, examples=10**30), "examples"),
+        (lambda f: _edit(f, examples=True), "examples"),
+        (lambda f: _edit(f, examples=22), "examples"),
+        (lambda f: _edit(f, text_dim=-64), "text_dim"),
+        (lambda f: _edit(f, embedding_dtype="float8"), "embedding_dtype"),
+        (lambda f: _with_shard(f, file=["x"]), r"shards\[1\]"),
+        (lambda f: _with_shard(f, examples=-5), r"shards\[1\]"),
+        (lambda f: _with_shard(f, sides={"64": 4}), r"shards\[1\]"),
+        (lambda f: _with_shard(f, sides={"large": 5}), r"shards\[1\]"),
+        (lambda f: _with_shard(f, lengths={"4": -1}), r"shards\[1\]"),
+    ],
+)
+def test_hostile_manifests(copy, edit, wrong):
+    edit(copy)
+    with pytest.raises(UserError, match=f"damaged: {wrong} is not what `prepare` wr"):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize("name", ["../other/records-00001.tfrecord", "/etc/passwd"])
+def test_files_outside_of_the_folder_are_not_read(copy, name):
+    _with_shard(copy, file=name)
+    with pytest.raises(UserError, match=f"lacks 1 of its 5 files, first '{name}'"):
+        read_manifest(copy)
+
+
 def test_no_records(stage, records, mesh):
     cfg = stage(records)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, records=""))

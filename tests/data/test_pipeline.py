@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import time
 
 import jax
@@ -324,6 +325,18 @@ class TestRefusals:
         for make in (make_pipeline, open_records):
             with pytest.raises(UserError, match="'tiny@.*is 't5_1_1_xxl@1'"):
                 make(cfg, mesh)
+
+    def test_damaged_files(self, stage, records, mesh, tmp_path):
+        """Cut, and with one byte of a length changed."""
+        name = "records-00002.tfrecord"
+        whole = (pathlib.Path(records) / name).read_bytes()
+        changed = whole[:3] + b"\xff" + whole[4:]
+        for kind, data in (("cut", whole[:-9]), ("changed", changed)):
+            shutil.copytree(records, tmp_path / kind)
+            (tmp_path / kind / name).write_bytes(data)
+            stream = make_pipeline(stage(str(tmp_path / kind)), mesh)
+            with pytest.raises(UserError, match="is not what it was .*ecord"):
+                _take(stream, 6)
 
     def test_another_width(self, stage, records, mesh):
         cfg = dataclasses.replace(stage(records), text=config.TextConfig(8, 32))
