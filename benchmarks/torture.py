@@ -208,7 +208,7 @@ class Torture:
             hit = "compiling"
         elif not left:
             hit = "steps"
-        elif any(not p.name.endswith(UNFINISHED) for p in left[0].iterdir()):
+        elif any(p.is_dir() and UNFINISHED not in p.name for p in left[0].iterdir()):
             hit = "finalising"
         else:
             hit = "saving"
