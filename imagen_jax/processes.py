@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import NoReturn
@@ -17,6 +18,9 @@ from imagen_jax.errors import PeerLost, UserError
 
 # Who finds that a process is gone waits so long for the others to find it too.
 _AGREE_SECONDS = 10
+# Open for as long as a process lives: process 0 has one of each other, these have its.
+_lines: dict[int, socket.socket] = {}
+_telling = threading.Lock()
 
 
 def join(start_seconds: int, lost_seconds: int) -> None:
@@ -42,7 +46,7 @@ def join(start_seconds: int, lost_seconds: int) -> None:
             "TPU VMs, GKE and Slurm (see launch/README.md). On one host leave "
             "--distributed out"
         )
-    missing = roll_call(address, count, index, start_seconds)
+    missing, lines = roll_call(address, count, index, start_seconds)
     if missing:
         raise PeerLost(
             f"--distributed: {numbered(missing)} of {count} did not come within "
@@ -52,12 +56,39 @@ def join(start_seconds: int, lost_seconds: int) -> None:
     jax.distributed.initialize(
         initialization_timeout=start_seconds, heartbeat_timeout_seconds=lost_seconds
     )
+    watch(lines, count)
 
 
-def roll_call(address: str, count: int, index: int, seconds: float) -> list[int]:
+def watch(lines: dict[int, socket.socket], count: int) -> None:
+    """Ends this process, status 4, as soon as one of the others has ended unawares.
+
+    Args:
+      lines: as `roll_call` gives them.
+      count: of all processes.
+    """
+    _lines.update(lines)
+    for other in lines:
+        threading.Thread(target=_listen, args=(other, count), daemon=True).start()
+
+
+def _listen(other: int, count: int) -> None:
+    # A system closes what a killed process had open. Sums over all may fail later, and
+    # in gloo they end other processes without saying why.
+    with contextlib.suppress(OSError):
+        said = _lines[other].recv(16).decode()
+        if said.startswith("bye"):
+            return
+        other = int(said.split()[0]) if said else other
+    _tell([other], count, "its connection was closed")
+
+
+def roll_call(
+    address: str, count: int, index: int, seconds: float
+) -> tuple[list[int], dict[int, socket.socket]]:
     """Which of `count` processes are not there after `seconds`; all learn the same.
 
-    JAX would wait as long and then abort without saying whom it waited for.
+    JAX would wait as long and then abort without saying whom it waited for. Also open
+    connections: process 0's to all others, the others' to process 0.
 
     Args:
       address: "host:port" of process 0, on which nobody listens yet.
@@ -70,34 +101,36 @@ def roll_call(address: str, count: int, index: int, seconds: float) -> list[int]
         return _answer(host.strip("[]"), int(port), index, seconds)
     until = time.monotonic() + seconds
     here: dict[int, socket.socket] = {}
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.create_server(("", int(port))))
+    with socket.create_server(("", int(port))) as server:
         while len(here) < count - 1 and (left := until - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(OSError, ValueError):
-                peer = stack.enter_context(server.accept()[0])
+                peer = server.accept()[0]
                 peer.settimeout(5)
                 here[int(peer.makefile().readline(16))] = peer
+                peer.settimeout(None)
         missing = sorted(set(range(1, count)) - set(here))
         for peer in here.values():
             with contextlib.suppress(OSError):
                 peer.sendall(json.dumps(missing).encode() + b"\n")
-    return missing
+    return missing, here
 
 
-def _answer(host: str, port: int, index: int, seconds: float) -> list[int]:
+def _answer(host: str, port: int, index: int, seconds: float):
     """The missing, from process 0; itself, when it does not come."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host, port), timeout=left) as call:
-                call.sendall(f"{index}\n".encode())
-                # Process 0 may just have come, and waits as long from then on.
-                call.settimeout(seconds + 10)
-                return json.loads(call.makefile().readline())
+            call = socket.create_connection((host, port), timeout=left)
+            call.sendall(f"{index}\n".encode())
+            # Process 0 may just have come, and waits as long from then on.
+            call.settimeout(seconds + 10)
+            missing = json.loads(call.makefile().readline())
+            call.settimeout(None)
+            return missing, {0: call}
         except (OSError, ValueError):
             time.sleep(min(0.2, max(0, left)))
-    return [0]
+    return [0], {}
 
 
 @contextlib.contextmanager
@@ -106,16 +139,31 @@ def losses_named() -> Iterator[None]:
     try:
         yield
     except PeerLost as lost:
+        # The others find it at the same barrier.
+        _say(b"bye\n")
         _leave(str(lost))
     except jax.errors.JaxRuntimeError as error:
         lost = _lost() if jax.process_count() > 1 else []
         if not lost:
             raise
-        first = str(error).splitlines()[0]
+        _tell(lost, jax.process_count(), str(error).splitlines()[0])
+    finally:
+        _say(b"bye\n")
+
+
+def _say(word: bytes) -> None:
+    for line in _lines.values():
+        with contextlib.suppress(OSError):
+            line.sendall(word)
+
+
+def _tell(lost: list[int], count: int, how: str) -> NoReturn:
+    """Ends this process, saying once, to all, which are gone."""
+    with _telling:
+        _say(f"{lost[0]}\n".encode())
         _leave(
-            f"{numbered(lost)} of {jax.process_count()} is gone; see its log. "
-            "The same command resumes from the last checkpoint when all are back. "
-            f"Noticed by: {first}"
+            f"{numbered(lost)} of {count} is gone; see its log. The same command "
+            f"resumes from the last checkpoint when all are back. Noticed by: {how}"
         )
 
 

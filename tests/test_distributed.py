@@ -288,13 +288,63 @@ def call_the_roll(present: list[int], count: int, seconds: float) -> list:
         address = f"localhost:{free.getsockname()[1]}"
     with concurrent.futures.ThreadPoolExecutor() as pool:
         calls = [pool.submit(roll_call, address, count, i, seconds) for i in present]
-        return [call.result() for call in calls]
+        found = [call.result() for call in calls]
+    for _, lines in found:
+        for line in lines.values():
+            line.close()
+    return [missing for missing, _ in found]
 
 
 def test_who_does_not_come_is_named():
     assert call_the_roll([0, 1, 2, 3], 4, 60) == [[]] * 4
     assert call_the_roll([3, 0], 5, 1) == [[1, 2, 4]] * 2
     assert call_the_roll([1, 2], 3, 1) == [[0]] * 2
+
+
+WATCHING = """
+import sys, time
+from imagen_jax import processes
+index, address = int(sys.argv[1]), sys.argv[2]
+missing, lines = processes.roll_call(address, 4, index, 60)
+processes.watch(lines, 4)
+print(missing, flush=True)
+with processes.losses_named():
+    time.sleep(0 if index == 3 else 60)
+print("out", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_process_is_named_by_all_others():
+    """At once; one that has said good-bye before is not missed."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WATCHING, str(i), address],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(4)
+    ]
+    try:
+        assert [p.stdout.readline() for p in started] == ["[]\n"] * 4
+        assert started[3].stdout.readline() == "out\n"
+        started[3].kill()
+        assert started[3].wait() == -signal.SIGKILL
+        time.sleep(1)
+        assert [p.poll() for p in started[:3]] == [None] * 3
+        started[2].kill()
+        assert ends(started[:3]) == [4, 4, -signal.SIGKILL]
+        for process in started[:2]:
+            assert "error: process 2 of 4 is gone" in process.stderr.read()
+    finally:
+        for process in started:
+            process.kill()
 
 
 def test_a_process_that_does_not_come_is_not_waited_for(tmp_path, records, start):
