@@ -167,7 +167,7 @@ def test_steps_even_in_time_converge_too():
     assert errors["dpmpp"] < 0.2 * errors["ddim"] < 0.01
 
 
-# Between its bounds the variance is the same for all of them.
+# What gamma does between its bounds depends on neither of the others.
 @pytest.mark.parametrize(
     ("prediction", "schedule", "gamma"),
     [*itertools.product(PREDICTIONS, SCHEDULES, (0.0, 1.0)), ("x0", "cosine", 0.5)],
