@@ -4,7 +4,7 @@ XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_l
 --xla_cpu_use_fusion_emitters=false" JAX_PLATFORMS=cpu
 python benchmarks/meshes.py [--stage=base64|sr256|sr1024]
 
-(The flags halve the time of compiling, which is most of it.) Of tiny forms of the
+(The flags shorten compiling, which is most of it.) Of tiny forms of the
 paper's stages, in float32, all ways to spread eight devices over the axes of a mesh:
 losses and gradients of a batch of 8, and pictures sampled in 4 steps. A row per mesh:
 the largest relative difference of an example's loss, the largest difference of a
