@@ -241,7 +241,7 @@ def test_the_buckets_of_a_training_are_those_of_a_script(tmp_path, monkeypatch):
         clock.advance(seconds)
         want[bucket] += seconds
 
-    seen = {"runs": 0}
+    seen = {"runs": 0, "waits": 0}
     cfg = tiny.stage(
         model=tiny.ONE_LEVEL,
         training={
@@ -256,9 +256,10 @@ def test_the_buckets_of_a_training_are_those_of_a_script(tmp_path, monkeypatch):
     step_fn = loop.compile_train_step(cfg, mesh)
 
     def scripted_first_state(*args):
-        seen["calls"] = seen["previews"] = seen["waits"] = 0
         take(11, "start")
-        return first_state(*args)
+        state = first_state(*args)
+        seen["calls"] = seen["previews"] = seen["waits"] = 0
+        return state
 
     def scripted_step(state, batch):
         state, metrics = jax.block_until_ready(step_fn(state, batch))
