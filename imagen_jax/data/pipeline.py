@@ -100,7 +100,8 @@ def make_pipeline(
         except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
             raise UserError(
                 f"{cfg.data.records!r} has a record that is not what it was prepared "
-                f"to be: {error.message.splitlines()[0]}"
+                f"to be: {error.message.splitlines()[0]}\nCopy or prepare them again; "
+                "the same command then goes on from the last checkpoint"
             ) from None
         except tf.errors.OpError as error:
             raise UserError(
