@@ -64,6 +64,9 @@ class Checkpointer:
                 preservation_policy=_preservation(training),
                 # What killed processes have not finished.
                 cleanup_tmp_directories=True,
+                # Else, where none can be made, all that waits for a folder does so for
+                # ten minutes, Python's end too.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 # Without it Orbax does not keep metrics.
                 best_fn=_metric(training) if training.keep_best_checkpoints else None,
             )
