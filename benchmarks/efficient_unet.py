@@ -57,9 +57,7 @@ def runs(cfg, mesh):
     apply = jax.jit(
         network.apply,
         static_argnums=0,
-        compiler_options=compiler_options(
-            mesh, dtype=cfg.model.dtype, size=cfg.train_size
-        ),
+        compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
     )
 
     def forward():

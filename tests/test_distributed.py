@@ -104,26 +104,68 @@ def until_it_trains(run, steps: int, processes) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-def test_four_processes_train_as_one(tmp_path, records, start):
-    """The same examples and noise in another order of sums: 1e-5 relative."""
-    steps = (
-        "--config.training.steps=20",
-        "--config.training.checkpoint_every_steps=20",
-    )
-    one, four = tmp_path / "one", tmp_path / "four"
-    ended = ends(start(command(four, records, *steps), tmp_path / "f", 4))
-    logs = [(tmp_path / f"f-{i}").read_text()[-2000:] for i in range(4)]
-    assert ended == [0] * 4, logs
-    env = environment() | {"XLA_FLAGS": ""}
+TWENTY_STEPS = (
+    "--config.training.steps=20",
+    "--config.training.checkpoint_every_steps=20",
+)
+
+
+@pytest.fixture(scope="module")
+def losses_of_one(tmp_path_factory, records):
+    """Of twenty steps of one process with one device."""
+    run = tmp_path_factory.mktemp("one") / "run"
     done = subprocess.run(
-        command(one, records, *steps), cwd=ROOT, env=env, capture_output=True, text=True
+        command(run, records, *TWENTY_STEPS),
+        cwd=ROOT,
+        env=environment() | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    losses = [[r["loss"] for r in rows(run / "metrics.jsonl")] for run in (one, four)]
-    assert len(losses[0]) == 20
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-    assert (four / "checkpoints" / "20").is_dir()
+    found = [row["loss"] for row in rows(run / "metrics.jsonl")]
+    assert len(found) == 20
+    return found
+
+
+# The door, which notes what of a folder Python opens for writing, makes and moves.
+WITH_WRITES = """
+import os, sys
+from imagen_jax import cli, train
+folder, log = sys.argv.pop(1), open(sys.argv.pop(1) + os.environ["SLURM_PROCID"], "w")
+
+def note(event, args):
+    if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
+        return
+    if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        path = args[1] if event == "os.rename" else args[0]
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(folder):
+            print(event, os.path.relpath(path, folder), file=log, flush=True)
+
+sys.addaudithook(note)
+train.define_flags()
+cli.run(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_train_as_one(tmp_path, records, losses_of_one, start, count):
+    """The same examples and noise in another order of sums: 1e-5 relative.
+
+    And only process 0 writes what all share.
+    """
+    run = tmp_path / "run"
+    door = command(run, records, *TWENTY_STEPS)[3:]
+    call = [sys.executable, "-c", WITH_WRITES, str(run), str(tmp_path / "w"), *door]
+    ended = ends(start(call, tmp_path / "log", count))
+    logs = [(tmp_path / f"log-{i}").read_text()[-2000:] for i in range(count)]
+    assert ended == [0] * count, logs
+    found = [row["loss"] for row in rows(run / "metrics.jsonl")]
+    np.testing.assert_allclose(found, losses_of_one, rtol=1e-5)
+    assert (run / "checkpoints" / "20").is_dir()
+    written = [(tmp_path / f"w{i}").read_text().splitlines() for i in range(count)]
+    assert "open metrics.jsonl" in written[0]
+    assert written[1:] == [[]] * (count - 1)
 
 
 # The door, which writes down the ids that each of its batches has here.

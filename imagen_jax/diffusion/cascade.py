@@ -130,9 +130,7 @@ def compile_sampler(
     )
     return jax.jit(
         on_mesh(run, mesh),
-        compiler_options=compiler_options(
-            mesh, dtype=cfg.model.dtype, size=cfg.image_size
-        ),
+        compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
     )
 
 

@@ -75,3 +75,39 @@ def test_rows_on_many_devices(axes, height, stride, kernel):
     _check(have, want, (5 * kernel**2, 4 * kernel**2, 4 * height * 6))
     if height % (mesh.shape["spatial"] * stride) == 0 and kernel < 5:
         assert have[0].sharding.spec[1] == "spatial"
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "height", "stride", "kernel"),
+    [
+        (5, 4, 8, 1, 3),
+        (5, 4, 8, 2, 3),
+        (5, 4, 7, 2, 3),
+        (5, 4, 7, 3, 5),
+        (5, 4, 8, 1, 1),
+        (5, 4, 8, 2, 1),
+        (5, 4, 8, 1, 2),  # pads unequally
+        (5, 4, 1, 1, 3),
+    ],
+)
+def test_on_one_cpu(channels, features, height, stride, kernel):
+    shapes = (4, height, 6, channels), (kernel, kernel, channels, features)
+    arrays = _arrays(*shapes, stride)
+    want = _exact(lambda x, kernel: _plain(x, kernel, stride), arrays)
+
+    def run(x, kernel, weight):
+        return _with_gradients(
+            lambda x, kernel: convolution.convolve(x, kernel, (stride, stride)),
+            *(x, kernel, weight),
+        )
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    single = [a.astype(np.float32) for a in arrays]
+    program = jax.jit(sharding.on_mesh(run, mesh))
+    one_dimension = "dim_labels=b0f_0io->b0f" in program.lower(*single).as_text("hlo")
+    assert one_dimension == ((kernel, stride) != (1, 1))
+    _check(
+        program(*single),
+        want,
+        (channels * kernel**2, features * kernel**2, 4 * height * 6),
+    )

@@ -59,6 +59,18 @@ def test_layer_norm():
     np.testing.assert_allclose(have, want * scale + bias, atol=16 * 5 * EPS)
 
 
+def test_layer_norm_has_float32_statistics():
+    """As of GroupNorm, with scale and bias left at one and zero."""
+    x = jnp.asarray(256 + 8 * _normal(6, 64), jnp.bfloat16)
+    have, _ = layers.layer_norm(jnp.bfloat16).init_with_output(KEY, x)
+    assert have.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    axes = {"axis": -1, "keepdims": True}
+    want = (exact - exact.mean(**axes)) / exact.std(**axes)
+    error = np.abs(np.asarray(have, np.float64) - want)
+    assert (error <= 2**-8 * np.abs(want) + 2 * 2**10 * EPS * 4).all()
+
+
 def test_noise_features_are_those_of_a_time_step():
     """Sines and cosines of 1000 t, t that of the cosine schedule."""
     t = np.linspace(0.05, 0.95, 19)
