@@ -17,7 +17,7 @@ from imagen_jax import pictures
 # Every 30 degrees of the hue circle, from red. The cube's corners are every other one.
 HUES = "red orange yellow lime green mint cyan azure blue violet magenta rose".split()
 # Unit vectors across the grey axis: towards red, and 90 degrees on towards lime.
-_ACROSS = np.array([[2, -1, -1], [0, 3**0.5, -(3**0.5)]]) / 6**0.5
+ACROSS = np.array([[2, -1, -1], [0, 3**0.5, -(3**0.5)]]) / 6**0.5
 # Of values in [-1, 1]. The largest sum is 1.13.
 _CHROMA = (0.25, 0.6)
 _BRIGHTNESS = 0.3
@@ -29,7 +29,7 @@ _FINE = 64
 
 def _colour(rng, hue: int) -> np.ndarray:
     angle = np.deg2rad(30 * hue + rng.uniform(-_JITTER, _JITTER))
-    across = np.array([np.cos(angle), np.sin(angle)]) @ _ACROSS
+    across = np.array([np.cos(angle), np.sin(angle)]) @ ACROSS
     return rng.uniform(*_CHROMA) * across + rng.uniform(-_BRIGHTNESS, _BRIGHTNESS)
 
 
@@ -79,7 +79,7 @@ def captions(count: int) -> list[str]:
 
 def _colours(made: np.ndarray) -> np.ndarray:
     """Of skies and seas across the grey axis, `[B, 2, 2]`: the outer quarters."""
-    across = (made / 127.5 - 1) @ _ACROSS.T
+    across = (made / 127.5 - 1) @ ACROSS.T
     quarter = made.shape[1] // 4
     parts = across[:, :quarter], across[:, -quarter:]
     return np.stack([np.median(part, (1, 2)) for part in parts], 1)

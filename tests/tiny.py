@@ -34,12 +34,14 @@ _VALUES = {
     "sampler": {"steps": 2, "batch_size": 8},
 }
 
-# A network for tests of what is around it: it compiles in half the time.
+# A network for tests of what is around it: without attention, and with the mean of the
+# text only, it compiles in a quarter of the time.
 ONE_LEVEL = {
     "channels": (8,),
     "num_res_blocks": (1,),
-    "self_attention": (True,),
-    "text_attention": (True,),
+    "self_attention": (False,),
+    "text_attention": (False,),
+    "text_conditioning": "mean_pool",
 }
 
 

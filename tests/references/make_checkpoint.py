@@ -27,7 +27,13 @@ from tests import tiny
 FOLDER = pathlib.Path(__file__).parent
 # Narrower than the other tests' smallest: these files are kept for ever.
 CFG = tiny.stage(
-    model={**tiny.ONE_LEVEL, "channels": (4,), "head_channels": 4},
+    model={
+        "channels": (4,),
+        "num_res_blocks": (1,),
+        "self_attention": (True,),
+        "text_attention": (True,),
+        "head_channels": 4,
+    },
     text={"length": 4, "dim": 4},
 )
 SEEDS = np.arange(8)

@@ -26,14 +26,7 @@ def cfg(tmp_path_factory):
     options = {"image_size": 8, "text_length": 4, "progress": False}
     prepare.prepare("shapes:20", path, **options)
     cfg = tiny.stage(
-        # It compiles in half the time of ONE_LEVEL.
-        model={
-            "channels": (8,),
-            "num_res_blocks": (1,),
-            "self_attention": (False,),
-            "text_attention": (False,),
-            "text_conditioning": "mean_pool",
-        },
+        model=tiny.ONE_LEVEL,
         data={"records": path},
         text={"length": 4, "dim": 64, "encoder": ""},
     )

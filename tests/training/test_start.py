@@ -127,7 +127,7 @@ def test_what_differs_is_named(tmp_path, mesh, other):
     assert "conv_in.bias: (8,) there, (16,) here" in message
     assert message.count("there, ") == 3 and ", ..." in message
 
-    narrow = tiny.stage(model={**tiny.ONE_LEVEL, "text_attention": (False,)})
+    narrow = tiny.stage(model={**tiny.ONE_LEVEL, "text_norm": False})
     with pytest.raises(UserError, match="only there: "):
         start(tmp_path, mesh, narrow, workdir)
     export(str(workdir), str(tmp_path / "out"), 10**9)

@@ -245,13 +245,7 @@ def test_adam_is_that_of_optax(clip_norm):
 @pytest.mark.slow
 def test_adafactor_trains_sharded():
     """Factored moments have fewer axes than their parameter; they must still fit."""
-    model = {
-        "channels": (128,),
-        "num_res_blocks": (1,),
-        "self_attention": (False,),
-        "text_attention": (True,),
-        "head_channels": 32,
-    }
+    model = {**tiny.ONE_LEVEL, "channels": (128,)}
     cfg = tiny.stage(model=model, optimizer={"name": "adafactor"})
     losses, _ = run(cfg, MeshConfig(data=2, fsdp=4), 8)
     one, _ = run(cfg, MeshConfig(), 1)
