@@ -31,7 +31,8 @@ CHIP = topology.Chip("toy", 1e12, 1.0, 1e10, 1e9)
 
 
 def stage(**training):
-    return tiny.stage(model={**tiny.ONE_LEVEL, "channels": (16,)}, training=training)
+    model = {"self_attention": (True,), "text_attention": (True,), "channels": (16,)}
+    return tiny.stage(model={**tiny.ONE_LEVEL, **model}, training=training)
 
 
 @pytest.fixture(scope="module")
