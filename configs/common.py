@@ -46,8 +46,7 @@ def shrink(cfg: ml_collections.ConfigDict, size: int) -> ml_collections.ConfigDi
         model[name] = model[name][:1] + model[name][2:]
     model.update(channels=(32, 48, 64), num_res_blocks=(1, 2, 2), head_channels=16)
     model.text_features = model.text_features and 32
-    # These are a TPU's; a CPU is slow with them.
-    model.update(dtype="float32", scan_blocks=False, remat="none")
+    model.dtype = "float32"
     cfg.text.update(length=16, dim=64)
     cfg.training.update(batch_size=8, steps=200)
     cfg.data.update(readers=0, shuffle_examples=1000)
