@@ -44,8 +44,8 @@ class ModelConfig:
       remat: what the backward pass recomputes instead of keeping: "none", "activations"
         (all but convolutions and products) or "blocks" (all but each block's input).
       scan_blocks: whether equal blocks are one loop, their parameters stacked. It
-        compiles in half the time and memory; a TPU's step is planned to take a third
-        more (benchmarks/README.md), a CPU's takes many times as long.
+        compiles in half the time and memory; a TPU's step is planned to take a fifth to
+        two fifths more (benchmarks/README.md), a CPU's takes many times as long.
     """
 
     architecture: str = "unet"
