@@ -1,5 +1,7 @@
 """From a stage's config to its network."""
 
+import dataclasses
+import functools
 import itertools
 
 import flax.linen as nn
@@ -90,15 +92,28 @@ def layer_maxima(
 
 def init(cfg: StageConfig, key: jax.Array):
     """Fresh parameters of the stage's network, boxed with their logical axes."""
-    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), _inputs(cfg))
-    model = _ARCHITECTURES[cfg.model.architecture](cfg.model)
-    return model.init(key, *inputs)["params"]
+    return _init(cfg.model, _inputs(cfg), key)
+
+
+def _init(cfg: ModelConfig, inputs, key):
+    inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+    return _ARCHITECTURES[cfg.architecture](cfg).init(key, *inputs)["params"]
+
+
+def abstract_params(cfg: StageConfig):
+    """What `init` returns; no arrays."""
+    # Whatever else differs between settings and runs, it is traced once.
+    return _abstract_params(dataclasses.replace(cfg.model, remat="none"), _inputs(cfg))
+
+
+@functools.cache
+def _abstract_params(cfg: ModelConfig, inputs):
+    return jax.eval_shape(lambda: _init(cfg, inputs, jax.random.key(0)))
 
 
 def abstract_inputs(cfg: StageConfig):
     """`params, z, logsnr, cond` of one picture, as `apply` takes them; no arrays."""
-    params = jax.eval_shape(lambda: init(cfg, jax.random.key(0)))
-    return nn.unbox(params), *_inputs(cfg)
+    return nn.unbox(abstract_params(cfg)), *_inputs(cfg)
 
 
 def _inputs(cfg: StageConfig):

@@ -42,8 +42,7 @@ class TrainState:
         return self.step - self.guard.skipped
 
 
-def _init(cfg: StageConfig, key: jax.Array) -> TrainState:
-    params = network.init(cfg, key)
+def _fresh(cfg: StageConfig, params: Any) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -56,7 +55,9 @@ def _init(cfg: StageConfig, key: jax.Array) -> TrainState:
 
 @functools.cache
 def _boxed_state(cfg: StageConfig) -> TrainState:
-    return jax.eval_shape(lambda: _init(cfg, jax.random.key(0)))
+    return jax.eval_shape(
+        functools.partial(_fresh, cfg), network.abstract_params(cfg)
+    )
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def create_state(cfg: StageConfig, mesh: Mesh) -> TrainState:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
 
     def init(key):
-        return nn.unbox(_init(cfg, key))
+        return nn.unbox(_fresh(cfg, network.init(cfg, key)))
 
     options = compiler_options(mesh, once=True)
     run = jax.jit(init, out_shardings=shardings, compiler_options=options)

@@ -378,3 +378,15 @@ def test_dropout_needs_its_key(net):
         return "random_bits" in str(trace())
 
     assert draws(jax.random.key(0)) and not draws(None)
+
+
+@pytest.mark.parametrize("remat", ["activations", "blocks"])
+def test_the_shapes_without_arrays_are_those_that_are_drawn(net, remat):
+    model = dataclasses.replace(net.cfg.model, remat=remat)
+    stage = dataclasses.replace(net.cfg, model=model)
+    drawn = jax.eval_shape(lambda: network.init(stage, jax.random.key(0)))
+    have = network.abstract_params(stage)
+    assert jax.tree.structure(have) == jax.tree.structure(drawn)
+    assert jax.tree.leaves(have) == jax.tree.leaves(drawn)
+    # A search looks at some 60 settings of one network, which takes seconds to trace.
+    assert have is network.abstract_params(net.cfg)
