@@ -55,9 +55,7 @@ def _fresh(cfg: StageConfig, params: Any) -> TrainState:
 
 @functools.cache
 def _boxed_state(cfg: StageConfig) -> TrainState:
-    return jax.eval_shape(
-        functools.partial(_fresh, cfg), network.abstract_params(cfg)
-    )
+    return jax.eval_shape(functools.partial(_fresh, cfg), network.abstract_params(cfg))
 
 
 @functools.cache
