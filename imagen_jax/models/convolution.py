@@ -1,6 +1,5 @@
 """Convolution of pictures whose rows may lie on many devices."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,28 +30,13 @@ def convolve(
     """
     mesh = jax.sharding.get_abstract_mesh()
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, "SAME")
+    if mesh.size > 1 and mesh.shape["spatial"] > 1:
+        return _by_rows(x, kernel, strides, pads, mesh)
     device = mesh.abstract_device
     one_cpu = mesh.size == 1 and device is not None and device.platform == "cpu"
     if one_cpu and len(x) < convolution_cpu.FEW:
         return convolution_cpu.convolve(x, kernel, strides, pads)
-    if mesh.size > 1 and mesh.shape["spatial"] > 1:
-        run = functools.partial(_by_rows, mesh=mesh)
-    else:
-        run = _convolve
-    if device is not None and device.platform == "tpu" and max(kernel.shape[:2]) > 1:
-        return _apart(run(_apart(x), kernel, strides, pads))
-    return run(x, kernel, strides, pads)
-
-
-@jax.custom_vjp
-def _apart(x):
-    return x
-
-
-# In training a TPU's compiler is kept from computing what is before a convolution, and
-# statistics of what comes out, inside of it: code too long for the chip's instruction
-# memory, compiled twice (benchmarks/README.md). The gradient fuses as it likes.
-_apart.defvjp(lambda x: (lax.optimization_barrier(x), None), lambda _, g: (g,))
+    return _convolve(x, kernel, strides, pads)
 
 
 def _convolve(x, kernel, strides, pads):

@@ -111,24 +111,3 @@ def test_on_one_cpu(channels, features, height, stride, kernel):
         want,
         (channels * kernel**2, features * kernel**2, 4 * height * 6),
     )
-
-
-@pytest.mark.parametrize(("kernel", "apart"), [(3, 2), (1, 0)])
-def test_a_tpu_fuses_nothing_into_a_convolution_in_training(kernel, apart):
-    # Only the forward pass of training: what samples has no gradient to be slow for.
-    device = jax.sharding.AbstractDevice("TPU v4", 2, "tpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
-    shapes = (4, 8, 6, 5), (kernel, kernel, 5, 4)
-    arrays = [a.astype(np.float32) for a in _arrays(*shapes)]
-
-    def convolve(x, kernel):
-        return convolution.convolve(x, kernel, (1, 1))
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        sampled = jax.make_jaxpr(convolve)(*arrays[:2])
-        trained = jax.make_jaxpr(lambda *a: _with_gradients(convolve, *a))(*arrays)
-    assert str(sampled).count("optimization_barrier") == 0
-    assert str(trained).count("optimization_barrier") == apart
-    have = jax.core.eval_jaxpr(trained.jaxpr, trained.consts, *arrays)
-    want = _exact(_plain, arrays)
-    _check(have, want, (5 * kernel**2, 4 * kernel**2, 4 * 8 * 6))
