@@ -3,18 +3,24 @@
 import functools
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from imagen_jax.topology import is_absent
 
 # Convolutions run faster without the library that XLA hands them to on CPUs
 # (benchmarks/README.md).
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
+# What is only planned is not run: convolutions may be 2 % slower than the best that the
+# compiler knows, for which it takes twice as long (benchmarks/README.md).
+_PLANNED = {"xla_jf_convolution_performance_target": 0.98}
 
 
 def compiler_options(
     mesh: Mesh, *, dtype: str = "float32", once: bool = False
-) -> dict[str, str | int]:
+) -> dict[str, str | float]:
     """What to give as `compiler_options` to `jax.jit`.
 
     Args:
@@ -22,9 +28,12 @@ def compiler_options(
       dtype: what its network computes in.
       once: whether it runs a single time, so that compiling is most of its cost.
     """
-    if mesh.devices.flat[0].platform != "cpu":
+    device = mesh.devices.flat[0]
+    if is_absent(device):
+        options = _PLANNED
+    elif device.platform != "cpu":
         return {}
-    if once:
+    elif once:
         options = _CPU_ONCE
     elif dtype == "float32":
         options = _CPU
@@ -32,14 +41,16 @@ def compiler_options(
         # Without the library jaxlib 0.10.2 cannot compile the gradient of bfloat16
         # attention with one query: "Dot with multiple contracting dimensions".
         return {}
-    return options if _accepted(tuple(options.items())) else {}
+    return options if _accepted(tuple(options.items()), device) else {}
 
 
 @functools.cache
-def _accepted(options: tuple[tuple[str, str | int], ...]) -> bool:
-    """Whether this jaxlib knows the options; they are no stable interface."""
+def _accepted(options: tuple[tuple[str, str | float], ...], device: jax.Device) -> bool:
+    """Whether this compiler knows the options; they are no stable interface."""
+    here = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
+    number = jax.ShapeDtypeStruct((), "float32", sharding=here)
     try:
-        jax.jit(lambda x: x, compiler_options=dict(options)).lower(0.0).compile()
+        jax.jit(lambda x: x, compiler_options=dict(options)).lower(number).compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

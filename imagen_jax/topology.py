@@ -131,6 +131,11 @@ def slice_devices(name: str) -> list[jax.Device]:
     return list(topology.devices)
 
 
+def is_absent(device: jax.Device) -> bool:
+    """Whether programs for a device can be compiled here, but not run."""
+    return device.platform != jax.default_backend()
+
+
 def chip_of(device: jax.Device) -> Chip | None:
     """What a device can do; None where no data sheet is known."""
     return CHIPS.get(device.device_kind)

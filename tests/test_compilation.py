@@ -1,0 +1,51 @@
+"""Compilers' options: which program gets which, and what they change."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from imagen_jax import compilation, plan, topology
+from imagen_jax.compilation import compiler_options
+from imagen_jax.config import MeshConfig
+from imagen_jax.sharding import make_mesh
+from tests import tiny
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Programs that were compiled with other options."""
+    yield
+    jax.clear_caches()
+
+
+def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    assert compiler_options(mesh, once=True) == {"xla_backend_optimization_level": 0}
+    monkeypatch.setattr(compilation, "_CPU_ONCE", {"xla_no_such_option": 0})
+    assert compiler_options(mesh, once=True) == {}
+    assert compiler_options(mesh, dtype="bfloat16") == {}
+
+
+@pytest.mark.slow
+def test_a_plan_is_of_the_program_that_is_trained(monkeypatch):
+    """All but the code of convolutions, and so the compiler's cycles, is the same."""
+    pytest.importorskip("libtpu")
+    cfg = tiny.stage(model={"channels": (128, 256), "num_blocks": (2, 2)})
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), topology.slice_devices("v4-8"))
+    assert compiler_options(mesh) == {"xla_jf_convolution_performance_target": 0.98}
+    planned = plan.plan(cfg, mesh, "train")
+    monkeypatch.setattr(compilation, "_PLANNED", {})
+    jax.clear_caches()
+    trained = plan.plan(cfg, mesh, "train")
+    cycles = [
+        each["roofline"].pop("by_the_compilers_cycles") for each in (planned, trained)
+    ]
+    assert cycles[1] < cycles[0] < 1.05 * cycles[1]
+    for each in (planned, trained):
+        each["memory_gib"].pop("program")
+        for name in ("compile_seconds", "trace_seconds", "host_memory_gib"):
+            each.pop(name)
+        for name in ("hbm_gib_per_chip", "peak_share_by_cycles"):
+            each.pop(name)
+    assert planned == trained
