@@ -31,7 +31,7 @@ def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
 def test_a_plan_is_of_the_program_that_is_trained(monkeypatch):
     """All but the code of convolutions, and so the compiler's cycles, is the same."""
     pytest.importorskip("libtpu")
-    cfg = tiny.stage(model={"channels": (128, 256), "num_blocks": (2, 2)})
+    cfg = tiny.stage(model={**tiny.ONE_LEVEL, "channels": (128,)})
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), topology.slice_devices("v4-8"))
     assert compiler_options(mesh) == {"xla_jf_convolution_performance_target": 0.98}
     planned = plan.plan(cfg, mesh, "train")
@@ -41,7 +41,7 @@ def test_a_plan_is_of_the_program_that_is_trained(monkeypatch):
     cycles = [
         each["roofline"].pop("by_the_compilers_cycles") for each in (planned, trained)
     ]
-    assert cycles[1] < cycles[0] < 1.05 * cycles[1]
+    assert cycles[1] <= cycles[0] < 1.05 * cycles[1]
     for each in (planned, trained):
         each["memory_gib"].pop("program")
         for name in ("compile_seconds", "trace_seconds", "host_memory_gib"):
