@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from imagen_jax import compilation, plan, topology
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import MeshConfig
-from imagen_jax.sharding import make_mesh
+from imagen_jax.sharding import make_mesh, replicated
 from tests import tiny
 
 
@@ -32,6 +32,33 @@ def test_what_is_only_planned_is_compiled_faster(name):
     pytest.importorskip("libtpu")
     mesh = make_mesh(MeshConfig(), topology.slice_devices(name))
     assert compiler_options(mesh) == {"xla_jf_convolution_performance_target": 0.98}
+
+
+@pytest.mark.slow
+def test_convolutions_of_a_plan_are_shorter_programs():
+    pytest.importorskip("libtpu")
+    mesh = make_mesh(MeshConfig(), topology.slice_devices("v4-8")[:1])
+
+    def size(options):
+        def array(*shape):
+            return jax.ShapeDtypeStruct(shape, "bfloat16", sharding=replicated(mesh))
+
+        run = jax.jit(
+            lambda x, kernel: jax.lax.conv_general_dilated(
+                jax.nn.silu(x),
+                kernel,
+                (1, 1),
+                "SAME",
+                None,
+                None,
+                ("NHWC", "HWIO", "NHWC"),
+            ),
+            compiler_options=options,
+        )
+        lowered = run.lower(array(8, 32, 32, 1024), array(3, 3, 1024, 1024))
+        return lowered.compile().memory_analysis().generated_code_size_in_bytes
+
+    assert size(compiler_options(mesh)) < 0.9 * size({})
 
 
 @pytest.mark.slow
