@@ -43,19 +43,15 @@ def test_convolutions_of_a_plan_are_shorter_programs():
         def array(*shape):
             return jax.ShapeDtypeStruct(shape, "bfloat16", sharding=replicated(mesh))
 
-        run = jax.jit(
-            lambda x, kernel: jax.lax.conv_general_dilated(
-                jax.nn.silu(x),
-                kernel,
-                (1, 1),
-                "SAME",
-                None,
-                None,
-                ("NHWC", "HWIO", "NHWC"),
-            ),
-            compiler_options=options,
-        )
-        lowered = run.lower(array(8, 32, 32, 1024), array(3, 3, 1024, 1024))
+        def run(x, kernel):
+            x = jax.nn.silu(x)
+            layout = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), "SAME", dimension_numbers=layout
+            )
+
+        jitted = jax.jit(run, compiler_options=options)
+        lowered = jitted.lower(array(8, 32, 32, 1024), array(3, 3, 1024, 1024))
         return lowered.compile().memory_analysis().generated_code_size_in_bytes
 
     assert size(compiler_options(mesh)) < 0.9 * size({})
