@@ -28,8 +28,10 @@ def learning_rate(cfg: OptimizerConfig) -> optax.Schedule:
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clipping by the global norm, then Adam or Adafactor (paper App. F).
 
-    Its `update(gradients, state, params, skip=skip)` leaves the state as it is, to the
-    bit, where the bool scalar `skip` holds; the updates then are of no use.
+    Its `update(gradients, state, params, gradient_norm=norm, skip=skip)` takes the norm
+    of all gradients, so what it makes of an array depends on no other. Where the bool
+    scalar `skip` holds it leaves the state as it is, to the bit; the updates then are
+    of no use.
     """
     rate = learning_rate(cfg)
     rule = {
@@ -40,13 +42,26 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
             optax.adafactor(rate, multiply_by_parameter_scale=cfg.parameter_scale)
         ),
     }[cfg.name]()
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule)
+    return optax.chain(_clip(cfg.clip_norm), rule)
+
+
+def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm`, given the norm."""
+
+    def update(gradients, state, params=None, *, gradient_norm, **_):
+        within = gradient_norm < limit
+        clipped = jax.tree.map(
+            lambda g: jnp.where(within, g, g / gradient_norm * limit), gradients
+        )
+        return clipped, state
+
+    return optax.GradientTransformationExtraArgs(optax.identity().init, update)
 
 
 def _skipping(
     rule: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    def update(gradients, state, params=None, *, skip):
+    def update(gradients, state, params=None, *, skip, **_):
         updates, new = rule.update(gradients, state, params)
         return updates, select(skip, state, new)
 
@@ -61,7 +76,7 @@ def _adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """
     rule = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
 
-    def update(gradients, state, params=None, *, skip):
+    def update(gradients, state, params=None, *, skip, **_):
         state = select(skip, state, rule.update(gradients, state)[1])
         means = optax.tree.bias_correction(state.mu, cfg.b1, state.count)
         squares = optax.tree.bias_correction(state.nu, cfg.b2, state.count)

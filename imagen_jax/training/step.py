@@ -22,6 +22,7 @@ from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
 from imagen_jax.training.guard import judge, select
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
+from imagen_jax.training.stacks import in_stacks
 from imagen_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, Any]
@@ -60,14 +61,20 @@ def train_step(
     loss, gradient_norm = each.mean(), optax.tree.norm(gradients)
     skip, guard = judge(state.guard, loss, gradient_norm, cfg.training)
 
-    updates, opt_state = make_optimizer(cfg.optimizer).update(
-        gradients, state.opt_state, state.params, skip=skip
-    )
-    # Each array is selected once and goes on from there, so that it stays in place.
-    params = select(skip, state.params, optax.apply_updates(state.params, updates))
     decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
-    ema = optax.incremental_update(params, state.ema, 1 - decay)
-    ema = select(skip, state.ema, ema)
+
+    def update(gradients, opt_state, params, ema):
+        updates, opt_state = make_optimizer(cfg.optimizer).update(
+            gradients, opt_state, params, gradient_norm=gradient_norm, skip=skip
+        )
+        # Each array is selected once and goes on from there, so that it stays in place.
+        params = select(skip, params, optax.apply_updates(params, updates))
+        average = optax.incremental_update(params, ema, 1 - decay)
+        return params, select(skip, ema, average), opt_state
+
+    if _on_tpu():
+        update = in_stacks(update, state.params)
+    params, ema, opt_state = update(gradients, state.opt_state, state.params, state.ema)
     metrics = {
         "loss": loss,
         "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),
@@ -86,6 +93,12 @@ def train_step(
         guard=guard,
     )
     return state, metrics
+
+
+def _on_tpu() -> bool:
+    # XLA's CPU compiler takes twice as long with stacks (benchmarks/README.md).
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "tpu"
 
 
 def draw(
