@@ -40,9 +40,9 @@ class ResBlock(nn.Module):
             h, x = change(h), change(x)
         h = layers.conv(self.features, self.dtype, name="conv_1")(h)
         scale_shift = layers.dense(2 * self.features, self.dtype, name="scale_shift")
-        scale, shift = jnp.split(scale_shift(nn.silu(emb))[:, None, None], 2, -1)
-        h = layers.group_norm(self.features, self.dtype, name="norm_2")(h)
-        h = nn.silu(h * (1 + scale) + shift)
+        scale, shift = jnp.split(scale_shift(nn.silu(emb)), 2, -1)
+        norm = layers.group_norm(self.features, self.dtype, name="norm_2")
+        h = nn.silu(norm(h, scale, shift))
         h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
         h = layers.conv(self.features, self.dtype, zero=True, name="conv_2")(h)
         if x.shape[-1] != self.features:

@@ -68,23 +68,69 @@ def conv(
     )
 
 
-def group_norm(channels: int, dtype, *, affine: bool = True, name: str | None = None):
+class GroupNorm(nn.Module):
+    """GroupNorm as one factor and one summand of each picture's channel.
+
+    `flax.linen.GroupNorm` subtracts, divides and multiplies pixel by pixel; here pixels
+    see one product and one sum, in float32, that of `scale` and `shift` included
+    (benchmarks/README.md).
+
+    Attributes:
+      num_groups: into which the channels are divided.
+      dtype: of the result.
+      epsilon: added to the variance.
+    """
+
+    num_groups: int
+    dtype: jnp.dtype
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None = None,
+        shift: jax.Array | None = None,
+    ) -> jax.Array:
+        """`[B, H, W, C]` normalised, times `1 + scale`, plus `shift`, both `[B, C]`."""
+        ones = nn.initializers.ones_init()
+        channels = x.shape[-1]
+        gamma = self.param("scale", _parameter(ones, "norm"), (channels,), jnp.float32)
+        beta = self.param("bias", _parameter(_zeros, "norm"), (channels,), jnp.float32)
+        mean, variance = self.moments(x)
+        factor = gamma * jax.lax.rsqrt(variance + self.epsilon)
+        summand = beta - mean * factor
+        if scale is not None:
+            factor, summand = (
+                v * (1 + scale.astype(v.dtype)) for v in (factor, summand)
+            )
+            summand += shift.astype(summand.dtype)
+        out = x.astype(jnp.float32) * factor[:, None, None] + summand[:, None, None]
+        return out.astype(self.dtype)
+
+    @nn.nowrap
+    def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance of each channel's group, `[B, C]` float32."""
+        x = x.astype(jnp.float32)
+
+        def of_groups(means):
+            grouped = means.reshape(len(means), self.num_groups, -1)
+            whole = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
+            return whole.reshape(means.shape)
+
+        mean, square = (of_groups(v.mean((1, 2))) for v in (x, jnp.square(x)))
+        return mean, jnp.maximum(0.0, square - jnp.square(mean))
+
+
+def group_norm(channels: int, dtype, *, name: str | None = None) -> GroupNorm:
     """GroupNorm with 32 groups, fewer where they would have less than 4 channels.
 
     With one channel to a group each picture would lose its channels' means, and with
     them its colours.
     """
     most = max(1, min(32, channels // 4))
-    return nn.GroupNorm(
-        num_groups=next(g for g in range(most, 0, -1) if channels % g == 0),
-        epsilon=1e-5,
-        dtype=dtype,
-        use_bias=affine,
-        use_scale=affine,
-        bias_init=_parameter(_zeros, "norm"),
-        scale_init=_parameter(nn.initializers.ones_init(), "norm"),
-        name=name,
-    )
+    groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+    return GroupNorm(groups, dtype, name=name)
 
 
 def layer_norm(dtype, *, name: str | None = None):
