@@ -69,10 +69,10 @@ def conv(
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm as one factor and one summand of each picture's channel.
+    """GroupNorm (arXiv 1803.08494) as a factor and a summand of each picture's channel.
 
-    `flax.linen.GroupNorm` subtracts, divides and multiplies pixel by pixel; here pixels
-    see one product and one sum, in float32, that of `scale` and `shift` included
+    `flax.linen.GroupNorm` subtracts, multiplies and adds pixel by pixel; here a pixel
+    sees one product and one sum, in float32, that of `scale` and `shift` included
     (benchmarks/README.md).
 
     Attributes:

@@ -1,7 +1,7 @@
 """Small arrays of one shape, updated as one.
 
-A large network has hundreds of biases and norms. One by one their updates are most of
-a training step's operations: of what a compiler works on, and of what a chip starts.
+A large network has hundreds of biases and norms. One by one their updates are a large
+part of a step's operations: of what a compiler works on, and of what a chip starts.
 """
 
 import collections

@@ -96,7 +96,8 @@ def train_step(
 
 
 def _on_tpu() -> bool:
-    # XLA's CPU compiler takes twice as long with stacks (benchmarks/README.md).
+    # XLA's CPU compiler takes twice as long with stacks; no GPU was measured
+    # (benchmarks/README.md).
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is not None and device.platform == "tpu"
 
