@@ -13,9 +13,9 @@ from imagen_jax.topology import is_absent
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
-# What is only planned is not run: convolutions may be 2 % slower than the best that the
-# compiler knows, for which it takes twice as long (benchmarks/README.md).
-_PLANNED = {"xla_jf_convolution_performance_target": 0.98}
+# What is only planned is not run: convolutions may be 4 % slower than the best that the
+# compiler knows, for which it takes more than twice as long (benchmarks/README.md).
+_PLANNED = {"xla_jf_convolution_performance_target": 0.96}
 
 
 def compiler_options(

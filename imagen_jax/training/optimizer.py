@@ -38,22 +38,20 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArg
         "adam": lambda: optax.chain(
             _adam(cfg), _skipping(optax.scale_by_learning_rate(rate))
         ),
-        "adafactor": lambda: _skipping(
-            optax.adafactor(rate, multiply_by_parameter_scale=cfg.parameter_scale)
-        ),
+        "adafactor": lambda: _adafactor(cfg, rate),
     }[cfg.name]()
     return optax.chain(_clip(cfg.clip_norm), rule)
 
 
 def _clip(limit: float) -> optax.GradientTransformationExtraArgs:
-    """`optax.clip_by_global_norm`, given the norm."""
+    """`optax.clip_by_global_norm`, given the norm; all 0 in a step that is skipped."""
 
-    def update(gradients, state, params=None, *, gradient_norm, **_):
-        within = gradient_norm < limit
-        clipped = jax.tree.map(
-            lambda g: jnp.where(within, g, g / gradient_norm * limit), gradients
-        )
-        return clipped, state
+    def update(gradients, state, params=None, *, gradient_norm, skip, **_):
+        over = gradient_norm >= limit
+        norm, to = (jnp.where(over, v, 1.0) for v in (gradient_norm, limit))
+        return jax.tree.map(
+            lambda g: jnp.where(skip, 0.0, g / norm * to), gradients
+        ), state
 
     return optax.GradientTransformationExtraArgs(optax.identity().init, update)
 
@@ -66,6 +64,34 @@ def _skipping(
         return updates, select(skip, state, new)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
+def _adafactor(
+    cfg: OptimizerConfig, rate: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """`optax.adafactor`, whose averages are kept by a decay of 1 and a gradient of 0.
+
+    To select each of them takes a compiler for TPUs longer (benchmarks/README.md).
+    """
+
+    def rule(skip):
+        # The decay is 1 - (count - offset + 1) ** -rate, and 2 ** -1000 is 0.
+        return optax.adafactor(
+            rate,
+            multiply_by_parameter_scale=cfg.parameter_scale,
+            decay_rate=jnp.where(skip, 1000.0, 0.8),
+            decay_offset=jnp.where(skip, -1, 0),
+        )
+
+    def update(gradients, state, params=None, *, skip, **_):
+        updates, new = rule(skip).update(gradients, state, params)
+
+        def kept(old, new):
+            return jnp.where(skip, old, new) if new.ndim == 0 else new
+
+        return updates, jax.tree.map(kept, state, new)
+
+    return optax.GradientTransformationExtraArgs(rule(False).init, update)
 
 
 def _adam(cfg: OptimizerConfig) -> optax.GradientTransformationExtraArgs:

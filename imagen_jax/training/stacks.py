@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 # Elements up to which stacking costs little beside starting another operation.
 _SMALL = 8192
@@ -29,11 +30,7 @@ def in_stacks(update: Callable[..., Any], params: Any) -> Callable[..., Any]:
       but for the order in which an array's elements are summed.
     """
     leaves, structure = jax.tree.flatten(params)
-    alone, shapes = [], collections.defaultdict(list)
-    for number, leaf in enumerate(leaves):
-        like = shapes[leaf.shape, leaf.dtype] if leaf.size <= _SMALL else alone
-        like.append(number)
-    stacks = list(shapes.values())
+    alone, stacks = _by_shape(leaves)
     alone_structure = jax.tree.structure(alone)
 
     def of_params(tree):
@@ -73,3 +70,20 @@ def in_stacks(update: Callable[..., Any], params: Any) -> Callable[..., Any]:
         return jax.tree.map(merged, single, *stacked, is_leaf=of_alone)
 
     return run
+
+
+def norm(tree: Any) -> jax.Array:
+    """`optax.tree.norm(tree)`, with all small arrays of a shape squared at once."""
+    leaves = jax.tree.leaves(tree)
+    alone, stacks = _by_shape(leaves)
+    stacked = [jnp.stack([leaves[i] for i in numbers]) for numbers in stacks]
+    return optax.tree.norm([leaves[i] for i in alone] + stacked)
+
+
+def _by_shape(leaves: list[jax.Array]) -> tuple[list[int], list[list[int]]]:
+    """The numbers of the large arrays, and those of the small ones of each shape."""
+    alone, shapes = [], collections.defaultdict(list)
+    for number, leaf in enumerate(leaves):
+        like = shapes[leaf.shape, leaf.dtype] if leaf.size <= _SMALL else alone
+        like.append(number)
+    return alone, list(shapes.values())

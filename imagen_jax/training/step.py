@@ -20,9 +20,9 @@ from imagen_jax.diffusion.loss import (
 )
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
+from imagen_jax.training import stacks
 from imagen_jax.training.guard import judge, select
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
-from imagen_jax.training.stacks import in_stacks
 from imagen_jax.training.state import TrainState, abstract_state
 
 Metrics = dict[str, Any]
@@ -58,28 +58,28 @@ def train_step(
     check_batch(batch, batch_spec(cfg))
     noised, key_dropout = draw(state.step, batch, cfg)
     each, gradients = loss_and_gradients(state.params, noised, key_dropout, cfg)
-    loss, gradient_norm = each.mean(), optax.tree.norm(gradients)
+    norm = stacks.norm if _on_tpu() else optax.tree.norm
+    loss, gradient_norm = each.mean(), norm(gradients)
     skip, guard = judge(state.guard, loss, gradient_norm, cfg.training)
 
-    decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
+    decay = jnp.where(skip, 1, ema_decay(state.updates, cfg.optimizer.ema_decay))
 
     def update(gradients, opt_state, params, ema):
         updates, opt_state = make_optimizer(cfg.optimizer).update(
             gradients, opt_state, params, gradient_norm=gradient_norm, skip=skip
         )
-        # Each array is selected once and goes on from there, so that it stays in place.
+        # Selected once and going on from there, they stay in place.
         params = select(skip, params, optax.apply_updates(params, updates))
-        average = optax.incremental_update(params, ema, 1 - decay)
-        return params, select(skip, ema, average), opt_state
+        return params, optax.incremental_update(params, ema, 1 - decay), opt_state
 
     if _on_tpu():
-        update = in_stacks(update, state.params)
+        update = stacks.in_stacks(update, state.params)
     params, ema, opt_state = update(gradients, state.opt_state, state.params, state.ema)
     metrics = {
         "loss": loss,
         "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),
         "gradient_norm": gradient_norm,
-        "parameter_norm": optax.tree.norm(params),
+        "parameter_norm": norm(params),
         "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.updates)),
         "skipped": skip,
         "skipped_updates": guard.skipped,

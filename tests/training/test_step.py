@@ -246,6 +246,46 @@ def test_adam_is_that_of_optax(clip_norm):
         state = a[1], b[1]
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_adafactor_is_that_of_optax(scaled):
+    """Of steps that are done, to the bit; others leave the state as it was, also zero.
+
+    Of two arrays: averages of rows and columns are kept of the larger one.
+    """
+    cfg = OptimizerConfig(
+        name="adafactor", warmup_steps=2, decay_steps=9, parameter_scale=scaled
+    )
+    mine = optimizer.make_optimizer(cfg)
+    want = optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adafactor(
+            optimizer.learning_rate(cfg), multiply_by_parameter_scale=scaled
+        ),
+    )
+    random = np.random.default_rng(0)
+
+    def drawn():
+        return [random.normal(size=s).astype("f4") for s in ((3, 160, 140), (40,))]
+
+    parameters = drawn()
+    state = mine.init(parameters), want.init(parameters)
+    for skip in (True, False, False, True, False):
+        gradients = drawn()
+        norm = optax.tree.norm(gradients)
+        if skip:
+            gradients[0][0, 0, 0] = norm = np.float32("nan")
+        updates, after = mine.update(
+            gradients, state[0], parameters, gradient_norm=norm, skip=skip
+        )
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+        if skip:
+            jax.tree.map(np.testing.assert_array_equal, after, state[0])
+            continue
+        theirs = want.update(gradients, state[1], parameters)
+        jax.tree.map(np.testing.assert_array_equal, (updates, after), theirs)
+        state = after, theirs[1]
+
+
 @pytest.mark.slow
 def test_adafactor_trains_sharded():
     """Factored moments have fewer axes than their parameter; they must still fit."""
