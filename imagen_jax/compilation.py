@@ -15,7 +15,11 @@ _CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
 # What is only planned is not run: convolutions may be 4 % slower than the best that the
 # compiler knows, for which it takes more than twice as long (benchmarks/README.md).
-_PLANNED = {"xla_jf_convolution_performance_target": 0.96}
+# And it makes a third of the base's program, written once for all who call it.
+_PLANNED = {
+    "xla_jf_convolution_performance_target": 0.96,
+    "xla_tpu_enable_deduplicated_calls": True,
+}
 
 
 def compiler_options(

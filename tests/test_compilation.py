@@ -31,7 +31,7 @@ def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
 def test_what_is_only_planned_is_compiled_faster(name):
     pytest.importorskip("libtpu")
     mesh = make_mesh(MeshConfig(), topology.slice_devices(name))
-    assert compiler_options(mesh) == {"xla_jf_convolution_performance_target": 0.96}
+    assert compiler_options(mesh) == compilation._PLANNED
 
 
 @pytest.mark.slow

@@ -42,7 +42,8 @@ def train_step(
     """Loss, gradient, update and average.
 
     With numbers that `guard.judge` finds bad, parameters, average and optimizer stay
-    as they are to the bit, and only the step goes on: the next one has other noise.
+    as they are, to the bit but for the sign of an average's zero, and only the step
+    goes on: the next one has other noise.
     Once the budget is spent the step stands still, too.
 
     Args:
