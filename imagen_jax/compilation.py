@@ -15,7 +15,7 @@ _CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
 # What is only planned is not run: convolutions may be 4 % slower than the best that the
 # compiler knows, for which it takes more than twice as long (benchmarks/README.md).
-# And it makes a third of the base's program, written once for all who call it.
+# Equal code is written once: less than half of the base's program.
 _PLANNED = {
     "xla_jf_convolution_performance_target": 0.96,
     "xla_tpu_enable_deduplicated_calls": True,
