@@ -171,6 +171,13 @@ def on_mesh(run: Callable, mesh: Mesh) -> Callable:
     return inside
 
 
+def on_one_cpu() -> bool:
+    """Whether what is traced runs on a mesh (`on_mesh`) of a single CPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    return mesh.size == 1 and device is not None and device.platform == "cpu"
+
+
 def split_rows(x: jax.Array) -> jax.Array:
     """`x` with its rows on data and fsdp; of the other axes the compiler decides.
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from imagen_jax.models import convolution_cpu
-from imagen_jax.sharding import picture_spec
+from imagen_jax.sharding import on_one_cpu, picture_spec
 
 
 def convolve(
@@ -32,9 +32,7 @@ def convolve(
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, "SAME")
     if mesh.size > 1 and mesh.shape["spatial"] > 1:
         return _by_rows(x, kernel, strides, pads, mesh)
-    device = mesh.abstract_device
-    one_cpu = mesh.size == 1 and device is not None and device.platform == "cpu"
-    if one_cpu and len(x) < convolution_cpu.FEW:
+    if len(x) < convolution_cpu.FEW and on_one_cpu():
         return convolution_cpu.convolve(x, kernel, strides, pads)
     return _convolve(x, kernel, strides, pads)
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from imagen_jax.models.product import product
+
 # Of so many pictures and more XLA's own gradients are as fast (benchmarks/README.md).
 FEW = 8
 
@@ -30,7 +32,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], pads: Pads
     """
     strides, pads = tuple(strides), tuple(map(tuple, pads))
     if (kernel.shape[:2], strides, pads) == ((1, 1), (1, 1), ((0, 0), (0, 0))):
-        return jnp.einsum("bhwc,cd->bhwd", x, kernel[0, 0])
+        return product(x, kernel[0, 0])
     return _convolve(x, kernel, strides, pads)
 
 
@@ -54,21 +56,46 @@ def _backward(strides, pads, kept, out):
 
 
 def _to_kernel(x, out, size, strides, pads):
-    """The kernel's gradient, along H; its columns are so many batches."""
+    """The kernel's gradient: what is transposed is the side of fewer channels."""
+    if x.shape[-1] < out.shape[-1] and tuple(strides) == (1, 1):
+        # With x and the result in each other's place offsets change their signs.
+        pads = tuple((n - 1 - before,) * 2 for n, (before, _) in zip(size, pads))
+        found = _along_rows(out, x, size, (1, 1), pads)
+        return found[::-1, ::-1].swapaxes(2, 3)
+    return _along_rows(x, out, size, strides, pads)
+
+
+def _along_rows(x, out, size, strides, pads):
+    """The kernel's gradient, convolved along H; columns are so many batches."""
     batch, height, width, features = out.shape
-    x = jnp.pad(x.transpose(3, 1, 0, 2), ((0, 0), pads[0], (0, 0), pads[1]))
+    channels, columns = x.shape[-1], x.shape[2]
+    lines = x.transpose(3, 1, 0, 2).reshape(channels, -1, batch * columns)
     reach = strides[1] * (width - 1) + 1
-    columns = [x[..., i : i + reach : strides[1]] for i in range(size[1])]
-    x = jnp.stack(columns)
-    found = lax.conv_general_dilated(
-        x.reshape(-1, x.shape[2], batch * width),
-        out.transpose(1, 0, 2, 3).reshape(height, batch * width, features),
-        (1,),
-        "VALID",
-        rhs_dilation=(strides[0],),
-        dimension_numbers=("NHC", "HIO", "NHC"),
-    )
-    found = found.reshape(size[1], -1, found.shape[1], features)[:, :, : size[0]]
+    low_rows = pads[0][0]
+    high_rows = strides[0] * (height - 1) + size[0] - low_rows - x.shape[1]
+
+    def of_column(i):
+        low = i - pads[1][0]
+        moved = lax.pad(
+            out,
+            jnp.zeros((), out.dtype),
+            (
+                (0, 0, 0),
+                (0, 0, 0),
+                (low, columns - reach - low, strides[1] - 1),
+                (0, 0, 0),
+            ),
+        )
+        return lax.conv_general_dilated(
+            lines,
+            moved.transpose(1, 0, 2, 3).reshape(height, -1, features),
+            (1,),
+            ((low_rows, high_rows),),
+            rhs_dilation=(strides[0],),
+            dimension_numbers=("NHC", "HIO", "NHC"),
+        )
+
+    found = jnp.stack([of_column(i) for i in range(size[1])])
     return found.transpose(2, 0, 1, 3)
 
 

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from imagen_jax.models import pixels
 from imagen_jax.models.convolution import convolve
+from imagen_jax.models.product import dot_general
 from imagen_jax.sharding import gather_fsdp, split_rows
 
 _lecun = nn.initializers.lecun_normal()
@@ -40,6 +42,7 @@ def dense(features: int, dtype, *, zero: bool = False, name: str | None = None):
     return nn.Dense(
         features,
         dtype=dtype,
+        dot_general=dot_general,
         bias_init=_parameter(_zeros, "norm"),
         name=name,
         **_kernel(_zeros if zero else _lecun, "in", "out"),
@@ -105,8 +108,8 @@ class GroupNorm(nn.Module):
                 v * (1 + scale.astype(v.dtype)) for v in (factor, summand)
             )
             summand += shift.astype(summand.dtype)
-        out = x.astype(jnp.float32) * factor[:, None, None] + summand[:, None, None]
-        return out.astype(self.dtype)
+        factor, summand = (pixels.spread(v, x.shape[1:3]) for v in (factor, summand))
+        return (x.astype(jnp.float32) * factor + summand).astype(self.dtype)
 
     @nn.nowrap
     def moments(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -118,7 +121,10 @@ class GroupNorm(nn.Module):
             whole = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
             return whole.reshape(means.shape)
 
-        mean, square = (of_groups(v.mean((1, 2))) for v in (x, jnp.square(x)))
+        count = x.shape[1] * x.shape[2]
+        mean, square = (
+            of_groups(pixels.total(v) / count) for v in (x, jnp.square(x))
+        )
         return mean, jnp.maximum(0.0, square - jnp.square(mean))
 
 
@@ -149,6 +155,7 @@ def heads(num_heads: int, head_channels: int, dtype, *, name: str):
     return nn.DenseGeneral(
         (num_heads, head_channels),
         dtype=dtype,
+        dot_general=dot_general,
         bias_init=_parameter(_zeros, "heads", "head_dim"),
         name=name,
         **_kernel(_lecun, "in", "heads", "head_dim"),

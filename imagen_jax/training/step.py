@@ -19,7 +19,7 @@ from imagen_jax.diffusion.loss import (
     noise_batch,
 )
 from imagen_jax.models import network
-from imagen_jax.sharding import batch_sharding, on_mesh, replicated
+from imagen_jax.sharding import batch_sharding, on_mesh, on_one_cpu, replicated
 from imagen_jax.training import stacks
 from imagen_jax.training.guard import judge, select
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
@@ -59,7 +59,7 @@ def train_step(
     check_batch(batch, batch_spec(cfg))
     noised, key_dropout = draw(state.step, batch, cfg)
     each, gradients = loss_and_gradients(state.params, noised, key_dropout, cfg)
-    norm = stacks.norm if _on_tpu() else optax.tree.norm
+    norm = _norm()
     loss, gradient_norm = each.mean(), norm(gradients)
     skip, guard = judge(state.guard, loss, gradient_norm, cfg.training)
 
@@ -94,6 +94,15 @@ def train_step(
         guard=guard,
     )
     return state, metrics
+
+
+def _norm() -> Callable[[Any], jax.Array]:
+    if _on_tpu():
+        return stacks.norm
+    if on_one_cpu():
+        # In half the time of the squares' sum (benchmarks/README.md).
+        return lambda tree: jnp.sqrt(optax.tree.vdot(tree, tree))
+    return optax.tree.norm
 
 
 def _on_tpu() -> bool:
