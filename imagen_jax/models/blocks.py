@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from imagen_jax.batch import Cond
 from imagen_jax.config import ModelConfig
-from imagen_jax.models import layers
+from imagen_jax.models import layers, written
 from imagen_jax.models.attention import attend
 
 
@@ -47,7 +47,7 @@ class ResBlock(nn.Module):
         h = layers.conv(self.features, self.dtype, zero=True, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = layers.conv(self.features, self.dtype, kernel=1, name="shortcut")(x)
-        return (x + h) * self.skip_scale
+        return written.gradient((x + h) * self.skip_scale)
 
 
 class AttentionBlock(nn.Module):
@@ -104,7 +104,7 @@ class AttentionBlock(nn.Module):
             jnp.concatenate(masks, 1),
         )
         out = layers.dense(channels, self.dtype, zero=True, name="out")(out)
-        return (x + out.reshape(x.shape)) * self.skip_scale
+        return written.gradient((x + out.reshape(x.shape)) * self.skip_scale)
 
 
 class TextPool(nn.Module):

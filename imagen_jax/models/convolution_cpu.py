@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from imagen_jax.models import winograd
 from imagen_jax.models.product import product
 
 # Of so many pictures and more XLA's own gradients are as fast (benchmarks/README.md).
 FEW = 8
+# Pairs of outputs are computed at once for so many channels in and out and pixels.
+WIDE, LARGE = 64, 1024
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -33,7 +36,18 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], pads: Pads
     strides, pads = tuple(strides), tuple(map(tuple, pads))
     if (kernel.shape[:2], strides, pads) == ((1, 1), (1, 1), ((0, 0), (0, 0))):
         return product(x, kernel[0, 0])
+    if _is_wide(x, kernel, strides, pads):
+        return _in_pairs(x, kernel)
     return _convolve(x, kernel, strides, pads)
+
+
+def _is_wide(x, kernel, strides, pads) -> bool:
+    """Whether two thirds of the products are worth the sums for it."""
+    usual = (kernel.shape[:2], strides, pads) == ((3, 3), (1, 1), ((1, 1), (1, 1)))
+    even = x.shape[1] % 2 == x.shape[2] % 2 == 0
+    exact = jnp.finfo(x.dtype).bits >= 32
+    large = x.shape[0] * x.shape[1] * x.shape[2] >= LARGE
+    return usual and even and exact and large and min(kernel.shape[2:]) >= WIDE
 
 
 def _plain(x, kernel, strides, pads):
@@ -51,8 +65,45 @@ def _forward(x, kernel, strides, pads):
 
 def _backward(strides, pads, kept, out):
     x, kernel = kept
+    x, out = lax.optimization_barrier((x, out))
     _, to_x = jax.vjp(lambda x: _plain(x, kernel, strides, pads), x)
     return *to_x(out), _to_kernel(x, out, kernel.shape[:2], strides, pads)
+
+
+@jax.custom_vjp
+def _in_pairs(x, kernel):
+    """A 3 x 3 convolution of zero padded pictures, by pairs of rows."""
+    return _of_padded(lax.optimization_barrier(jnp.pad(x, _BORDER)), kernel)
+
+
+def _of_padded(x, kernel):
+    products = (
+        _plain(part, tap, (1, 1), ((0, 0), (0, 0)))
+        for part, tap in zip(
+            winograd.inputs(x, 1), winograd.kernels(kernel, 0), strict=True
+        )
+    )
+    return winograd.outputs(tuple(products), 1)
+
+
+def _in_pairs_backward(kept, out):
+    x, kernel = kept
+    x, out = lax.optimization_barrier((jnp.pad(x, _BORDER), jnp.pad(out, _BORDER)))
+    turned = lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
+    to_x = _of_padded(out, turned)
+    found = (
+        _to_kernel(part, of_part, (3, 1), (1, 1), ((1, 1), (0, 0)))
+        for part, of_part in zip(
+            winograd.inputs(x, 2), winograd.outputs_back(out, 2), strict=True
+        )
+    )
+    return to_x, winograd.kernels_back(tuple(found), 1)
+
+
+_BORDER = ((0, 0), (1, 1), (1, 1), (0, 0))
+_in_pairs.defvjp(
+    lambda x, kernel: (_in_pairs(x, kernel), (x, kernel)), _in_pairs_backward
+)
 
 
 def _to_kernel(x, out, size, strides, pads):
