@@ -88,6 +88,9 @@ def test_rows_on_many_devices(axes, height, stride, kernel):
         (5, 4, 8, 2, 1),
         (5, 4, 8, 1, 2),  # pads unequally
         (5, 4, 1, 1, 3),
+        (4, 5, 8, 1, 3),
+        (4, 5, 7, 2, 3),
+        (4, 5, 8, 1, 2),
     ],
 )
 def test_on_one_cpu(channels, features, height, stride, kernel):
@@ -110,4 +113,38 @@ def test_on_one_cpu(channels, features, height, stride, kernel):
         program(*single),
         want,
         (channels * kernel**2, features * kernel**2, 4 * height * 6),
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "height", "width", "pairs"),
+    [
+        (64, 70, 16, 18, True),
+        (70, 64, 16, 18, True),
+        (64, 64, 17, 18, False),
+        (64, 64, 16, 17, False),
+        (63, 64, 16, 18, False),
+        (64, 64, 14, 18, False),  # few pixels
+    ],
+)
+def test_wide_convolutions_on_one_cpu(channels, features, height, width, pairs):
+    shapes = (4, height, width, channels), (3, 3, channels, features)
+    arrays = _arrays(*shapes)
+    want = _exact(_plain, arrays)
+
+    def run(x, kernel, weight):
+        def convolve(x, kernel):
+            return convolution.convolve(x, kernel, (1, 1))
+
+        return _with_gradients(convolve, x, kernel, weight)
+
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    single = [a.astype(np.float32) for a in arrays]
+    program = jax.jit(sharding.on_mesh(run, mesh))
+    assert ("size=1x3" in program.lower(*single).as_text("hlo")) == pairs
+    # A pair's products are of sums of two and three numbers: as many again to round.
+    _check(
+        program(*single),
+        want,
+        (2 * channels * 9, 2 * features * 9, 2 * 4 * height * width),
     )

@@ -1,0 +1,43 @@
+"""Winograd's pairs: whole numbers, whose sums are exact, and transposes."""
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax.models import winograd
+
+
+def _whole(*shape, seed=0):
+    # Even, so that halves are whole, too.
+    return 2.0 * np.random.default_rng(seed).integers(-9, 10, shape).astype("float32")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_pairs_are_the_correlation(axis):
+    x, kernel = _whole(10), _whole(3, seed=1)
+    padded = np.moveaxis(np.pad(x, 1)[:, None], 0, axis)
+    parts = winograd.inputs(padded, axis)
+    taps = winograd.kernels(np.moveaxis(kernel[:, None], 0, axis), axis)
+    products = tuple(part * tap for part, tap in zip(parts, taps, strict=True))
+    found = winograd.outputs(products, axis)
+    np.testing.assert_array_equal(
+        np.ravel(found), np.correlate(np.pad(x, 1), kernel, "valid")
+    )
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_transposes(axis):
+    size = [2, 2]
+    size[axis] = 8
+    half = [n // 2 if i == axis else n for i, n in enumerate(size)]
+    products = tuple(_whole(*half, seed=i) for i in range(4))
+    out = _whole(*size, seed=4)
+    (want,) = jax.linear_transpose(lambda m: winograd.outputs(m, axis), products)(out)
+    pads = [(1, 1) if i == axis else (0, 0) for i in range(2)]
+    have = winograd.outputs_back(np.pad(out, pads), axis)
+    jax.tree.map(np.testing.assert_array_equal, have, want)
+
+    kernel = _whole(*(3 if i == axis else 2 for i in range(2)))
+    taps = winograd.kernels(kernel, axis)
+    (want,) = jax.linear_transpose(lambda g: winograd.kernels(g, axis), kernel)(taps)
+    np.testing.assert_array_equal(winograd.kernels_back(taps, axis), want)
