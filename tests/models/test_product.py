@@ -44,5 +44,6 @@ def test_gradients_need_no_transposed_copies():
         sharding.on_mesh(run, mesh), compiler_options=compiler_options(mesh)
     )
     text = program.lower(x, k, out).compile().as_text()
-    assert "dot(" in text
-    assert "transpose(" not in text
+    assert "} dot(" in text
+    assert "} transpose(" not in text
+    assert "} copy(" not in text
