@@ -35,12 +35,13 @@ def spread(values: jax.Array, size: tuple[int, int]) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _total(x, size):
     rows = _product(x.reshape(len(x), size[0], -1))
-    return _product(rows.reshape(len(x), size[1], -1))
+    return _product(rows.reshape(len(x), size[1], -1)).astype(x.dtype)
 
 
 def _product(x):
-    """`[B, N, M]` summed over N."""
-    return jnp.einsum("bn,bnm->bm", jnp.ones(x.shape[:2], x.dtype), x)
+    """`[B, N, M]` summed over N, in float32 at least."""
+    ones, wide = jnp.ones(x.shape[:2], x.dtype), jnp.promote_types(x.dtype, "float32")
+    return jnp.einsum("bn,bnm->bm", ones, x, preferred_element_type=wide)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

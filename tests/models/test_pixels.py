@@ -54,3 +54,11 @@ def test_spread_and_its_gradient(devices):
     np.testing.assert_allclose(
         value, (values * want).sum(), rtol=0, atol=EPS * 50 * terms.sum()
     )
+
+
+def test_bfloat16_is_summed_in_float32():
+    x = np.full((1, 64, 64, 2), 1 / 256)
+    total = _on(1, pixels.total)(jnp.bfloat16(x))
+    assert total.dtype == jnp.bfloat16
+    # A bfloat16 sum would stand still once 1 / 256 is half of its last place.
+    np.testing.assert_array_equal(np.float32(total), 16.0)
