@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from imagen_jax.models import winograd
-from imagen_jax.models.product import product
+from imagen_jax.models.product import product, to_kernel
 
 # Of so many pictures and more XLA's own gradients are as fast (benchmarks/README.md).
 FEW = 8
 # Pairs of outputs are computed at once for so many channels in and out and pixels.
-WIDE, LARGE = 64, 1024
+WIDE, LARGE = 32, 1024
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -44,10 +44,10 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], pads: Pads
 def _is_wide(x, kernel, strides, pads) -> bool:
     """Whether two thirds of the products are worth the sums for it."""
     usual = (kernel.shape[:2], strides, pads) == ((3, 3), (1, 1), ((1, 1), (1, 1)))
-    even = x.shape[1] % 2 == x.shape[2] % 2 == 0
+    whole = x.shape[1] % winograd.TILE == x.shape[2] % winograd.TILE == 0
     exact = jnp.finfo(x.dtype).bits >= 32
     large = x.shape[0] * x.shape[1] * x.shape[2] >= LARGE
-    return usual and even and exact and large and min(kernel.shape[2:]) >= WIDE
+    return usual and whole and exact and large and min(kernel.shape[2:]) >= WIDE
 
 
 def _plain(x, kernel, strides, pads):
@@ -83,7 +83,7 @@ def _of_padded(x, kernel):
             winograd.inputs(x, 1), winograd.kernels(kernel, 0), strict=True
         )
     )
-    return winograd.outputs(tuple(products), 1)
+    return lax.optimization_barrier(winograd.outputs(tuple(products), 1))
 
 
 def _in_pairs_backward(kept, out):
@@ -91,13 +91,15 @@ def _in_pairs_backward(kept, out):
     x, out = lax.optimization_barrier((jnp.pad(x, _BORDER), jnp.pad(out, _BORDER)))
     turned = lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
     to_x = _of_padded(out, turned)
-    found = (
-        _to_kernel(part, of_part, (3, 1), (1, 1), ((1, 1), (0, 0)))
-        for part, of_part in zip(
-            winograd.inputs(x, 2), winograd.outputs_back(out, 2), strict=True
-        )
-    )
-    return to_x, winograd.kernels_back(tuple(found), 1)
+    rows = zip(winograd.inputs(x, 1), winograd.outputs_back(out, 1), strict=True)
+    found = [_of_columns(*lax.optimization_barrier(pair)) for pair in rows]
+    return to_x, winograd.kernels_back(tuple(found), 0)
+
+
+def _of_columns(x, out):
+    parts = zip(winograd.inputs(x, 2), winograd.outputs_back(out, 2), strict=True)
+    products = (to_kernel(a, b)[None, None] for a, b in parts)
+    return lax.optimization_barrier(winograd.kernels_back(tuple(products), 1))
 
 
 _BORDER = ((0, 0), (1, 1), (1, 1), (0, 0))

@@ -37,11 +37,15 @@ def _backward(kept, out):
     x, kernel = kept
     out = _rows(out, kernel.ndim - 1)
     to_x = _dot(out, kernel.reshape(len(kernel), -1), 1, 1)
-    to_kernel = _dot(_rows(x, 1), out, 0, 0)
-    return to_x.reshape(x.shape), to_kernel.reshape(kernel.shape)
+    return to_x.reshape(x.shape), to_kernel(x, out).reshape(kernel.shape)
 
 
 product.defvjp(_forward, _backward)
+
+
+def to_kernel(x: jax.Array, out: jax.Array) -> jax.Array:
+    """`[..., C]` and `[..., F]` multiplied and summed over all but these: `[C, F]`."""
+    return _dot(_rows(x, 1), _rows(out, 1), 0, 0)
 
 
 def _rows(x, axes):

@@ -1,59 +1,87 @@
-"""Convolutions of 3 x 3 with two thirds of the products, in one dimension.
+"""Convolutions of 3 x 3 with half of the products, in one dimension.
 
-Winograd's F(2, 3) (Lavin and Gray, arXiv 1509.09308): two neighbouring outputs of three
-taps are sums of four products, not six. The other dimension is convolved as usual, so
-there is little to transform.
+Winograd's F(4, 3) (Lavin and Gray, arXiv 1509.09308, section 4.3): four neighbouring
+outputs of three taps are sums of six products, not twelve. The other dimension is
+convolved as usual, so there is little to transform.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Outputs that are computed at once.
+TILE = 4
+# The paper's B^T, G and A^T.
+_INPUTS = (
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+_KERNELS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+_OUTPUTS = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
+)
+
 
 def inputs(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:
-    """The four inputs of each pair of outputs along `axis`: B^T x.
+    """The six inputs of each four outputs along `axis`: B^T x.
 
     Args:
       x: pictures with one more pixel on each side.
-      axis: of even length.
+      axis: of four times as many, and two, pixels.
     """
-    stop = x.shape[axis] - 3
-    a, b, c, d = (
-        lax.slice_in_dim(x, i, i + stop, stride=2, axis=axis) for i in range(4)
-    )
-    return a - c, b + c, c - b, b - d
+    return _sums(_INPUTS, [_every_fourth(x, i, axis) for i in range(6)])
 
 
 def kernels(kernel: jax.Array, axis: int) -> tuple[jax.Array, ...]:
-    """The four kernels of one tap along `axis` for one of three: G g."""
-    a, b, c = jnp.split(kernel, 3, axis)
-    return a, (a + b + c) / 2, (a - b + c) / 2, c
+    """The six kernels of one tap along `axis` for one of three: G g."""
+    return _sums(_KERNELS, jnp.split(kernel, 3, axis))
 
 
 def outputs(products: tuple[jax.Array, ...], axis: int) -> jax.Array:
-    """The pairs of outputs along `axis` of the four products: A^T m."""
-    a, b, c, d = products
-    even, odd = a + b + c, b - c - d
-    return _spaced(even, axis, 0, 1) + _spaced(odd, axis, 1, 0)
+    """The fours of outputs along `axis` of the six products: A^T m."""
+    fours = _sums(_OUTPUTS, products)
+    return sum(_spaced(four, axis, i) for i, four in enumerate(fours))
 
 
 def outputs_back(out: jax.Array, axis: int) -> tuple[jax.Array, ...]:
     """The transpose of `outputs`, of `out` with one more pixel on each side."""
-    stop = out.shape[axis] - 3
-    even, odd = (
-        lax.slice_in_dim(out, i, i + stop, stride=2, axis=axis) for i in (1, 2)
+    return _sums(
+        zip(*_OUTPUTS, strict=True), [_every_fourth(out, i, axis) for i in range(1, 5)]
     )
-    return even, even + odd, even - odd, -odd
 
 
 def kernels_back(found: tuple[jax.Array, ...], axis: int) -> jax.Array:
     """The transpose of `kernels`."""
-    a, b, c, d = found
-    half = (b + c) / 2
-    return jnp.concatenate([a + half, (b - c) / 2, half + d], axis)
+    return jnp.concatenate(_sums(zip(*_KERNELS, strict=True), found), axis)
 
 
-def _spaced(x, axis, before, behind):
+def _sums(matrix, parts):
+    return tuple(
+        sum(factor * part for factor, part in zip(row, parts, strict=True) if factor)
+        for row in matrix
+    )
+
+
+def _every_fourth(x, first, axis):
+    stop = first + x.shape[axis] - 2 - (TILE - 1)
+    return lax.slice_in_dim(x, first, stop, stride=TILE, axis=axis)
+
+
+def _spaced(x, axis, before):
     pads = [(0, 0, 0)] * x.ndim
-    pads[axis] = (before, behind, 1)
+    pads[axis] = (before, TILE - 1 - before, TILE - 1)
     return lax.pad(x, jnp.zeros((), x.dtype), pads)
