@@ -64,8 +64,8 @@ def _forward(x, kernel, strides, pads):
 
 
 def _backward(strides, pads, kept, out):
-    x, kernel = kept
-    x, out = lax.optimization_barrier((x, out))
+    # What is made of the kernel waits for the rest, not to lie in memory for so long.
+    x, kernel, out = lax.optimization_barrier((*kept, out))
     _, to_x = jax.vjp(lambda x: _plain(x, kernel, strides, pads), x)
     return *to_x(out), _to_kernel(x, out, kernel.shape[:2], strides, pads)
 
@@ -73,7 +73,7 @@ def _backward(strides, pads, kept, out):
 @jax.custom_vjp
 def _in_pairs(x, kernel):
     """A 3 x 3 convolution of zero padded pictures, by pairs of rows."""
-    return _of_padded(lax.optimization_barrier(jnp.pad(x, _BORDER)), kernel)
+    return _of_padded(*lax.optimization_barrier((jnp.pad(x, _BORDER), kernel)))
 
 
 def _of_padded(x, kernel):
@@ -88,7 +88,8 @@ def _of_padded(x, kernel):
 
 def _in_pairs_backward(kept, out):
     x, kernel = kept
-    x, out = lax.optimization_barrier((jnp.pad(x, _BORDER), jnp.pad(out, _BORDER)))
+    x, out = jnp.pad(x, _BORDER), jnp.pad(out, _BORDER)
+    x, kernel, out = lax.optimization_barrier((x, kernel, out))
     turned = lax.optimization_barrier(kernel[::-1, ::-1].swapaxes(2, 3))
     to_x = _of_padded(out, turned)
     rows = zip(winograd.inputs(x, 1), winograd.outputs_back(out, 1), strict=True)
