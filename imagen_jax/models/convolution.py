@@ -32,7 +32,7 @@ def convolve(
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, "SAME")
     if mesh.size > 1 and mesh.shape["spatial"] > 1:
         return _by_rows(x, kernel, strides, pads, mesh)
-    if len(x) < convolution_cpu.FEW and on_one_cpu():
+    if on_one_cpu():
         return convolution_cpu.convolve(x, kernel, strides, pads)
     return _convolve(x, kernel, strides, pads)
 

@@ -1,4 +1,4 @@
-"""Convolution of few pictures on one CPU, with gradients that XLA is fast at there."""
+"""Convolution on one CPU, in forms that XLA is fast at there."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from imagen_jax.models.product import product, to_kernel
 
 # Of so many pictures and more XLA's own gradients are as fast (benchmarks/README.md).
 FEW = 8
-# Pairs of outputs are computed at once for so many channels in and out and pixels.
+# Fours of outputs are computed at once for so many channels in and out and pixels.
 WIDE, LARGE = 32, 1024
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -20,9 +20,10 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], pads: Pads):
     """`lax.conv_general_dilated` of NHWC and HWIO, up to the order of sums.
 
-    XLA's gradient of a kernel is a convolution of two dimensions whose channels are
-    the batch. With few channels it takes up to three times as long as one of one
-    dimension whose channels are the batch's columns.
+    Wide kernels of 3 x 3 are Winograd's. For the others, and few pictures: XLA's
+    gradient of a kernel is a convolution of two dimensions whose channels are the
+    batch. With few of them it takes up to three times as long as one of one dimension
+    whose channels are the batch's columns.
 
     Args:
       x: `[B, H, W, C]`.
@@ -37,12 +38,14 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Sequence[int], pads: Pads
     if (kernel.shape[:2], strides, pads) == ((1, 1), (1, 1), ((0, 0), (0, 0))):
         return product(x, kernel[0, 0])
     if _is_wide(x, kernel, strides, pads):
-        return _in_pairs(x, kernel)
-    return _convolve(x, kernel, strides, pads)
+        return _in_fours(x, kernel)
+    if len(x) < FEW:
+        return _convolve(x, kernel, strides, pads)
+    return _plain(x, kernel, strides, pads)
 
 
 def _is_wide(x, kernel, strides, pads) -> bool:
-    """Whether two thirds of the products are worth the sums for it."""
+    """Whether fewer products are worth the sums for it."""
     usual = (kernel.shape[:2], strides, pads) == ((3, 3), (1, 1), ((1, 1), (1, 1)))
     whole = x.shape[1] % winograd.TILE == x.shape[2] % winograd.TILE == 0
     exact = jnp.finfo(x.dtype).bits >= 32
@@ -71,8 +74,8 @@ def _backward(strides, pads, kept, out):
 
 
 @jax.custom_vjp
-def _in_pairs(x, kernel):
-    """A 3 x 3 convolution of zero padded pictures, by pairs of rows."""
+def _in_fours(x, kernel):
+    """A 3 x 3 convolution of zero padded pictures, by fours of rows."""
     return _of_padded(*lax.optimization_barrier((jnp.pad(x, _BORDER), kernel)))
 
 
@@ -86,7 +89,7 @@ def _of_padded(x, kernel):
     return lax.optimization_barrier(winograd.outputs(tuple(products), 1))
 
 
-def _in_pairs_backward(kept, out):
+def _in_fours_backward(kept, out):
     x, kernel = kept
     x, out = jnp.pad(x, _BORDER), jnp.pad(out, _BORDER)
     x, kernel, out = lax.optimization_barrier((x, kernel, out))
@@ -104,8 +107,8 @@ def _of_columns(x, out):
 
 
 _BORDER = ((0, 0), (1, 1), (1, 1), (0, 0))
-_in_pairs.defvjp(
-    lambda x, kernel: (_in_pairs(x, kernel), (x, kernel)), _in_pairs_backward
+_in_fours.defvjp(
+    lambda x, kernel: (_in_fours(x, kernel), (x, kernel)), _in_fours_backward
 )
 
 

@@ -12,7 +12,7 @@ from jax import lax
 # Outputs that are computed at once.
 TILE = 4
 # The paper's B^T, G and A^T.
-_INPUTS = (
+INPUTS = (
     (4, 0, -5, 0, 1, 0),
     (0, -4, -4, 1, 1, 0),
     (0, 4, -4, -1, 1, 0),
@@ -20,7 +20,7 @@ _INPUTS = (
     (0, 2, -1, -2, 1, 0),
     (0, 4, 0, -5, 0, 1),
 )
-_KERNELS = (
+KERNELS = (
     (1 / 4, 0, 0),
     (-1 / 6, -1 / 6, -1 / 6),
     (-1 / 6, 1 / 6, -1 / 6),
@@ -28,7 +28,7 @@ _KERNELS = (
     (1 / 24, -1 / 12, 1 / 6),
     (0, 0, 1),
 )
-_OUTPUTS = (
+OUTPUTS = (
     (1, 1, 1, 1, 1, 0),
     (0, 1, -1, 2, -2, 0),
     (0, 1, 1, 4, 4, 0),
@@ -43,30 +43,30 @@ def inputs(x: jax.Array, axis: int) -> tuple[jax.Array, ...]:
       x: pictures with one more pixel on each side.
       axis: of four times as many, and two, pixels.
     """
-    return _sums(_INPUTS, [_every_fourth(x, i, axis) for i in range(6)])
+    return _sums(INPUTS, [_every_fourth(x, i, axis) for i in range(6)])
 
 
 def kernels(kernel: jax.Array, axis: int) -> tuple[jax.Array, ...]:
     """The six kernels of one tap along `axis` for one of three: G g."""
-    return _sums(_KERNELS, jnp.split(kernel, 3, axis))
+    return _sums(KERNELS, jnp.split(kernel, 3, axis))
 
 
 def outputs(products: tuple[jax.Array, ...], axis: int) -> jax.Array:
     """The fours of outputs along `axis` of the six products: A^T m."""
-    fours = _sums(_OUTPUTS, products)
+    fours = _sums(OUTPUTS, products)
     return sum(_spaced(four, axis, i) for i, four in enumerate(fours))
 
 
 def outputs_back(out: jax.Array, axis: int) -> tuple[jax.Array, ...]:
     """The transpose of `outputs`, of `out` with one more pixel on each side."""
     return _sums(
-        zip(*_OUTPUTS, strict=True), [_every_fourth(out, i, axis) for i in range(1, 5)]
+        zip(*OUTPUTS, strict=True), [_every_fourth(out, i, axis) for i in range(1, 5)]
     )
 
 
 def kernels_back(found: tuple[jax.Array, ...], axis: int) -> jax.Array:
     """The transpose of `kernels`."""
-    return jnp.concatenate(_sums(zip(*_KERNELS, strict=True), found), axis)
+    return jnp.concatenate(_sums(zip(*KERNELS, strict=True), found), axis)
 
 
 def _sums(matrix, parts):

@@ -7,7 +7,7 @@ from jax import lax
 
 from imagen_jax import sharding
 from imagen_jax.config import MeshConfig
-from imagen_jax.models import convolution
+from imagen_jax.models import convolution, winograd
 
 EPS = np.finfo(np.float32).eps
 
@@ -116,35 +116,61 @@ def test_on_one_cpu(channels, features, height, stride, kernel):
     )
 
 
+def test_many_pictures_on_one_cpu():
+    arrays = _arrays((8, 6, 6, 5), (3, 3, 5, 4))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    run = sharding.on_mesh(lambda *a: _with_gradients(_convolve, *a), mesh)
+    program = jax.jit(run)
+    single = [a.astype(np.float32) for a in arrays]
+    assert "dim_labels=b0f_0io->b0f" not in program.lower(*single).as_text("hlo")
+    _check(program(*single), _exact(_plain, arrays), (5 * 9, 4 * 9, 8 * 6 * 6))
+
+
 @pytest.mark.parametrize(
-    ("channels", "features", "height", "width", "pairs"),
+    ("pictures", "channels", "features", "height", "width", "fours"),
     [
-        (64, 70, 16, 18, True),
-        (70, 64, 16, 18, True),
-        (64, 64, 17, 18, False),
-        (64, 64, 16, 17, False),
-        (63, 64, 16, 18, False),
-        (64, 64, 14, 18, False),  # few pixels
+        (4, 32, 40, 16, 20, True),
+        (4, 40, 32, 16, 20, True),
+        (9, 32, 32, 12, 12, True),
+        (4, 32, 32, 18, 20, False),
+        (4, 32, 32, 16, 18, False),
+        (4, 31, 32, 16, 20, False),
+        (4, 32, 32, 12, 20, False),  # few pixels
     ],
 )
-def test_wide_convolutions_on_one_cpu(channels, features, height, width, pairs):
-    shapes = (4, height, width, channels), (3, 3, channels, features)
+def test_wide_convolutions_on_one_cpu(
+    pictures, channels, features, height, width, fours
+):
+    shapes = (pictures, height, width, channels), (3, 3, channels, features)
     arrays = _arrays(*shapes)
     want = _exact(_plain, arrays)
-
-    def run(x, kernel, weight):
-        def convolve(x, kernel):
-            return convolution.convolve(x, kernel, (1, 1))
-
-        return _with_gradients(convolve, x, kernel, weight)
-
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     single = [a.astype(np.float32) for a in arrays]
-    program = jax.jit(sharding.on_mesh(run, mesh))
-    assert ("size=1x3" in program.lower(*single).as_text("hlo")) == pairs
-    # A pair's products are of sums of two and three numbers: as many again to round.
-    _check(
-        program(*single),
-        want,
-        (2 * channels * 9, 2 * features * 9, 2 * 4 * height * width),
-    )
+    run = sharding.on_mesh(lambda *a: _with_gradients(_convolve, *a), mesh)
+    program = jax.jit(run)
+    assert ("size=1x3" in program.lower(*single).as_text("hlo")) == fours
+    plain = jax.jit(lambda *a: _with_gradients(_plain, *a))(*single)
+    norms = [
+        np.linalg.norm(matrix, axis=axis)
+        for matrix, axis in (
+            (winograd.INPUTS, 1),
+            (winograd.KERNELS, 1),
+            (winograd.OUTPUTS, 0),
+        )
+    ]
+    inputs, kernels, outputs = norms
+    # What each product's rounding is in a result, as of independent numbers, beside
+    # those of the three (four) products that a convolution (its kernel's gradient) has.
+    of_out = np.linalg.norm(np.array(winograd.OUTPUTS) * inputs * kernels, axis=1)
+    of_kernel = np.linalg.norm(np.array(winograd.KERNELS).T * inputs * outputs, axis=1)
+    gains = of_out.max() / 3**0.5, of_out.max() / 3**0.5, (of_kernel.max() / 2) ** 2
+    for a, b, exact, gain in zip(program(*single), plain, want, gains, strict=True):
+        # Twice, for the sums before and behind are rounded, too.
+        error, usual = (
+            np.linalg.norm(np.asarray(v) - np.asarray(exact)) for v in (a, b)
+        )
+        assert error <= 2 * gain * usual
+
+
+def _convolve(x, kernel):
+    return convolution.convolve(x, kernel, (1, 1))
