@@ -75,7 +75,10 @@ def _backward(strides, pads, kept, out):
 
 @jax.custom_vjp
 def _in_fours(x, kernel):
-    """A 3 x 3 convolution of zero padded pictures, by fours of rows."""
+    """A 3 x 3 convolution of zero padded pictures, by fours of rows.
+
+    The kernel's gradient is by squares of four, whose roundings its many terms hide.
+    """
     return _of_padded(*lax.optimization_barrier((jnp.pad(x, _BORDER), kernel)))
 
 

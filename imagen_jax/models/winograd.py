@@ -1,8 +1,9 @@
-"""Convolutions of 3 x 3 with half of the products, in one dimension.
+"""Convolutions of 3 x 3 with half of the products, or a quarter.
 
 Winograd's F(4, 3) (Lavin and Gray, arXiv 1509.09308, section 4.3): four neighbouring
-outputs of three taps are sums of six products, not twelve. The other dimension is
-convolved as usual, so there is little to transform.
+outputs of three taps are sums of six products, not twelve. With one dimension taken so
+and the other convolved as usual there is little to transform; with both there are no
+taps left, and all is products of matrices.
 """
 
 import jax
