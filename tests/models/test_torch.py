@@ -5,13 +5,16 @@ Recorded by tests/references/make_torch.py, in float64.
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
 from imagen_jax.batch import Cond
-from imagen_jax.config import ModelConfig
+from imagen_jax.config import MeshConfig, ModelConfig
 from imagen_jax.models import blocks
+from imagen_jax.sharding import make_mesh, on_mesh
 
 RECORD = pathlib.Path(__file__).parents[1] / "references" / "torch.npz"
 
@@ -69,6 +72,21 @@ def test_residual_block(record, name):
     x, emb = _last(record[f"{name}/x"]), record[f"{name}/emb"]
     have = block.apply({"params": params}, x, emb)
     _near(have, _last(record[f"{name}/out"]))
+
+
+def test_wide_residual_block_on_one_cpu():
+    """Its convolutions are others there than in the tests here, and larger."""
+    rng = np.random.default_rng(0)
+    x, emb = (rng.normal(size=size).astype("f") for size in ((2, 24, 24, 64), (2, 8)))
+    block = blocks.ResBlock(64, jnp.float32)
+    params = meta.unbox(jax.jit(block.init)(jax.random.key(0), x, emb))
+    # None of them at zero.
+    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape), params)
+    params = jax.tree.map(np.float32, params)
+    on_one = on_mesh(block.apply, make_mesh(MeshConfig(), jax.devices()[:1]))
+    program = jax.jit(on_one)
+    assert "size=1x3" in program.lower(params, x, emb).as_text("hlo")
+    _near(program(params, x, emb), jax.jit(block.apply)(params, x, emb))
 
 
 @pytest.mark.parametrize(("name", "expansion"), [("concatenated", 1), ("expanded", 2)])
