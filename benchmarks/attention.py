@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from imagen_jax.models.attention import attend, flash_attention
-from imagen_jax.topology import slice_devices
+from imagen_jax.planning.chips import slice_devices
 
 
 def flash(*args):

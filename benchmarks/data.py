@@ -88,7 +88,8 @@ def parts(records: str, size: int) -> list[float]:
     """Milliseconds of one thread for a picture: reading, decoding, all of it."""
     import tensorflow as tf
 
-    from imagen_jax.data import preprocess, tasks
+    from imagen_jax.data import preprocess
+    from imagen_jax.data import records as tasks
     from imagen_jax.data.manifest import read_manifest
 
     task = tasks.make_task(records, read_manifest(records), size)

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from configs import sr256
-from imagen_jax import compiled, config, timings
+from imagen_jax import config, timings
 from imagen_jax.compilation import compiler_options
 from imagen_jax.models import network
-from imagen_jax.models.flops import forward_flops
+from imagen_jax.planning import compile as compiled
+from imagen_jax.planning.flops import forward_flops
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import create_state
 

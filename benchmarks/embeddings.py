@@ -14,16 +14,17 @@ import jax
 import numpy as np
 
 from configs import tiny
+from imagen_jax.api.cascade import open_stages
 from imagen_jax.batch import pad_text
 from imagen_jax.config import MeshConfig
-from imagen_jax.data import embeddings, shapes
-from imagen_jax.data.judge import judge
-from imagen_jax.data.text import load_encoder
 from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.prepare import prepare
+from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes.judge import judge
 from imagen_jax.sharding import make_mesh
+from imagen_jax.text import embeddings
+from imagen_jax.text.encoders import load_encoder
 from imagen_jax.train import resolve, train_stage
-from imagen_jax.trained import open_stages
 
 
 def make(workdirs, prompts, seeds, dtype):

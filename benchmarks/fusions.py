@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from imagen_jax.models.blocks import ResBlock
-from imagen_jax.topology import slice_devices
+from imagen_jax.planning.chips import slice_devices
 
 BATCH, SIZE, CHANNELS = 8, 32, 1024
 

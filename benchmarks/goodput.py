@@ -120,7 +120,7 @@ def main():
             what, seconds = json.loads(line)
             truth[what] += seconds
         report = folder / "report.json"
-        door = [sys.executable, "-m", "imagen_jax.metrics", f"--workdir={folder}/run"]
+        door = [sys.executable, "-m", "imagen_jax.goodput", f"--workdir={folder}/run"]
         subprocess.run([*door, f"--json={report}"], check=True)
         found = json.loads(report.read_text())
     print("\n| bucket | scripted | found | |\n|---|---|---|---|")

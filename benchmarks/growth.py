@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import sr256
 from imagen_jax.config import MeshConfig, StageConfig, from_dict
 from imagen_jax.plan import plan
+from imagen_jax.planning.chips import slice_devices
 from imagen_jax.sharding import make_mesh
-from imagen_jax.topology import slice_devices
 
 SLICES = ("v4-16", "v4-64", "v4-256", "v4-1024")
 A_CHIP = 16

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from imagen_jax import pictures
+from imagen_jax import images as pictures
 
 # Every 30 degrees of the hue circle, from red. The cube's corners are every other one.
 HUES = "red orange yellow lime green mint cyan azure blue violet magenta rose".split()

@@ -30,7 +30,8 @@ def ours(stage):
     """`(step, facts)` of imagen_jax."""
     import jax
 
-    from imagen_jax import compiled, config, timings
+    from imagen_jax import config, timings
+    from imagen_jax.planning import compile as compiled
     from imagen_jax.sharding import make_mesh
     from imagen_jax.training.state import create_state
 

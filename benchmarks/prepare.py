@@ -9,9 +9,10 @@ import sys
 import tempfile
 import time
 
-from imagen_jax.data import originals, text
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.prepare import prepare
+from imagen_jax.preparing import sources as originals
+from imagen_jax.text import encoders as text
 
 WAYS = {
     "pictures only": {"encoder": "none"},

@@ -22,9 +22,10 @@ from flax import traverse_util
 
 from imagen_jax import cli, sharding
 from imagen_jax.config import MeshConfig
-from imagen_jax.data import t5_encoder, t5_weights
 from imagen_jax.models.t5 import SIZES
-from imagen_jax.topology import slice_devices
+from imagen_jax.planning.chips import slice_devices
+from imagen_jax.text import t5 as t5_encoder
+from imagen_jax.text import t5_weights
 
 
 def write(size, folder):

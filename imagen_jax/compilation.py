@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagen_jax.topology import is_absent
+from imagen_jax.planning.chips import is_absent
 
 # Convolutions run faster without the library that XLA hands them to on CPUs
 # (benchmarks/README.md).

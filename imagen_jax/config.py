@@ -11,8 +11,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.checks import check_stage
 from imagen_jax.errors import UserError, did_you_mean
+from imagen_jax.validate import check_stage
 
 
 @dataclasses.dataclass(frozen=True)

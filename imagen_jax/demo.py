@@ -17,16 +17,17 @@ from collections.abc import Sequence
 import numpy as np
 from absl import flags
 
-from imagen_jax import cli, page, pictures
+from imagen_jax import cli, page
+from imagen_jax import images as pictures
+from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
 from imagen_jax.config import MeshConfig, StageConfig
-from imagen_jax.data import shapes
-from imagen_jax.data.judge import Verdict, judge
 from imagen_jax.errors import UserError
 from imagen_jax.prepare import prepare
 from imagen_jax.sample import write
+from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes.judge import Verdict, judge
 from imagen_jax.sharding import make_mesh
 from imagen_jax.train import resolve, train_stage
-from imagen_jax.trained import open_stages, sample_prompts, with_sampler
 
 # What configs/tiny.py trains in about this time on two CPU cores.
 _SECONDS = 400

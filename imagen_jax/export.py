@@ -14,11 +14,11 @@ import jax
 from absl import flags
 
 from imagen_jax import cli
+from imagen_jax.api.cascade import Trained, open_stages
 from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
-from imagen_jax.trained import Trained, open_stages
-from imagen_jax.training import exported
+from imagen_jax.training import weights as exported
 
 _CARD = """---
 library_name: imagen-jax

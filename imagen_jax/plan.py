@@ -22,14 +22,15 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from imagen_jax import cli, printed
-from imagen_jax.compiled import DoesNotFit, compile_sampling, compile_step
+from imagen_jax import cli
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.errors import UserError, did_you_mean
-from imagen_jax.planned import figures, memory_limit_gib
-from imagen_jax.settings import Setting, guess, next_settings, settings
+from imagen_jax.planning import printed
+from imagen_jax.planning.chips import chip_of, slice_devices
+from imagen_jax.planning.compile import DoesNotFit, compile_sampling, compile_step
+from imagen_jax.planning.report import figures, memory_limit_gib
+from imagen_jax.planning.search import Setting, guess, next_settings, settings
 from imagen_jax.sharding import AXES, check_batch_size, make_mesh
-from imagen_jax.topology import chip_of, slice_devices
 
 # Programs that are compiled to find one that fits.
 _ATTEMPTS = 3

@@ -19,13 +19,17 @@ import tqdm
 from absl import flags
 
 from imagen_jax import cli
-from imagen_jax.data import beam, embeddings, estimate, memory_file, originals, text
-from imagen_jax.data import job as jobs
 from imagen_jax.data import manifest as manifests
-from imagen_jax.data.captions import Embedder
-from imagen_jax.data.picture import Rules
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
+from imagen_jax.preparing import beam, estimate
+from imagen_jax.preparing import job as jobs
+from imagen_jax.preparing import npz as memory_file
+from imagen_jax.preparing import sources as originals
+from imagen_jax.preparing.captions import Embedder
+from imagen_jax.preparing.images import Rules
+from imagen_jax.text import embeddings
+from imagen_jax.text import encoders as text
 
 # In place of an encoder: tars of pictures, whose captions are embedded later.
 _NO_ENCODER = "none"

@@ -19,12 +19,13 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from imagen_jax import cli, pictures
+from imagen_jax import cli
+from imagen_jax import images as pictures
+from imagen_jax.api.cascade import Trained, open_stages, sample_prompts, with_sampler
+from imagen_jax.api.sweep import Cell, all_cells, parse
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
-from imagen_jax.sweep import Cell, all_cells, parse
-from imagen_jax.trained import Trained, open_stages, sample_prompts, with_sampler
 
 
 def write(

@@ -14,13 +14,13 @@ from jax.sharding import Mesh
 from imagen_jax import cli
 from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.compilation import compiler_options
-from imagen_jax.compiled import compile_step
 from imagen_jax.config import StageConfig
 from imagen_jax.data.source import open_records, queue_bytes
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
 from imagen_jax.diffusion.sampler import guidance_weights
 from imagen_jax.models import network
-from imagen_jax.models.flops import forward_flops
+from imagen_jax.planning.compile import compile_step
+from imagen_jax.planning.flops import forward_flops
 from imagen_jax.sharding import batch_sharding, row_shards
 from imagen_jax.training.state import abstract_state, create_state
 from imagen_jax.training.step import compile_train_step

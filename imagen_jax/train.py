@@ -32,8 +32,8 @@ from imagen_jax.data.manifest import with_text
 from imagen_jax.data.mixture import read_parts
 from imagen_jax.data.source import open_records
 from imagen_jax.sharding import make_mesh
-from imagen_jax.training.bundle import first_not_finite, replay
 from imagen_jax.training.loop import BatchIterator, train
+from imagen_jax.training.replay import first_not_finite, replay
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.stopwatch import Stopwatch
 

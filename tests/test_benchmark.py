@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base64, sr256
-from imagen_jax import compiled, config, prepare, timings, train
-from imagen_jax.models import flops, network
+from imagen_jax import config, prepare, timings, train
+from imagen_jax.models import network
+from imagen_jax.planning import compile as compiled
+from imagen_jax.planning import flops
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import abstract_state
 from tests import tiny

@@ -11,7 +11,8 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from imagen_jax import metrics, pictures
+from imagen_jax import goodput as metrics
+from imagen_jax import images as pictures
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
 from imagen_jax.training import checksums, loop

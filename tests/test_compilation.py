@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from imagen_jax import compilation, plan, topology
+from imagen_jax import compilation, plan
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import MeshConfig
+from imagen_jax.planning import chips as topology
 from imagen_jax.sharding import make_mesh, replicated
 from tests import tiny
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from imagen_jax import demo, page
-from imagen_jax.data import shapes
-from imagen_jax.data.judge import Verdict, judge
 from imagen_jax.errors import UserError
+from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes.judge import Verdict, judge
 from tests.test_doors import ROOT, door, environment, error
 
 

@@ -19,7 +19,9 @@ from imagen_jax.data import manifest as manifests
 from imagen_jax.data.stream import Stream
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
-from imagen_jax.training import bundle, loop, start
+from imagen_jax.training import initial_state as start
+from imagen_jax.training import loop
+from imagen_jax.training import replay as bundle
 from imagen_jax.training.checkpoint import Checkpointer
 from tests import tiny
 from tests.test_house import sources

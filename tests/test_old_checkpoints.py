@@ -6,9 +6,9 @@ import zipfile
 import jax
 import numpy as np
 
+from imagen_jax.api.cascade import open_stages
 from imagen_jax.config import MeshConfig
 from imagen_jax.sharding import make_mesh
-from imagen_jax.trained import open_stages
 from tests.references import make_checkpoint
 
 FOLDER = pathlib.Path(make_checkpoint.__file__).parent

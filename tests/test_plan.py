@@ -8,18 +8,22 @@ import re
 import jax
 import pytest
 
-from imagen_jax import plan, planned, printed, settings, topology
-from imagen_jax.compiled import (
+from imagen_jax import plan
+from imagen_jax.config import MeshConfig
+from imagen_jax.errors import UserError
+from imagen_jax.planning import chips as topology
+from imagen_jax.planning import printed
+from imagen_jax.planning import report as planned
+from imagen_jax.planning import search as settings
+from imagen_jax.planning.compile import (
     DoesNotFit,
     abstract_batch,
     arrays_of,
     compile_sampling,
     compile_step,
 )
-from imagen_jax.config import MeshConfig
-from imagen_jax.errors import UserError
-from imagen_jax.models.flops import forward_flops
-from imagen_jax.settings import Setting
+from imagen_jax.planning.flops import forward_flops
+from imagen_jax.planning.search import Setting
 from imagen_jax.sharding import make_mesh, replicated
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.step import compile_train_step

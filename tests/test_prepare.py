@@ -158,7 +158,7 @@ def test_cut_captions_are_counted(pictures, tmp_path, capsys):
 
 
 def test_shapes_are_the_scenes_of_their_captions(tmp_path):
-    from imagen_jax.data import shapes
+    from imagen_jax.shapes import scenes as shapes
 
     _prepare("shapes:4", tmp_path / "s.npz", image_size=32, seed=3)
     with np.load(tmp_path / "s.npz") as file:

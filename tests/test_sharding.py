@@ -12,11 +12,12 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec
 
-from imagen_jax import config, sharding, topology
-from imagen_jax.compiled import compile_step
+from imagen_jax import config, sharding
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
+from imagen_jax.planning import chips as topology
+from imagen_jax.planning.compile import compile_step
 from imagen_jax.training.state import abstract_state
 from tests import tiny
 

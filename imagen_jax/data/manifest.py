@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.config import StageConfig
-from imagen_jax.data.embeddings import DTYPES
 from imagen_jax.errors import UserError
+from imagen_jax.text.embeddings import DTYPES
 
 FILE_NAME = "manifest.json"
 FORMAT = 3
@@ -42,7 +42,7 @@ class Manifest:
         they are known before pictures are read.
       encoder: identity of the text encoder.
       text_dim: width of one token's embedding.
-      embedding_dtype: "bfloat16" or "int8" (`imagen_jax.data.embeddings`).
+      embedding_dtype: "bfloat16" or "int8" (`imagen_jax.text.embeddings`).
       cosine_error: {"mean", "worst"} of 1 - cosine between a token's embedding as the
         encoder gave it and as it is stored.
       examples: number of records.

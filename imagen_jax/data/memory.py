@@ -10,10 +10,11 @@ from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch, downsample, pad_text
 from imagen_jax.config import StageConfig
-from imagen_jax.data import embeddings, stream
 from imagen_jax.data import manifest as manifests
+from imagen_jax.data import stream
 from imagen_jax.data.crop import crop_corner, is_flipped
 from imagen_jax.errors import UserError
+from imagen_jax.text import embeddings
 
 # Pictures made smaller at a time when a file is opened: bounds the int32 copies.
 _CHUNK = 256

@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
-from imagen_jax.data import mixture, readers, stream, tasks
+from imagen_jax.data import mixture, readers, stream
+from imagen_jax.data import records as tasks
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from imagen_jax.config import StageConfig
-from imagen_jax.data import embeddings
 from imagen_jax.data.crop import crop_corner
+from imagen_jax.text import embeddings
 
 
 def decode(data: tf.Tensor) -> tf.Tensor:

@@ -22,10 +22,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from imagen_jax.data import disk, embeddings, manifest, readers
+from imagen_jax.data import manifest, readers
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.data.tfds_source import open_builder
 from imagen_jax.errors import UserError
+from imagen_jax.preparing import disk
+from imagen_jax.preparing.tfds import open_builder
+from imagen_jax.text import embeddings
 
 _NAME = "imagen_records"
 _VERSION = "1.0.0"

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from imagen_jax import config as config_lib
-from imagen_jax import pictures
+from imagen_jax import images as pictures
 from imagen_jax.batch import Batch, downsample
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Stage, sample_cascade
@@ -19,10 +19,10 @@ from imagen_jax.errors import Stopped, UserError, did_you_mean
 from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.initial_state import first_state
 from imagen_jax.training.log import Log, bucket_names
 from imagen_jax.training.metrics import MetricWriter
 from imagen_jax.training.recovery import Recovery
-from imagen_jax.training.start import first_state
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import compile_train_step
 from imagen_jax.training.stopping import stopping

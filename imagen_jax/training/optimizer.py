@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from imagen_jax.config import OptimizerConfig
-from imagen_jax.training.guard import select
+from imagen_jax.training.bad_updates import select
 
 
 def learning_rate(cfg: OptimizerConfig) -> optax.Schedule:

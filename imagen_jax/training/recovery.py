@@ -7,10 +7,10 @@ from jax.sharding import Mesh
 
 from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
-from imagen_jax.training.bundle import write_bundle
+from imagen_jax.training.bad_updates import after_rollback
 from imagen_jax.training.checkpoint import Checkpointer
-from imagen_jax.training.guard import after_rollback
 from imagen_jax.training.metrics import MetricWriter
+from imagen_jax.training.replay import write_bundle
 from imagen_jax.training.state import TrainState
 
 

@@ -14,7 +14,7 @@ from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
 from imagen_jax.models import network
 from imagen_jax.sharding import state_shardings
-from imagen_jax.training.guard import Guard, new_guard
+from imagen_jax.training.bad_updates import Guard, new_guard
 from imagen_jax.training.optimizer import make_optimizer
 
 

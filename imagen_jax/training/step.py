@@ -21,7 +21,7 @@ from imagen_jax.diffusion.loss import (
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, on_one_cpu, replicated
 from imagen_jax.training import stacks
-from imagen_jax.training.guard import judge, select
+from imagen_jax.training.bad_updates import judge, select
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
 

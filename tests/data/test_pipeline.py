@@ -14,19 +14,21 @@ from PIL import Image
 
 from imagen_jax import config, prepare, sharding
 from imagen_jax.batch import batch_spec, check_batch, downsample
-from imagen_jax.data import embeddings, text
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.data.memory import make_memory
 from imagen_jax.data.source import open_records, queue_bytes
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
+from imagen_jax.text import embeddings
+from imagen_jax.text import encoders as text
 
 FLIP = {"flip": True}
 
 start_tensorflow()
 import tensorflow as tf  # noqa: E402
 
-from imagen_jax.data import preprocess, tasks  # noqa: E402
+from imagen_jax.data import preprocess  # noqa: E402
+from imagen_jax.data import records as tasks  # noqa: E402
 from imagen_jax.data.pipeline import make_pipeline  # noqa: E402
 
 

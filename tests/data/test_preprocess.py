@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from imagen_jax.batch import downsample, pad_text
-from imagen_jax.data import embeddings
 from imagen_jax.data.crop import crop_corner, square_corner
 from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.text import embeddings
 
 start_tensorflow()
 import tensorflow as tf  # noqa: E402

@@ -11,18 +11,18 @@ from PIL import Image
 
 from imagen_jax import prepare
 from imagen_jax.batch import batch_spec, check_batch
-from imagen_jax.data import text
 from imagen_jax.data.mixture import read_parts
 from imagen_jax.data.source import open_records
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
+from imagen_jax.text import encoders as text
 
 start_tensorflow()
 import tensorflow as tf  # noqa: E402
 import tensorflow_datasets as tfds  # noqa: E402
 
-from imagen_jax.data import tfds_source  # noqa: E402
 from imagen_jax.data.pipeline import make_pipeline  # noqa: E402
+from imagen_jax.preparing import tfds as tfds_source  # noqa: E402
 
 COUNT = 6
 

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from imagen_jax.api.cascade import open_stages
 from imagen_jax.config import MeshConfig
 from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.sharding import make_mesh
-from imagen_jax.trained import open_stages
 from imagen_jax.training import checksums, loop
 from imagen_jax.training.checkpoint import SAMPLED
 from tests import tiny

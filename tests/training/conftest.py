@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.training import loop, start
+from imagen_jax.training import initial_state as start
+from imagen_jax.training import loop
 from imagen_jax.training.log import MEANS, bucket_names
 from imagen_jax.training.state import create_state
 

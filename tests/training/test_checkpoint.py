@@ -10,10 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from imagen_jax.api.cascade import open_stages
 from imagen_jax.config import MeshConfig, TrainingConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
-from imagen_jax.trained import open_stages
 from imagen_jax.training import checksums
 from imagen_jax.training.checkpoint import RESUMED, SAMPLED, Checkpointer
 from imagen_jax.training.state import create_state

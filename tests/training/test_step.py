@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax import compiled
 from imagen_jax.config import MeshConfig, OptimizerConfig
 from imagen_jax.diffusion.loss import noise_batch
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
+from imagen_jax.planning import compile as compiled
 from imagen_jax.sharding import batch_sharding, make_mesh
 from imagen_jax.training import optimizer, step
 from imagen_jax.training.state import abstract_state, create_state

@@ -1,0 +1,1 @@
+"""What the doors and users of the library share."""

@@ -1,0 +1,163 @@
+"""Trained cascades: opened from their workdirs, and given prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import tqdm
+from jax.sharding import Mesh
+
+from imagen_jax.api.sweep import Cell, all_cells, settings
+from imagen_jax.config import SamplerConfig, StageConfig
+from imagen_jax.diffusion.cascade import Stage, check_order, sample_cascade
+from imagen_jax.errors import UserError
+from imagen_jax.models import network
+from imagen_jax.text.encoders import embed, load_encoder
+from imagen_jax.training.initial_state import Workdir, check_fit, open_weights
+from imagen_jax.training.state import abstract_state
+from imagen_jax.training.weights import Exported
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained stage on disk.
+
+    Attributes:
+      workdir: of its training, or a folder of `export`.
+      step: of the checkpoint.
+      cfg: of the stage.
+      weights: its averaged parameters, not loaded yet.
+    """
+
+    workdir: str
+    step: int
+    cfg: StageConfig
+    weights: Workdir | Exported
+
+    def load(self, mesh: Mesh) -> Stage:
+        """The stage with its averaged parameters on `mesh`."""
+        params = self.weights.load(abstract_state(self.cfg, mesh).ema)
+        return Stage(params=params, cfg=self.cfg, apply=network.apply)
+
+
+def open_stages(workdirs: Sequence[str]) -> list[Trained]:
+    """The newest whole checkpoint of each workdir, or what was exported; not loaded.
+
+    Raises:
+      UserError: for a folder that is neither, or stages trained on text of different
+        encoders.
+    """
+    trained = []
+    for workdir in workdirs:
+        weights = open_weights(workdir)
+        if weights.cfg is None:
+            raise UserError(
+                f"--stage={workdir} is one file, which does not say what its stage is: "
+                "give the folder that `export` wrote"
+            )
+        if isinstance(weights, Exported):
+            check_fit(weights, weights.cfg, "--stage")
+        trained.append(Trained(workdir, weights.step, weights.cfg, weights))
+    if len({one.cfg.text for one in trained}) > 1:
+        found = "; ".join(
+            f"{one.workdir}: {one.cfg.text.encoder}, {one.cfg.text.length} tokens"
+            for one in trained
+        )
+        raise UserError(f"the stages were trained on different text ({found})")
+    return trained
+
+
+def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Trained]:
+    """The stages with other sampler settings.
+
+    Args:
+      trained: the stages.
+      **changes: fields of `SamplerConfig`: a list of no value (leaves the stage's
+        own), one value for all stages, or one per stage.
+
+    Raises:
+      UserError: for a number of values that is neither, or a value out of range.
+    """
+    samplers = [dataclasses.asdict(t.cfg.sampler) for t in trained]
+    for name, values in changes.items():
+        if len(values) not in (0, 1, len(trained)):
+            raise UserError(
+                f"--{name} is given {len(values)} times for {len(trained)} stages: "
+                "give it once for all of them or once for each"
+            )
+        for i, sampler in enumerate(samplers):
+            if values:
+                sampler[name] = values[i % len(values)]
+    result = []
+    for one, sampler in zip(trained, samplers, strict=True):
+        cfg = dataclasses.replace(one.cfg, sampler=SamplerConfig(**sampler))
+        result.append(dataclasses.replace(one, cfg=cfg))
+    return result
+
+
+def sample_prompts(
+    trained: Sequence[Trained],
+    prompts: Sequence[str],
+    seeds: np.ndarray,
+    mesh: Mesh,
+    encoder_weights: str = "",
+    lowres: np.ndarray | None = None,
+    cells: Sequence[Cell] = (),
+    recorded_steps: Sequence[tuple[int, ...]] | None = None,
+    progress: bool = True,
+    show_steps: bool = False,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Encodes prompts and runs them through the stages, one stage in memory at a time.
+
+    Args:
+      trained: base first.
+      prompts: captions.
+      seeds: one for each of the prompts, in [0, 2**32).
+      mesh: of all devices.
+      encoder_weights: of the text encoder, if it has none built in.
+      lowres: `[N, h, w, 3]` uint8 when the first stage is a super-resolution stage.
+      cells: the combinations in which every prompt is made, with one seed; none is one,
+        the stages' own settings. N is their number times that of the prompts.
+      recorded_steps: of each stage, whose estimates are returned too.
+      progress: whether to show a bar.
+      show_steps: whether the bar counts the steps of a batch too.
+
+    Returns:
+      As `sample_cascade`, the cells of one prompt side by side.
+
+    Raises:
+      UserError: when the stages do not follow each other.
+    """
+    check_order(
+        [one.cfg for one in trained], made=0 if lowres is None else lowres.shape[1]
+    )
+    cells = cells or all_cells([one.cfg for one in trained])
+    text_cfg = trained[0].cfg.text
+    encoder = load_encoder(text_cfg.encoder, encoder_weights)
+    for prompt in prompts:
+        tokens = len(encoder.tokenize(prompt))
+        if tokens > text_cfg.length:
+            print(
+                f"warning: {prompt!r} has {tokens} tokens; the stages were trained "
+                f"with {text_cfg.length}, the rest is cut"
+            )
+    text, mask = embed(encoder, list(prompts), text_cfg.length)
+    # T5-XXL's weights leave the devices before the stages run.
+    del encoder
+    text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
+    total = len(seeds) * len(trained)
+    with tqdm.tqdm(
+        total=total, desc="sample", unit="picture", disable=not progress
+    ) as bar:
+        return sample_cascade(
+            (one.load(mesh) for one in trained),
+            text,
+            mask,
+            seeds,
+            mesh,
+            lowres,
+            [settings(t.cfg, i, cells, len(prompts)) for i, t in enumerate(trained)],
+            recorded_steps,
+            bar.update,
+            (lambda step: bar.set_postfix(step=int(step) + 1)) if show_steps else None,
+        )

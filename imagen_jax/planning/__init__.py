@@ -1,0 +1,1 @@
+"""What a stage needs on devices that may be absent."""

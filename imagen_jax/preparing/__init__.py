@@ -1,0 +1,1 @@
+"""Captioned pictures to records for training."""

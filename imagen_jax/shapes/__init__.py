@@ -1,0 +1,1 @@
+"""Captioned drawn scenes, and a judge of pictures of them."""

@@ -1,0 +1,283 @@
+"""Does a picture show what its caption asks for? Answers from the pixels alone.
+
+For pictures of `shapes`: drawn, or made by a model that was trained on them.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+
+from imagen_jax.shapes import scenes as shapes
+
+# Share of a pixel that must be covered for it to belong to an object: two things
+# 1.3 pixels apart stay apart, and a stroke 1.2 pixels wide does not break.
+_COVERED = 0.4
+# Objects below this share of the picture are strays; the smallest drawn has 4 %.
+_STRAY = 0.01
+# Windows are averaged down to about this side before shapes are compared.
+_WINDOW = 32
+
+_NAMES = tuple(shapes.COLOURS)
+_WHITE = np.float32(shapes.BACKGROUND)
+# From the background to each colour, [8, 3].
+_RAYS = np.float32(list(shapes.COLOURS.values())) - _WHITE
+# A triangle's centre of mass lies below the middle of its box.
+_CENTROID_Y = {shape: 0.0 for shape in shapes.SHAPES} | {"triangle": 3**0.5 / 6}
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """What is seen: lengths as in `shapes.Item`; `fit` in [0, 1] is the overlap."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+    fit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Which of the caption's demands a picture meets; see `judge`."""
+
+    colour: bool
+    shape: bool
+    count: bool
+    size: bool
+    relation: bool
+
+    @property
+    def right(self) -> bool:
+        """Whether all five are met."""
+        return all(dataclasses.astuple(self))
+
+
+def judge(picture: np.ndarray, caption: str) -> Verdict:
+    """Compares the objects in a picture with the things in a caption.
+
+    Things and objects are paired one to one so that the most pairs agree in colour
+    and shape, then the most in colour, in shape, in size, then the relation. Then
+
+    - `count`: there are as many objects as things;
+    - `colour`: pairs agree in colour, every asked colour is seen, and no other is;
+    - `shape`: the same for shapes;
+    - `size`: every thing whose size is asked has a partner of that size, and
+      that is whether its radius is below or above `shapes.SIZE_BORDER`;
+    - `relation`: both things have partners, and from one to the other it is further
+      in the asked direction than across it.
+
+    A caption that asks no size or no relation has that verdict True. Two touching
+    objects of one colour count as one.
+
+    Args:
+      picture: `[H, W, 3]` uint8, H == W.
+      caption: in the grammar of `shapes.parse`.
+
+    Raises:
+      UserError: when the caption is outside the grammar.
+    """
+    wanted = shapes.parse(caption)
+    seen = look(picture)
+    pairs = _pair(wanted, seen)
+    colours = {colour for _, colour, _ in wanted.things}
+    forms = {shape for _, _, shape in wanted.things}
+    return Verdict(
+        colour=colours == {o.colour for o in seen}
+        and all(thing[1] == o.colour for thing, o in pairs if o),
+        shape=forms == {o.shape for o in seen}
+        and all(thing[2] == o.shape for thing, o in pairs if o),
+        count=len(seen) == len(wanted.things),
+        size=all(_size_fits(thing, o) for thing, o in pairs),
+        relation=_relation_holds(wanted.relation, pairs),
+    )
+
+
+def _pair(wanted: shapes.Request, seen: list[Object]):
+    """Each thing with its object, or with None where there are too few."""
+    things = wanted.things
+    pool = sorted(seen, key=lambda o: -o.radius)[:6] + [None] * len(things)
+
+    def score(pairs):
+        real = [(thing, o) for thing, o in pairs if o]
+        colours = [thing[1] == o.colour for thing, o in real]
+        forms = [thing[2] == o.shape for thing, o in real]
+        return (
+            sum(c and f for c, f in zip(colours, forms, strict=True)),
+            sum(colours),
+            sum(forms),
+            len(real),
+            sum(_size_fits(thing, o) for thing, o in real),
+            _relation_holds(wanted.relation, pairs),
+        )
+
+    choices = itertools.permutations(pool, len(things))
+    return max((list(zip(things, c, strict=True)) for c in choices), key=score)
+
+
+def _size_fits(thing, found: Object | None) -> bool:
+    if not thing[0]:
+        return True
+    is_small = found is not None and found.radius < shapes.SIZE_BORDER
+    return found is not None and is_small == (thing[0] == "small")
+
+
+def _relation_holds(relation: str, pairs) -> bool:
+    if not relation:
+        return True
+    first, second = (found for _, found in pairs)
+    if first is None or second is None:
+        return False
+    right, down = second.x - first.x, second.y - first.y
+    along, across = {
+        "above": (down, right),
+        "below": (-down, right),
+        "left of": (right, down),
+        "right of": (-right, down),
+    }[relation]
+    return along > abs(across)
+
+
+def look(picture: np.ndarray) -> list[Object]:
+    """The objects in a picture `[H, W, 3]` uint8, strays left out."""
+    side = picture.shape[0]
+    offset = picture.astype(np.float32) - _WHITE
+    covered = np.clip(offset @ _RAYS.T / (_RAYS**2).sum(-1), 0, 1)
+    labels = _labels(offset, covered)
+    objects = []
+    for region in _regions(labels):
+        rows, columns = np.nonzero(region)
+        label = labels[rows[0], columns[0]]
+        alpha = covered[..., label]
+        if alpha[region].sum() < _STRAY * side**2:
+            continue
+        # The half covered edge belongs to the object, another object does not.
+        own = _grow(region) & ((labels == label) | (labels < 0))
+        alpha = np.where(own, alpha, 0)
+        shape, x, y, radius, fit = fit_shape(alpha)
+        colour = _colour(offset[region], covered[..., label][region])
+        objects.append(
+            Object(shape, colour, x / side, y / side, radius / side, float(fit))
+        )
+    return objects
+
+
+def _labels(offset: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Number of each pixel's colour, -1 for background, `[H, W]`.
+
+    Each pixel is the nearest mix of background and one colour. Pixels vote in 3x3
+    squares by how much they are covered: where red touches yellow, the orange line
+    of mixed pixels between them has no majority.
+    """
+    rest = offset[..., None, :] - covered[..., None] * _RAYS
+    nearest = (rest**2).sum(-1).argmin(-1)
+    height, width = nearest.shape
+    votes = np.where(nearest[..., None] == np.arange(len(_NAMES)), covered, 0)
+    padded = np.pad(votes, ((1, 1), (1, 1), (0, 0)))
+    votes = sum(
+        padded[i : i + height, j : j + width] for i in range(3) for j in range(3)
+    )
+    labels = votes.argmax(-1)
+    own = np.take_along_axis(covered, labels[..., None], -1)[..., 0]
+    return np.where(own >= _COVERED, labels, -1)
+
+
+def _regions(labels: np.ndarray) -> list[np.ndarray]:
+    """Masks `[H, W]` of the 8-connected regions of equal label, -1 left out."""
+    number = np.arange(labels.size).reshape(labels.shape)
+    links = []
+    for here, there in (
+        (np.s_[:, :-1], np.s_[:, 1:]),
+        (np.s_[:-1], np.s_[1:]),
+        (np.s_[:-1, :-1], np.s_[1:, 1:]),
+        (np.s_[:-1, 1:], np.s_[1:, :-1]),
+    ):
+        joined = (labels[here] == labels[there]) & (labels[here] >= 0)
+        links.append((number[here][joined], number[there][joined]))
+    a, b = (np.concatenate(ends) for ends in zip(*links, strict=True))
+    root = np.arange(labels.size)
+    while not np.array_equal(root[a], root[b]):
+        low = np.minimum(root[a], root[b])
+        np.minimum.at(root, root[a], low)
+        np.minimum.at(root, root[b], low)
+        root = root[root]
+    root = np.where(labels >= 0, root.reshape(labels.shape), -1)
+    return [root == r for r in np.unique(root) if r >= 0]
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """The mask and the pixels next to it."""
+    padded = np.pad(mask, 1)
+    height, width = mask.shape
+    shifts = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return np.logical_or.reduce(shifts)
+
+
+def _colour(offset: np.ndarray, covered: np.ndarray) -> str:
+    """Nearest colour to the median of the most covered half of an object's pixels.
+
+    In a stroke as thin as a pixel even those are up to 0.4 background.
+    """
+    core = np.median(offset[covered >= np.median(covered)], axis=0)
+    share = np.clip(_RAYS @ core / (_RAYS**2).sum(-1), 0.6, 1)
+    rest = core - share[:, None] * _RAYS
+    return _NAMES[int((rest**2).sum(-1).argmin())]
+
+
+def fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float, float]:
+    """The shape that overlaps a soft mask `[H, W]` best: sum of min over sum of max.
+
+    Every shape is tried at five scales about the one that gives it the mask's area,
+    at three heights about the one that gives it the mask's centroid, sharp and
+    blurred.
+
+    Returns:
+      shape, x, y and radius in pixels, and the overlap.
+    """
+    rows, columns = np.nonzero(alpha)
+    top, left = max(rows.min() - 1, 0), max(columns.min() - 1, 0)
+    alpha = alpha[top : rows.max() + 2, left : columns.max() + 2]
+    factor = -(-max(alpha.shape) // _WINDOW)
+    alpha = np.pad(alpha, [(0, -n % factor) for n in alpha.shape])
+    height, width = (n // factor for n in alpha.shape)
+    alpha = alpha.reshape(height, factor, width, factor).mean((1, 3))
+
+    area = alpha.sum()
+    at_y, at_x = np.arange(height) + 0.5, np.arange(width) + 0.5
+    mean_y, mean_x = alpha.sum(1) @ at_y / area, alpha.sum(0) @ at_x / area
+    scales, steps = np.meshgrid([0.9, 0.95, 1.0, 1.05, 1.1], [-0.08, 0.0, 0.08])
+    scales, steps = scales.reshape(-1, 1, 1), steps.reshape(-1, 1, 1)
+    best = None
+    for shape in shapes.SHAPES:
+        radius = np.sqrt(area / shapes.AREAS[shape]) * scales
+        x = np.broadcast_to(mean_x, radius.shape)
+        y = mean_y - (_CENTROID_Y[shape] + steps) * radius
+        template = shapes.coverage(
+            shape, at_x[None, None, :] - x, at_y[None, :, None] - y, radius
+        )
+        overlap = np.maximum(
+            _overlap(template, alpha), _overlap(_blur(template), alpha)
+        )
+        k = int(overlap.argmax())
+        if best is None or overlap[k] > best[-1]:
+            place = x[k, 0, 0] * factor + left, y[k, 0, 0] * factor + top
+            best = (
+                shape,
+                *map(float, place),
+                float(radius[k, 0, 0] * factor),
+                overlap[k],
+            )
+    return best
+
+
+def _overlap(templates: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    common = np.minimum(templates, alpha).sum((1, 2))
+    return common / np.maximum(templates, alpha).sum((1, 2))
+
+
+def _blur(templates: np.ndarray) -> np.ndarray:
+    """Loses 0.15 to each neighbour, as small pictures of a model tend to."""
+    padded = np.pad(templates, ((0, 0), (1, 1), (1, 1)))
+    rows = 0.15 * (padded[:, 2:] + padded[:, :-2]) + 0.7 * padded[:, 1:-1]
+    return 0.15 * (rows[..., 2:] + rows[..., :-2]) + 0.7 * rows[..., 1:-1]

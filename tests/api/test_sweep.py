@@ -1,0 +1,71 @@
+"""Which combinations are made, and which picture gets which values."""
+
+import numpy as np
+import pytest
+
+from imagen_jax.api.sweep import all_cells, parse, settings
+from imagen_jax.errors import UserError
+from tests import tiny
+
+BASE = tiny.stage(sampler={"guidance": 3.0})
+SR = tiny.sr_stage(sampler={"guidance": 1.5, "aug_level": 0.2, "steps": 2})
+
+
+def _values(cells):
+    return [(cell.guidance, cell.aug_level) for cell in cells]
+
+
+def test_nothing_to_compare_is_the_stages_own():
+    (cell,) = all_cells([BASE, SR])
+    assert cell.guidance == (3.0, 1.5) and cell.aug_level == (None, 0.2)
+    assert cell.label == ""
+
+
+def test_one_list_is_for_all_stages_and_guidance_changes_fastest():
+    cells = all_cells([BASE, SR], [(1.0, 4.0)], [(0.0, 0.3)])
+    assert _values(cells) == [
+        ((w, w), (None, level)) for level in (0.0, 0.3) for w in (1.0, 4.0)
+    ]
+    assert cells[-1].label == "w 4, aug 0.3"
+
+
+def test_lists_of_each_stage_are_combined():
+    cells = all_cells([BASE, SR], [(1.0, 2.0), (5.0, 6.0)])
+    weights = [cell.guidance for cell in cells]
+    assert weights == [(1.0, 5.0), (1.0, 6.0), (2.0, 5.0), (2.0, 6.0)]
+    assert [cell.label for cell in cells][:2] == ["w 1/5", "w 1/6"]
+
+
+def test_settings_keep_a_schedule_unless_it_is_compared():
+    cfg = tiny.stage(sampler={"guidance_schedule": (1.0, 8.0), "steps": 2})
+    kept = settings(cfg, 0, all_cells([cfg]), prompts=2)
+    np.testing.assert_array_equal(kept.guidance, [[1, 8], [1, 8]])
+    compared = settings(cfg, 0, all_cells([cfg], [(2.0, 3.0)]), prompts=2)
+    np.testing.assert_array_equal(compared.guidance, [[2, 2], [3, 3]] * 2)
+
+
+def test_settings_of_each_picture():
+    cells = all_cells([BASE, SR], [(1.0, 4.0)], [(0.0, 0.3)])
+    own = settings(SR, 1, cells, prompts=3)
+    np.testing.assert_array_equal(own.guidance[:, 0], [1, 4, 1, 4] * 3)
+    np.testing.assert_allclose(own.aug_level, [0, 0, 0.3, 0.3] * 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("configs", "guidance", "aug_level", "message"),
+    [
+        ([BASE, SR], [(1.0,)] * 3, [], "--guidance is given 3 times for 2 stages"),
+        ([BASE, SR], [], [(1.5,)], "--aug_level=1.5: levels lie in"),
+        ([BASE], [], [(0.5,)], "no stage is a super-resolution stage"),
+        ([BASE, SR], [], [(0.5,), (0.5,)], "--aug_level is given 2 times for 1 stages"),
+    ],
+)
+def test_what_cannot_be_compared(configs, guidance, aug_level, message):
+    with pytest.raises(UserError, match=message.replace("(", "[(]")):
+        all_cells(configs, guidance, aug_level)
+
+
+def test_lists_are_numbers_with_commas():
+    assert parse("guidance", ["1,1.35", "8"]) == [(1.0, 1.35), (8.0,)]
+    with pytest.raises(UserError, match="--guidance=1;2: give numbers with commas"):
+        parse("guidance", ["1;2"])

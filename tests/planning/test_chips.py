@@ -1,0 +1,46 @@
+"""TPU slices that are not here."""
+
+import importlib.util
+import math
+
+import pytest
+
+from imagen_jax.errors import UserError
+from imagen_jax.planning import chips as topology
+
+
+def test_slices_are_named_as_google_does():
+    """v4 and v5p by cores, two to a chip, the others by chips."""
+    for name, chips in topology.SLICES.items():
+        generation, _, size = name.partition("-")
+        cores = 2 if generation in ("v4", "v5p") else 1
+        assert cores * math.prod(chips) == int(size)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("v4-521", "v4-512"), ("v5e-265", "v5e-256"), ("v5litepod16", "v5litepod-16")],
+)
+def test_an_unknown_slice_is_refused(name, near):
+    with pytest.raises(UserError, match=f"no slice '{name}'.*did you mean '{near}'"):
+        topology.slice_devices(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("v4-16", "TPU v4", 8),
+        ("v5litepod-16", "TPU v5e", 16),
+        ("v5e-4", "TPU v5e", 4),
+        ("v5p-16", "TPU v5p", 8),
+        ("v6e-8", "TPU v6e", 8),
+    ],
+)
+def test_the_devices_of_a_slice(name, kind, count):
+    if importlib.util.find_spec("libtpu") is None:
+        with pytest.raises(UserError, match="pip install libtpu"):
+            topology.slice_devices(name)
+    else:
+        devices = topology.slice_devices(name)
+        assert {d.platform for d in devices} == {"tpu"} and len(devices) == count
+        assert topology.chip_of(devices[0]).name == kind

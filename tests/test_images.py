@@ -1,0 +1,42 @@
+"""Grids of pictures."""
+
+import numpy as np
+from PIL import Image
+
+from imagen_jax import images as pictures
+
+
+def numbered(count, size):
+    return np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones(
+        (1, size, size, 3), np.uint8
+    )
+
+
+def test_every_picture_is_where_it_should_be():
+    sheet = pictures.grid(numbered(5, 6), columns=3, gap=2)
+    assert sheet.shape == (2 + 2 * 8, 2 + 3 * 8, 3)
+    for i in range(5):
+        y, x = 2 + i // 3 * 8, 2 + i % 3 * 8
+        assert (sheet[y : y + 6, x : x + 6] == i).all()
+    assert (sheet[2 + 8 :, 2 + 2 * 8 :] == 255).all()
+
+
+def test_captions_do_not_cover_pictures():
+    captions = ["a long caption of many words", "b"]
+    sheet = pictures.grid(numbered(2, 60), columns=2, captions=captions)
+    assert (sheet[4:64, 4:64] == 0).all() and (sheet[4:64, 68:128] == 1).all()
+    below = sheet[64:, 4:64]
+    assert below.shape[0] > 2 * 13 and (below < 128).any()
+
+
+def test_enlarge_repeats_pixels():
+    small = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 3), dtype=np.uint8)
+    large = pictures.enlarge(small, 12)
+    assert large.shape == (2, 12, 12, 3)
+    np.testing.assert_array_equal(large[:, 1::4, 2::4], small)
+
+
+def test_save_is_lossless(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    pictures.save(tmp_path / "x.png", picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), picture)

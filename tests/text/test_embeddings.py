@@ -1,0 +1,74 @@
+import ml_dtypes
+import numpy as np
+import pytest
+
+from imagen_jax.errors import UserError
+from imagen_jax.text import embeddings
+
+
+def _rows(n=7, dim=48):
+    rows = (
+        np.random.default_rng(0).normal(size=(n, dim))
+        * 10.0 ** np.arange(-3, n - 3)[:, None]
+    )
+    return rows.astype(ml_dtypes.bfloat16)
+
+
+def test_bytes_are_little_endian_bfloat16():
+    row = np.array([[1.0, -2.0], [0.5, 3.0]], ml_dtypes.bfloat16)
+    # 1.0 is 0x3f80: the upper half of a float32.
+    assert embeddings.to_bytes(row)[:4] == b"\x80\x3f\x00\xc0"
+    np.testing.assert_array_equal(
+        embeddings.from_bytes(embeddings.to_bytes(row), 2), row
+    )
+
+
+def test_bytes_of_int8():
+    row = np.array([[254.0, -2.0, 127.0]])
+    data = embeddings.to_bytes(row, "int8")
+    # The scale 2.0 as a float32 is 0x40000000; then 127, -1, and 63.5 to the even 64.
+    assert data == b"\x00\x00\x00\x40" + bytes([127, 255, 64])
+    assert embeddings.from_bytes(data, 3, "int8").tolist() == [[254.0, -2.0, 128.0]]
+
+
+@pytest.mark.parametrize("dtype", embeddings.DTYPES)
+def test_round_trip(dtype):
+    rows = _rows()
+    data = embeddings.to_bytes(rows, dtype)
+    assert len(data) == len(rows) * embeddings.row_bytes(48, dtype)
+    back = embeddings.from_bytes(data, 48, dtype)
+    assert back.shape == rows.shape and back.dtype == ml_dtypes.bfloat16
+    if dtype == "bfloat16":
+        np.testing.assert_array_equal(back, rows)
+        return
+    want = rows.astype(float)
+    largest = np.abs(want).max(1, keepdims=True)
+    # Half a step of 1/127 of the largest, then bfloat16's half step of 2**-8.
+    bound = largest / 254 * (1 + 2**-8) + np.abs(want) * 2**-8
+    assert (np.abs(back.astype(float) - want) <= bound).all()
+
+
+def test_rows_of_zeros():
+    zeros = np.zeros((2, 5), ml_dtypes.bfloat16)
+    back = embeddings.from_bytes(embeddings.to_bytes(zeros, "int8"), 5, "int8")
+    assert not back.any() and not embeddings.cosine_error(zeros, back).any()
+
+
+def test_cosine_error():
+    a = np.array([[1.0, 0.0], [1.0, 1.0], [3.0, 4.0]])
+    b = np.array([[0.0, 1.0], [1.0, 0.0], [6.0, 8.0]])
+    np.testing.assert_allclose(
+        embeddings.cosine_error(a, b), [1, 1 - 0.5**0.5, 0], atol=1e-15
+    )
+
+
+@pytest.mark.parametrize(
+    "data, dtype, message",
+    [
+        (b"x" * 8, "bfloat16", "8 bytes are no bfloat16 embeddings of width 3"),
+        (b"x" * 8, "int8", "8 bytes are no int8 embeddings of width 3"),
+    ],
+)
+def test_wrong_lengths(data, dtype, message):
+    with pytest.raises(UserError, match=message):
+        embeddings.from_bytes(data, 3, dtype)
