@@ -10,11 +10,7 @@ from imagen_jax.planning.chips import is_absent
 
 # Convolutions run faster without the library that XLA hands them to on CPUs
 # (benchmarks/README.md).
-# The pass drops barriers (`models/written.py`) before XLA fuses operations.
-_CPU = {
-    "xla_cpu_experimental_ynn_fusion_type": "",
-    "xla_disable_hlo_passes": "cse_barrier_expander",
-}
+_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
 # What is only planned is not run: convolutions may be 4 % slower than the best that the

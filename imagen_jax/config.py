@@ -43,9 +43,6 @@ class ModelConfig:
       dtype: compute type, "bfloat16" or "float32"; parameters are float32.
       remat: what the backward pass recomputes instead of keeping: "none", "activations"
         (all but convolutions and products) or "blocks" (all but each block's input).
-      scan_blocks: whether equal blocks are one loop, their parameters stacked. It
-        compiles in half the time and memory; a TPU's step is planned to take a fifth to
-        two fifths more (benchmarks/README.md), a CPU's takes many times as long.
     """
 
     architecture: str = "unet"
@@ -63,7 +60,6 @@ class ModelConfig:
     dropout: float = 0.0
     dtype: str = "bfloat16"
     remat: str = "none"
-    scan_blocks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

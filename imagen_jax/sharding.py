@@ -20,7 +20,6 @@ AXES = ("data", "fsdp", "spatial", "tensor")
 # along their input over fsdp and along their output over tensor.
 RULES = (
     ("batch", ("data", "fsdp")),
-    ("layers", None),
     ("kernel_h", None),
     ("kernel_w", None),
     ("in", "fsdp"),
@@ -169,13 +168,6 @@ def on_mesh(run: Callable, mesh: Mesh) -> Callable:
             return run(*args)
 
     return inside
-
-
-def on_one_cpu() -> bool:
-    """Whether what is traced runs on a mesh (`on_mesh`) of a single CPU."""
-    mesh = jax.sharding.get_abstract_mesh()
-    device = mesh.abstract_device
-    return mesh.size == 1 and device is not None and device.platform == "cpu"
 
 
 def split_rows(x: jax.Array) -> jax.Array:

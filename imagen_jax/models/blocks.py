@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from imagen_jax.batch import Cond
 from imagen_jax.config import ModelConfig
-from imagen_jax.models import layers, written
+from imagen_jax.models import layers
 from imagen_jax.models.attention import attend
 
 
@@ -47,7 +47,7 @@ class ResBlock(nn.Module):
         h = layers.conv(self.features, self.dtype, zero=True, name="conv_2")(h)
         if x.shape[-1] != self.features:
             x = layers.conv(self.features, self.dtype, kernel=1, name="shortcut")(x)
-        return written.gradient((x + h) * self.skip_scale)
+        return (x + h) * self.skip_scale
 
 
 class AttentionBlock(nn.Module):
@@ -104,7 +104,7 @@ class AttentionBlock(nn.Module):
             jnp.concatenate(masks, 1),
         )
         out = layers.dense(channels, self.dtype, zero=True, name="out")(out)
-        return written.gradient((x + out.reshape(x.shape)) * self.skip_scale)
+        return (x + out.reshape(x.shape)) * self.skip_scale
 
 
 class TextPool(nn.Module):
@@ -269,8 +269,6 @@ def checkpointed(module: type[nn.Module], remat: str) -> type[nn.Module]:
 class Chain(nn.Module):
     """Equal blocks after one another.
 
-    With `cfg.scan_blocks` they are compiled once and their parameters are stacked.
-
     Attributes:
       count, features, cfg, level: how many, and of what kind; see `Block`.
     """
@@ -292,30 +290,12 @@ class Chain(nn.Module):
           emb: `[B, E]`.
           cond: text.
         """
-        if not self.cfg.scan_blocks:
-            outputs = []
-            for i in range(self.count):
-                block = Block(self.features, self.cfg, self.level, name=f"block_{i}")
-                x = block(x, skips[i] if skips else None, emb, cond)
-                outputs.append(x)
-            return x, outputs
-        if not self.count:
-            return x, []
-
-        def body(block, x, skip):
-            x = block(x, skip, emb, cond)
-            return x, x
-
-        scanned = nn.scan(
-            body,
-            variable_axes={"params": 0, "maxima": 0},
-            split_rngs={"params": True, "dropout": True},
-            length=self.count,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        block = Block(self.features, self.cfg, self.level, name="blocks")
-        x, outputs = scanned(block, x, jnp.stack(skips) if skips else None)
-        return x, list(outputs)
+        outputs = []
+        for i in range(self.count):
+            block = Block(self.features, self.cfg, self.level, name=f"block_{i}")
+            x = block(x, skips[i] if skips else None, emb, cond)
+            outputs.append(x)
+        return x, outputs
 
 
 def project_text(cond: Cond, cfg: ModelConfig) -> Cond:

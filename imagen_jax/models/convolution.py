@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from imagen_jax.models import convolution_cpu
-from imagen_jax.sharding import on_one_cpu, picture_spec
+from imagen_jax.sharding import picture_spec
 
 
 def convolve(
@@ -32,8 +31,6 @@ def convolve(
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, "SAME")
     if mesh.size > 1 and mesh.shape["spatial"] > 1:
         return _by_rows(x, kernel, strides, pads, mesh)
-    if on_one_cpu():
-        return convolution_cpu.convolve(x, kernel, strides, pads)
     return _convolve(x, kernel, strides, pads)
 
 

@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from imagen_jax.models import pixels, written
 from imagen_jax.models.convolution import convolve
-from imagen_jax.models.product import dot_general
-from imagen_jax.sharding import gather_fsdp, on_one_cpu, split_rows
+from imagen_jax.sharding import gather_fsdp, split_rows
 
 _lecun = nn.initializers.lecun_normal()
 _zeros = nn.initializers.zeros_init()
@@ -42,7 +40,6 @@ def dense(features: int, dtype, *, zero: bool = False, name: str | None = None):
     return nn.Dense(
         features,
         dtype=dtype,
-        dot_general=dot_general,
         bias_init=_parameter(_zeros, "norm"),
         name=name,
         **_kernel(_zeros if zero else _lecun, "in", "out"),
@@ -59,16 +56,6 @@ def conv(
     name: str | None = None,
 ):
     """`[B, H, W, C] -> [B, H / stride, W / stride, features]`, zero padded."""
-    own = _kernel(_zeros if zero else _lecun, "kernel_h", "kernel_w", "in", "out")
-
-    def promote(x, kernel, bias, *, dtype):
-        x, kernel, bias = own["promote_dtype"](x, kernel, bias, dtype=dtype)
-        if on_one_cpu():
-            # One for each pixel, so that its gradient is summed as `pixels` does.
-            size = tuple(-(-n // stride) for n in x.shape[1:3])
-            bias = pixels.spread(jnp.broadcast_to(bias, (len(x), features)), size)
-        return x, kernel, bias
-
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -77,7 +64,7 @@ def conv(
         conv_general_dilated=convolve,
         bias_init=_parameter(_zeros, "norm"),
         name=name,
-        **own | {"promote_dtype": promote},
+        **_kernel(_zeros if zero else _lecun, "kernel_h", "kernel_w", "in", "out"),
     )
 
 
@@ -108,7 +95,6 @@ class GroupNorm(nn.Module):
         """`[B, H, W, C]` normalised, times `1 + scale`, plus `shift`, both `[B, C]`."""
         ones = nn.initializers.ones_init()
         channels = x.shape[-1]
-        x = written.gradient(x)
         gamma = self.param("scale", _parameter(ones, "norm"), (channels,), jnp.float32)
         beta = self.param("bias", _parameter(_zeros, "norm"), (channels,), jnp.float32)
         mean, variance = self.moments(x)
@@ -119,7 +105,7 @@ class GroupNorm(nn.Module):
                 v * (1 + scale.astype(v.dtype)) for v in (factor, summand)
             )
             summand += shift.astype(summand.dtype)
-        factor, summand = (pixels.spread(v, x.shape[1:3]) for v in (factor, summand))
+        factor, summand = factor[:, None, None], summand[:, None, None]
         return (x.astype(jnp.float32) * factor + summand).astype(self.dtype)
 
     @nn.nowrap
@@ -132,8 +118,7 @@ class GroupNorm(nn.Module):
             whole = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
             return whole.reshape(means.shape)
 
-        count = x.shape[1] * x.shape[2]
-        mean, square = (of_groups(pixels.total(v) / count) for v in (x, jnp.square(x)))
+        mean, square = (of_groups(v.mean((1, 2))) for v in (x, jnp.square(x)))
         return mean, jnp.maximum(0.0, square - jnp.square(mean))
 
 
@@ -164,7 +149,6 @@ def heads(num_heads: int, head_channels: int, dtype, *, name: str):
     return nn.DenseGeneral(
         (num_heads, head_channels),
         dtype=dtype,
-        dot_general=dot_general,
         bias_init=_parameter(_zeros, "heads", "head_dim"),
         name=name,
         **_kernel(_lecun, "in", "heads", "head_dim"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 
 import flax.linen as nn
 import jax
@@ -55,8 +54,7 @@ def layer_maxima(
 
     Returns:
       `{"down_0_first/residual/conv_1": maximum}`, float32 scalars, for each layer in
-      the order in which they are done: a block comes after its parts. Of loops
-      (`scan_blocks`) each turn has its own, named "...[turn]".
+      the order in which they are done: a block comes after its parts.
     """
     paths = []
 
@@ -79,15 +77,7 @@ def layer_maxima(
         )
     flat = flatten_dict(found["maxima"])
     paths = [path for path in dict.fromkeys(paths) if path and (*path, "max") in flat]
-    named = [("/".join(path), flat[(*path, "max")]) for path in paths]
-    in_order = []
-    for shape, layers in itertools.groupby(named, lambda layer: layer[1].shape):
-        layers = list(layers)
-        if not shape:
-            in_order += [{name: value} for name, value in layers]
-        for turn in range(shape[0] if shape else 0):
-            in_order += [{f"{name}[{turn}]": value[turn]} for name, value in layers]
-    return in_order
+    return [{"/".join(path): flat[(*path, "max")]} for path in paths]
 
 
 def init(cfg: StageConfig, key: jax.Array):

@@ -19,7 +19,7 @@ from imagen_jax.diffusion.loss import (
     noise_batch,
 )
 from imagen_jax.models import network
-from imagen_jax.sharding import batch_sharding, on_mesh, on_one_cpu, replicated
+from imagen_jax.sharding import batch_sharding, on_mesh, replicated
 from imagen_jax.training import stacks
 from imagen_jax.training.bad_updates import judge, select
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
@@ -99,9 +99,6 @@ def train_step(
 def _norm() -> Callable[[Any], jax.Array]:
     if _on_tpu():
         return stacks.norm
-    if on_one_cpu():
-        # In half the time of the squares' sum (benchmarks/README.md).
-        return lambda tree: jnp.sqrt(optax.tree.vdot(tree, tree))
     return optax.tree.norm
 
 
