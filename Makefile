@@ -1,19 +1,23 @@
-# Each target makes its own virtual environment in $(VENV); nothing else is needed
-# than Python 3.11 or newer.
+# Each target makes its own virtual environment in $(VENV); nothing is needed but
+# Python 3.11 or newer.
 
 PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
 VENV ?= .venv
 
-.PHONY: demo test lint
+.PHONY: demo test check lint
 
-# Prepares captioned shapes, trains a small cascade and samples it, in demo/. Linux then
-# gives out the memory of each step in large pages (benchmarks/README.md).
+# Trains and samples a small cascade on captioned shapes, in demo/. With the tunable,
+# Linux backs the temporaries of a step with large pages.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m imagen_jax.demo --output=demo $(if $(SECONDS),--seconds=$(SECONDS))
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
+
+# The tests that take less than ten seconds each.
+check: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -m "not slow"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
