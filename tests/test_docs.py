@@ -1,6 +1,5 @@
-"""What the documents say of the repository is so."""
+"""What the documents say of the repository is true."""
 
-import functools
 import json
 import re
 import shlex
@@ -14,9 +13,12 @@ import imagen_jax
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "imagen_jax"
-DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] + [*ROOT.glob("launch/*.md")]
-)
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for folder in (".", "docs", "launch", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
+}
+COMMAND = re.compile(r"(?:python[\d.]* -m imagen_jax\.|imagen-jax )(\w+)\b(?! \.)(.*)")
 SHELL_BREAKS = {"|", "||", "&", "&&", ";", ">", ">>", "<", "2>&1", "2>"}
 
 
@@ -26,12 +28,11 @@ def blocks(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """`(door, arguments)` of each `python -m imagen_jax.DOOR ...` in code blocks."""
+    """`(door, arguments)` of each call of a door in code blocks."""
     found = []
     for block in blocks(text):
         for line in block.replace("\\\n", " ").splitlines():
-            match = re.search(r"python[\d.]* -m imagen_jax\.(\w+)(.*)", line)
-            if match:
+            if match := COMMAND.search(line):
                 arguments = shlex.split(match[2], comments=True)
                 ends = [i for i, word in enumerate(arguments) if word in SHELL_BREAKS]
                 found.append((match[1], arguments[: ends[0] if ends else None]))
@@ -44,144 +45,177 @@ def make_targets(text: str) -> set[str]:
     return set(re.findall(r"(?:^|[\s;&])make ([a-z][\w-]*)", code))
 
 
-def tree(text: str) -> list[tuple[str, str]]:
-    """`(room, file)` of each .py file in the code block that draws the package.
-
-    The room is the folder that a line last began with, "" at the top.
-    """
-    drawn = [b for b in blocks(text) if re.search(r"^\W*imagen_jax/", b, re.M)]
-    assert len(drawn) == 1, "README.md draws the tree of imagen_jax/ in one code block"
-    room, files = "", []
-    for line in drawn[0].splitlines():
-        if folder := re.match(r"\W*(\w+)/", line):
-            room = folder[1]
-        files += [(room, name) for name in re.findall(r"\b(\w+\.py)\b", line)]
-    return files
-
-
-@functools.cache
-def read(document: Path) -> str:
-    """The text of a document."""
-    return document.read_text()
+def folders_of_the_tree(text: str) -> set[str]:
+    """Folders in the code block that draws the package; rooms are indented."""
+    (drawn,) = [b for b in blocks(text) if re.search(r"^imagen_jax/", b, re.M)]
+    found, parent = set(), ""
+    for indent, name in re.findall(r"^( *)(\w+)/", drawn, re.M):
+        parent = parent if indent else name
+        found.add(f"{parent}/{name}" if indent else name)
+    return found
 
 
 def test_commands_are_found_in_a_text():
     text = (
         "`python -m imagen_jax.plan` in prose\n```\n$ JAX_PLATFORMS=cpu python3 -m "
-        "imagen_jax.train --config=a.py \\\n    --workdir='b c' | tee log # d\n```\n"
+        "imagen_jax.train --config=a.py \\\n    --workdir='b c' | tee log # d\n"
+        "imagen-jax plan --json=x\n```\n"
     )
-    assert commands(text) == [("train", ["--config=a.py", "--workdir=b c"])]
-    assert make_targets("make sure, `make test`\n```\ncd x && make demo\n```") == {
-        "test",
-        "demo",
-    }
+    train = ("train", ["--config=a.py", "--workdir=b c"])
+    assert commands(text) == [train, ("plan", ["--json=x"])]
+    text = "make sure, `make test`\n```\ncd x && make demo\n```"
+    assert make_targets(text) == {"test", "demo"}
+    text = "```\ndocs/  a\nimagen_jax/  b/c\n  data/  d\n```"
+    assert folders_of_the_tree(text) == {"docs", "imagen_jax", "imagen_jax/data"}
 
 
 def test_the_readme_draws_the_tree_as_it_is():
-    drawn = tree(read(ROOT / "README.md"))
-    for room, name in drawn:
-        # A line of the top may follow a room's.
-        places = [PACKAGE / room / name, ROOT / room / name, PACKAGE / name]
-        assert any(p.is_file() for p in [*places, ROOT / name]), f"no {room}/{name}"
-    for path in PACKAGE.rglob("*.py"):
-        if path.name != "__init__.py":
-            room = path.parent.name
-            listed = {r for r, name in drawn if name == path.name}
-            known = room in listed or (path.parent == PACKAGE and listed)
-            assert known, f"README.md does not list {path.relative_to(ROOT)}"
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    # Only what exists: a file may be removed and not yet committed.
+    parts = [Path(name).parts for name in tracked if (ROOT / name).exists()]
+    disk = {p[0] for p in parts if len(p) > 1 and not p[0].startswith(".")}
+    disk |= {f"{p[0]}/{p[1]}" for p in parts if len(p) > 2 and p[0] == PACKAGE.name}
+    assert folders_of_the_tree(TEXTS["README.md"]) == disk
 
 
+# Imports once what the doors share, then forks for each command: a config's overrides
+# become flags that stay defined.
 PARSE = """
-import json, os, runpy, sys, traceback
+import json, os, runpy, sys
+import flax, jax, optax, orbax.checkpoint
 from absl import flags
 from imagen_jax import cli
 
-def parse(main, argv=None):
-    # Each in a child: a config's overrides become flags that stay defined.
-    for arguments in json.load(sys.stdin):
-        child = os.fork()
-        if not child:
-            sys.argv = ["door", *arguments]
-            try:
-                rest = flags.FLAGS(sys.argv)[1:]
-                assert not rest, f"{rest} are no flags"
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-                os._exit(1)
+def forked(function):
+    child = os.fork()
+    if not child:
+        try:
+            function()
+        finally:
+            sys.stdout.flush()
             os._exit(0)
-        if os.waitpid(child, 0)[1]:
-            sys.exit(1)
+    os.waitpid(child, 0)
 
-cli.run = parse
-runpy.run_module(sys.argv[1], run_name="__main__", alter_sys=True)
+def parse(door, arguments):
+    error = ""
+    try:
+        rest = flags.FLAGS([door, *arguments])[1:]
+        assert not rest, f"{rest} are no flags"
+    except BaseException as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    print(json.dumps([door, arguments, error]))
+
+def parse_all(door, argument_lists):
+    def run(main, argv=None):
+        for arguments in argument_lists:
+            forked(lambda: parse(door, arguments))
+    cli.run = run
+    runpy.run_module(f"imagen_jax.{door}", run_name="__main__", alter_sys=True)
+
+for door, argument_lists in json.load(sys.stdin).items():
+    forked(lambda: parse_all(door, argument_lists))
 """
 
 
-def parse_flags(door: str, argument_lists: list[list[str]]) -> str:
-    """ "" when the door's flags take every list of arguments, else its error."""
+def parse(called: list[tuple[str, list[str]]]) -> list[str]:
+    """The error of each command, "" for one whose flags its door takes."""
+    by_door = {}
+    for door, arguments in called:
+        by_door.setdefault(door, []).append(arguments)
     done = subprocess.run(
-        [sys.executable, "-c", PARSE, f"imagen_jax.{door}"],
-        input=json.dumps(argument_lists),
+        [sys.executable, "-c", PARSE],
+        input=json.dumps(by_door),
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    return "" if done.returncode == 0 else done.stderr[-2000:]
-
-
-def test_a_wrong_command_is_found():
-    right = ["--source=shapes:10", "--output=x"]
-    assert not parse_flags("prepare", [right, [*right, "--seed=1"]])
-    assert "sede" in parse_flags("prepare", [right, [*right, "--sede=1"]])
-    assert "output" in parse_flags("prepare", [right, right[:1]])
-    assert "seed" in parse_flags("prepare", [[*right, "--seed=x"]])
+    assert done.returncode == 0, done.stderr[-2000:]
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    errors = {(door, *arguments): error for door, arguments, error in answers}
+    return [
+        errors.get((door, *arguments), f"no answer: {done.stderr[-2000:]}")
+        for door, arguments in called
+    ]
 
 
 def test_every_command_in_the_documents_parses():
-    by_door = {}
-    for document in DOCUMENTS:
-        for door, arguments in commands(read(document)):
-            by_door.setdefault(door, []).append(arguments)
-    assert by_door, "the documents show no command"
-    for door, argument_lists in by_door.items():
-        error = parse_flags(door, argument_lists)
-        assert not error, f"{door}: {error}"
+    right = ["--source=shapes:10", "--output=x"]
+    wrong = {
+        "sede": [*right, "--sede=1"],
+        "--output": right[:1],
+        "seed": [*right, "--seed=x"],
+    }
+    called = [command for text in TEXTS.values() for command in commands(text)]
+    assert called
+    errors = parse([*called, *(("prepare", words) for words in wrong.values())])
+    for word, error in zip(wrong, errors[len(called) :], strict=True):
+        assert word in error
+    faults = [f"{c}: {e}" for c, e in zip(called, errors, strict=False) if e]
+    assert not faults, "\n".join(faults)
 
 
 def test_every_door_named_in_the_documents_exists():
-    for document in DOCUMENTS:
-        for door in re.findall(r"-m imagen_jax\.(\w+)", read(document)):
-            assert (PACKAGE / f"{door}.py").is_file(), f"{document.name}: {door}"
+    for name, text in TEXTS.items():
+        for door in re.findall(r"-m imagen_jax\.(\w+)", text):
+            # migrating.md also names the old ones.
+            old = name == "docs/migrating.md" and door in ("metrics", "DOOR")
+            old |= door in ("COMMAND", "DOOR")
+            assert old or (PACKAGE / f"{door}.py").is_file(), f"{name}: {door}"
 
 
 def test_every_make_target_in_the_documents_exists():
-    makefile = read(ROOT / "Makefile")
+    makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.M))
-    assert {"demo", "test", "lint"} <= targets
+    assert {"demo", "test", "check", "lint"} == targets
     assert set(re.search(r"^\.PHONY:(.*)", makefile, re.M)[1].split()) == targets
-    for document in DOCUMENTS:
-        missing = make_targets(read(document)) - targets
-        assert not missing, f"{document.name}: make {missing}"
-    assert {"demo", "test"} <= make_targets(read(ROOT / "README.md"))
+    for name, text in TEXTS.items():
+        missing = make_targets(text) - targets
+        assert not missing, f"{name}: make {missing}"
+    assert {"demo", "test"} <= make_targets(TEXTS["README.md"])
 
 
 def test_links_between_documents_lead_somewhere():
-    for document in DOCUMENTS:
-        links = re.findall(r"\]\(([^)#\s]+)", read(document))
-        links += re.findall(r"<img[^>]* src=\"([^\"]+)\"", read(document))
+    for name, text in TEXTS.items():
+        links = re.findall(r"\]\(([^)#\s]+)", text)
+        links += re.findall(r"<img[^>]* src=\"([^\"]+)\"", text)
         for link in links:
             if not re.match(r"[a-z]+:", link):
-                assert (document.parent / link).exists(), f"{document.name}: {link}"
+                assert (ROOT / name).parent.joinpath(link).exists(), f"{name}: {link}"
 
 
-def test_the_changelog_knows_this_version():
-    assert f"## [{imagen_jax.__version__}]" in read(ROOT / "CHANGELOG.md")
+@pytest.mark.parametrize("name", ["docs/architecture.md", "docs/decisions.md"])
+def test_files_named_in_a_document_exist(name):
+    found = re.findall(r"`([\w/]+\.(?:py|md))`", TEXTS[name])
+    assert found
+    for path in found:
+        assert (PACKAGE / path).exists() or (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("folder", ["imagen_jax", "configs", "tests", "docs", "launch"])
-def test_no_file_names_a_home_folder(folder):
-    for path in (ROOT / folder).rglob("*"):
-        if path.suffix in {".py", ".md", ".sh", ".yml", ".toml"}:
-            found = re.search(r"/(home|root|Users)/\w+", path.read_text())
-            assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
+@pytest.mark.parametrize("folder", ["docs", "benchmarks"])
+def test_an_index_lists_its_folder(folder):
+    own = "*.md" if folder == "docs" else "*.py"
+    names = {path.name for path in (ROOT / folder).glob(own)} - {"README.md"}
+    linked = re.findall(r"\]\(([\w.]+)\)", TEXTS[f"{folder}/README.md"])
+    assert names <= set(linked)
+
+
+def test_documents_stay_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 200
+    assert len(TEXTS["benchmarks/README.md"].splitlines()) <= 250
+    assert len(re.findall(r"^\*\*", TEXTS["docs/decisions.md"], re.M)) <= 40
+
+
+def test_the_version_is_everywhere_the_same():
+    version = imagen_jax.__version__
+    assert f"## [{version}]" in TEXTS["CHANGELOG.md"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_no_file_names_a_home_folder():
+    for folder in ("imagen_jax", "configs", "tests", "docs", "launch", "benchmarks"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".md", ".sh", ".yml", ".toml"}:
+                found = re.search(r"/(home|root|Users)/\w+", path.read_text())
+                assert not found, f"{path.relative_to(ROOT)}: {found[0]}"
