@@ -1,6 +1,6 @@
 """The input pipeline of three stages, and what of it takes how long.
 
-python benchmarks/data.py --folder=FOLDER [--emoji=DIR] [--runs=3]
+python -m benchmarks.data --folder=FOLDER [--emoji=DIR] [--runs=3]
 
 Draws JPEGs of 640 x 480 and of 1600 x 1200 (sums of waves and grain: about as many
 bytes as photographs), prepares them, with --emoji those pictures too, and runs

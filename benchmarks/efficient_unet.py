@@ -1,10 +1,10 @@
-"""The Efficient U-Net against the plain one: equal parameters, in turns.
+"""Speed of the Efficient U-Net beside a U-Net with as many parameters.
 
-python benchmarks/efficient_unet.py
+python -m benchmarks.efficient_unet
 
-64 to 256 pixels, one picture, float32: sr256's levels and blocks at a quarter of their
-width (36.0M parameters), and a U-Net of ADM's kind, three blocks a level, 35.7M. Both
-attend at their coarsest level.
+64 to 256 pixels, one image, float32, in turns: sr256's levels and blocks at a quarter
+of their width (36.0M parameters), and an ADM U-Net with three blocks a level (35.7M).
+Both attend at their coarsest level.
 """
 
 import statistics
@@ -13,14 +13,15 @@ import time
 import jax
 import jax.numpy as jnp
 
+from benchmarks.meshes import random_batch
 from configs import sr256
-from imagen_jax import config, timings
+from imagen_jax import config
 from imagen_jax.compilation import compiler_options
 from imagen_jax.models import network
-from imagen_jax.planning import compile as compiled
 from imagen_jax.planning.flops import forward_flops
-from imagen_jax.sharding import make_mesh
+from imagen_jax.sharding import batch_sharding, make_mesh
 from imagen_jax.training.state import create_state
+from imagen_jax.training.step import compile_train_step
 
 SHAPES = {
     "efficient_unet": {"width": 32, "num_res_blocks": (2, 4, 8, 8), "heads": 4},
@@ -30,7 +31,7 @@ ROUNDS, STEPS = 5, 3
 
 
 def stage(architecture):
-    """The stage with one of the two networks."""
+    """sr256 with one of the two networks."""
     shape = SHAPES[architecture]
     widths = tuple(shape["width"] * m for m in (1, 2, 4, 8))
     values = sr256.get_config().to_dict()
@@ -40,7 +41,6 @@ def stage(architecture):
         "num_res_blocks": shape["num_res_blocks"],
         "head_channels": widths[-1] // shape["heads"],
         "dtype": "float32",
-        "scan_blocks": False,
         "remat": "none",
     }
     values["text"] = {"length": 32, "dim": 256}
@@ -49,9 +49,10 @@ def stage(architecture):
 
 
 def runs(cfg, mesh):
-    """`(forward, train)`, each to be called and waited for."""
-    train_step = compiled.compile_step(cfg, mesh).run
-    state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
+    """A forward pass and a training step by name, and the number of parameters."""
+    train_step, state = compile_train_step(cfg, mesh), create_state(cfg, mesh)
+    batch = jax.device_put(random_batch(cfg), batch_sharding(mesh))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     inputs = jax.tree.map(
         lambda x: jnp.ones(x.shape, x.dtype), network.abstract_inputs(cfg)[1:]
     )
@@ -69,28 +70,30 @@ def runs(cfg, mesh):
         state, metrics = train_step(state, batch)
         jax.block_until_ready(metrics)
 
-    return {"forward": forward, "train": train}
+    return {"forward": forward, "train": train}, parameters
 
 
 def main():
-    """Times both, in turns."""
+    """Prints a line per network and program."""
     mesh = make_mesh(config.MeshConfig())
     stages = {name: stage(name) for name in SHAPES}
-    made = {name: runs(cfg, mesh) for name, cfg in stages.items()}
-    seconds = {(name, what): [] for name in made for what in made[name]}
+    programs, sizes = {}, {}
+    for name, cfg in stages.items():
+        programs[name], sizes[name] = runs(cfg, mesh)
+    seconds = {(name, what): [] for name in programs for what in programs[name]}
     for turn in range(ROUNDS + 1):
         for name, what in seconds:
             for _ in range(STEPS):
                 start = time.perf_counter()
-                made[name][what]()
+                programs[name][what]()
                 if turn:
                     seconds[name, what].append(time.perf_counter() - start)
     for (name, what), times in seconds.items():
-        size = compiled.params(stages[name])["parameters"] / 1e6
         flops = forward_flops(stages[name]) / 1e9
         milliseconds = [1e3 * f(times) for f in (statistics.median, min, max)]
         print(
-            f"{name} {what}: {size:.1f}M parameters, {flops:.1f} GFLOP forward, "
+            f"{name} {what}: {sizes[name] / 1e6:.1f}M parameters, "
+            f"{flops:.1f} GFLOP forward, "
             "{:.0f} ms [{:.0f}-{:.0f}]".format(*milliseconds)
         )
 

@@ -1,6 +1,6 @@
 """What storing embeddings as int8 does to the pictures of `make demo`.
 
-python benchmarks/embeddings.py --demo=demo [--what=sample|train] [--seeds=4]
+python -m benchmarks.embeddings --demo=demo [--what=sample|train] [--seeds=4]
 
 "sample": the trained cascade is given held-out captions whose embeddings went through
 either store. "train": the base is trained again on records of each kind, alike in all

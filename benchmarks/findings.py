@@ -1,107 +1,90 @@
-"""Repeats findings of the paper in the small, on the cascade that `make demo` trains.
+"""Findings of the paper in the small, on the cascade that `make demo` trains.
 
-python benchmarks/findings.py --demo=demo [--what=threshold|augmentation|solver]
+python -m benchmarks.findings --demo=demo [--what=threshold|augmentation|solver]
 
-"threshold": judged accuracy of the base at growing guidance for each kind of
-thresholding (paper Fig. A.8), trained again on pictures of muted hues (hues.py). The
-finding would be repeated if at w = 10 and more dynamic thresholding had more pictures
-than static and none whose two hues are right, and more whose hues are as strong as
-drawn, each by more than two standard errors. exact_guidance.py is the same without a
-network.
+"threshold": judged accuracy of the base at growing guidance, for each kind of
+thresholding (paper Fig. A.8).
 "augmentation": a second super-resolution stage is trained without noise-conditioning
-augmentation; both enlarge base pictures that are spoilt more and more (Fig. A.11).
+augmentation; both enlarge base images with growing noise (Fig. A.11).
 "solver": DPM-Solver++ in 25 steps beside DDPM in 1000.
 """
 
 import argparse
-import itertools
 import pathlib
 import time
 
-import hues
 import jax
 import numpy as np
 
 from configs import tiny
-from imagen_jax import images as pictures
+from imagen_jax import images
 from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
 from imagen_jax.api.sweep import all_cells
 from imagen_jax.config import MeshConfig
 from imagen_jax.demo import summarise
-from imagen_jax.prepare import prepare
-from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes import scenes
 from imagen_jax.shapes.judge import judge
 from imagen_jax.sharding import make_mesh
 from imagen_jax.train import resolve, train_stage
 
-# Steps, and the weights at which so many are taken.
-WEIGHTS = {64: (3.0, 10.0, 30.0, 100.0), 256: (10.0, 30.0)}
+WEIGHTS = (3.0, 10.0, 30.0)
 KINDS = ("none", "static", "dynamic")
 LEVELS = (0.0, 0.1, 0.2, 0.3)
-# Standard deviation of what spoils a base picture, of values in [0, 255].
-SPOILT = (0, 16, 32, 48)
+# Standard deviations of the noise on base images, of values in [0, 255].
+NOISE = (0, 16, 32, 48)
+SOLVERS = (
+    ("ddpm", 1000, "time"),
+    ("ddpm", 64, "time"),
+    ("ddpm", 25, "time"),
+    ("ddim", 25, "time"),
+    ("dpmpp", 25, "time"),
+    ("dpmpp", 25, "logsnr"),
+    ("dpmpp", 12, "time"),
+)
 
 
 def captions(count):
-    """Held-out captions and seeds."""
-    scenes = shapes.heldout(count, seed=2)
-    return [shapes.caption(scene) for scene in scenes], np.arange(count)
+    """Held-out captions and a seed for each."""
+    heldout = scenes.heldout(count, seed=2)
+    return [scenes.caption(scene) for scene in heldout], np.arange(count)
 
 
-def accuracy(made, prompts):
-    """Shares of right colours and right shapes."""
-    verdicts = [judge(p, c) for p, c in zip(made, prompts, strict=True)]
-    found = summarise(verdicts)
-    return found["colour_accuracy"], found["shape_accuracy"]
+def accuracy(samples, prompts):
+    """A cell with the shares of right colours and right shapes."""
+    found = summarise([judge(s, p) for s, p in zip(samples, prompts, strict=True)])
+    return f"{found['colour_accuracy']:.0%}, {found['shape_accuracy']:.0%}"
 
 
-def on_hues(folder) -> pathlib.Path:
-    """The demo's base on another world, and predicting eps as the paper does."""
-    workdir, records = folder / "base_hues", folder / "hues.npz"
-    if not records.exists():
-        hues.write(folder / "hues", 20_000)
-        source = f"folder:{folder / 'hues'}"
-        prepare(source, str(records), text_length=16, image_size=16)
-    config = tiny.base()
-    config.data.records = str(records)
-    config.diffusion.prediction = "eps"
-    config.training.update(
-        steps=2500, sample_every_steps=0, checkpoint_every_steps=2500
-    )
-    config.optimizer.decay_steps = 2500
-    train_stage(resolve(config.to_dict()), str(workdir))
-    return workdir
+def save_sheet(path, samples, labels):
+    """Rows of eight labelled images."""
+    sheet = images.enlarge(np.concatenate(samples), 96)
+    images.save(path, images.grid(sheet, 8, np.repeat(labels, 8).tolist()))
 
 
 def threshold(folder, mesh, count):
-    """One row per number of steps, kind and weight of the base alone; and pictures."""
-    prompts, seeds = hues.captions(count), np.arange(count)
-    print("| steps | threshold | w | right | sky | sea | as drawn | at an end |")
-    print("|---|---|---|---|---|---|---|---|")
-    shown, labels = [], []
-    trained = open_stages([str(on_hues(folder))])
-    for (steps, weights), kind in itertools.product(WEIGHTS.items(), KINDS):
-        cells = all_cells([trained[0].cfg], [weights])
-        changed = with_sampler(trained, threshold=[kind], steps=[steps])
-        (made,), _ = sample_prompts(
+    """One row per guidance weight, one column per kind, for the base alone."""
+    prompts, seeds = captions(count)
+    stages = open_stages([str(folder / "base")])
+    cells = all_cells([stages[0].cfg], [WEIGHTS])
+    rows, shown, labels = {weight: [] for weight in WEIGHTS}, [], []
+    for kind in KINDS:
+        changed = with_sampler(stages, threshold=[kind])
+        (samples,), _ = sample_prompts(
             changed, prompts, seeds, mesh, cells=cells, progress=False
         )
-        for i, weight in enumerate(weights):
-            own = made[i :: len(cells)]
-            right = hues.right(own, prompts)
-            at_an_end = ((own == 0) | (own == 255)).mean()
-            both = right.all(1).mean(), *right.mean(0)
-            shares = (*both, hues.as_drawn(own).all(1).mean(), at_an_end)
-            row = " | ".join(f"{share:.0%}" for share in shares)
-            print(f"| {steps} | {kind} | {weight:g} | {row} |", flush=True)
+        for i, weight in enumerate(WEIGHTS):
+            own = samples[i :: len(cells)]
+            rows[weight].append(accuracy(own, prompts))
             shown.append(own[:8])
-            labels += [f"{kind} w {weight:g}, {steps}"] * 8
-    sheet = pictures.enlarge(np.concatenate(shown), 96)
-    pictures.save(folder / "thresholds.png", pictures.grid(sheet, 16, labels))
+            labels.append(f"{kind} w {weight:g}")
+    print(f"| w | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}")
+    for weight, row in rows.items():
+        print(f"| {weight:g} | {' | '.join(row)} |")
+    save_sheet(folder / "thresholds.png", shown, labels)
 
 
 def train_without_augmentation(folder) -> pathlib.Path:
-    """The demo's super-resolution stage again, on clean low-resolution pictures."""
+    """The workdir of the demo's second stage, trained on clean low-res images."""
     workdir = folder / "sr_without_augmentation"
     config = tiny.sr()
     steps = open_stages([str(folder / "sr")])[0].cfg.training.steps
@@ -117,74 +100,57 @@ def train_without_augmentation(folder) -> pathlib.Path:
 
 
 def augmentation(folder, mesh, count):
-    """One row per stage and level, one column per degree of spoiling."""
+    """One row per stage and level, one column per amount of noise."""
     prompts, seeds = captions(count)
-    without = train_without_augmentation(folder)
-    base, sr = (open_stages([str(folder / n)]) for n in ("base", "sr"))
+    without = open_stages([str(train_without_augmentation(folder))])
+    base, sr = (open_stages([str(folder / name)]) for name in ("base", "sr"))
     (low,), _ = sample_prompts(base, prompts, seeds, mesh, progress=False)
-    noise = np.random.default_rng(0).normal(size=low.shape)
-    spoilt = [
-        np.clip(np.round(low + scale * noise), 0, 255).astype(np.uint8)
-        for scale in SPOILT
+    normal = np.random.default_rng(0).normal(size=low.shape)
+    noisy = [
+        np.clip(np.round(low + scale * normal), 0, 255).astype(np.uint8)
+        for scale in NOISE
     ]
-    head = " | ".join(f"{scale} of 255" for scale in SPOILT)
-    print(f"| stage | {head} |\n|---|{'---|' * len(SPOILT)}")
-    shown = [pictures.enlarge(s[:8], 96) for s in spoilt]
-    runs = [("without augmentation", open_stages([str(without)]), ())]
+    print(f"| stage | {' | '.join(map(str, NOISE))} |\n|---|{'---|' * len(NOISE)}")
+    shown = [images.enlarge(each[:8], 32) for each in noisy]
+    labels = [f"base: {scale}" for scale in NOISE]
+    runs = [("without augmentation", without, ())]
     runs += [(f"with, level {level:g}", sr, [(level,)]) for level in LEVELS]
-    for label, stage, levels in runs:
-        cells = all_cells([stage[0].cfg], aug_level=levels)
-        found = []
-        for lowres in spoilt:
-            (made,), _ = sample_prompts(
-                stage, prompts, seeds, mesh, "", lowres, cells, progress=False
+    for name, stages, levels in runs:
+        cells = all_cells([stages[0].cfg], aug_level=levels)
+        row = []
+        for scale, lowres in zip(NOISE, noisy, strict=True):
+            (samples,), _ = sample_prompts(
+                stages, prompts, seeds, mesh, "", lowres, cells, progress=False
             )
-            found.append(accuracy(made, prompts))
-            shown.append(pictures.enlarge(made[:8], 96))
-        row = " | ".join(f"{colour:.0%}, {shape:.0%}" for colour, shape in found)
-        print(f"| {label} | {row} |")
-    labels = [
-        f"{label}: {scale}"
-        for label in ("base", *(run[0] for run in runs))
-        for scale in SPOILT
-        for _ in range(8)
-    ]
-    sheet = pictures.grid(np.concatenate(shown), 32, labels)
-    pictures.save(folder / "augmentation.png", sheet)
+            row.append(accuracy(samples, prompts))
+            shown.append(samples[:8])
+            labels.append(f"{name}: {scale}")
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
+    save_sheet(folder / "augmentation.png", shown, labels)
 
 
 def solver(folder, mesh, count):
-    """One row per sampler: both stages take it; seconds are with compilation."""
+    """One row per sampler, used by both stages; seconds include compilation."""
     prompts, seeds = captions(count)
-    print("| sampler | steps | grid | colour | shape | seconds |")
-    print("|---|---|---|---|---|---|")
-    ways = [
-        ("ddpm", 1000, "time"),
-        ("ddpm", 64, "time"),
-        ("ddpm", 25, "time"),
-        ("ddim", 25, "time"),
-        ("dpmpp", 25, "time"),
-        ("dpmpp", 25, "logsnr"),
-        ("dpmpp", 12, "time"),
-    ]
-    for name, steps, grid in ways:
-        trained = with_sampler(
+    print("| sampler | steps | grid | colour, shape | seconds |")
+    print("|---|---|---|---|---|")
+    for name, steps, grid in SOLVERS:
+        stages = with_sampler(
             open_stages([str(folder / "base"), str(folder / "sr")]),
             name=[name],
             steps=[steps],
             grid=[grid],
         )
         start = time.perf_counter()
-        made, _ = sample_prompts(trained, prompts, seeds, mesh, progress=False)
+        samples, _ = sample_prompts(stages, prompts, seeds, mesh, progress=False)
         seconds = time.perf_counter() - start
-        colour, shape = accuracy(made[-1], prompts)
-        row = f"{name} | {steps} | {grid} | {colour:.0%} | {shape:.0%} | {seconds:.0f}"
-        print(f"| {row} |", flush=True)
+        right = accuracy(samples[-1], prompts)
+        print(f"| {name} | {steps} | {grid} | {right} | {seconds:.0f} |", flush=True)
 
 
 def main():
-    """Runs what is asked for."""
-    parser = argparse.ArgumentParser()
+    """Prints a table per finding."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", required=True, help="--output of a demo")
     kinds = {"threshold": threshold, "augmentation": augmentation, "solver": solver}
     parser.add_argument("--what", choices=kinds, action="append")

@@ -1,6 +1,6 @@
 """A run with stalls, a kill and a restart, and what `metrics` makes of it.
 
-python benchmarks/goodput.py
+python -m benchmarks.goodput
 
 Trains a small stage on random batches for 240 steps, on a real clock: a checkpoint
 every 40 steps, a preview every 60, a log line each step. Every 30th batch sleeps,

@@ -1,6 +1,6 @@
 """What each chip does when more chips train, each with the same share of the batch.
 
-python benchmarks/growth.py [--svg=docs/growth.svg]
+python -m benchmarks.growth [--svg=docs/growth.svg]
 
 Compiles sr256's tiny form, in bfloat16, for TPU v4 slices, 16 pictures a chip, weights
 split over 8 chips, and prints a table; --svg draws it.

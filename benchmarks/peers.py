@@ -1,14 +1,14 @@
-"""Times a training step of this library and of two others, in turns, on this machine.
+"""Training steps of this library, imagen-pytorch and diffusers, in turns.
 
-python benchmarks/peers.py --stage=base --peers_python=VENV/bin/python --json=FILE
+python -m benchmarks.peers --stage=base --peers_python=VENV/bin/python --json=FILE
 
-The other Python has torch, diffusers and imagen-pytorch, and not the torchvision that
+The other Python has torch, diffusers and imagen-pytorch, without the torchvision that
 pip installs with them, which does not fit torch's CPU wheel. All train with Adam on
-float32 noise with the text of 32 x 256: the base 64 x 64 pixels in batches of 4, the
-super-resolution stage 256 x 256 in batches of 1; networks of 20 to 30 million
-parameters, alike in width, depth and where they attend. They differ in arithmetic, so
-compare GFLOP/s. All clip the gradients' norm and average the parameters, as each
-library's trainer does, in torch by its fastest functions for lists of arrays.
+float32 noise with text of 32 x 256: the base on 64 x 64 pixels in batches of 4, the
+super-resolution stage on 256 x 256 in batches of 1. The networks have 20 to 30 million
+parameters and are alike in width, depth and where they attend; they differ in
+arithmetic, so compare GFLOP/s. All clip the gradients' norm and average the parameters,
+as each library's trainer does, in torch by its fastest functions for lists of arrays.
 """
 
 import argparse
@@ -30,10 +30,12 @@ def ours(stage):
     """`(step, facts)` of imagen_jax."""
     import jax
 
-    from imagen_jax import config, timings
-    from imagen_jax.planning import compile as compiled
-    from imagen_jax.sharding import make_mesh
+    from benchmarks.meshes import random_batch
+    from imagen_jax import config
+    from imagen_jax.planning.flops import forward_flops
+    from imagen_jax.sharding import batch_sharding, make_mesh
     from imagen_jax.training.state import create_state
+    from imagen_jax.training.step import compile_train_step
 
     model = {"dtype": "float32", "head_channels": 64}
     if stage == "base":
@@ -61,19 +63,16 @@ def ours(stage):
         }
     )
     mesh = make_mesh(cfg.mesh)
-    train_step = compiled.compile_step(cfg, mesh).run
-    state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
+    train_step, state = compile_train_step(cfg, mesh), create_state(cfg, mesh)
+    batch = jax.device_put(random_batch(cfg), batch_sharding(mesh))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
     def step():
         nonlocal state
         state, metrics = train_step(state, batch)
         jax.block_until_ready(metrics)
 
-    sizes = compiled.params(cfg)
-    return step, {
-        "parameters": sizes["parameters"],
-        "forward_flops": sizes["forward_flops_per_image"],
-    }
+    return step, {"parameters": parameters, "forward_flops": forward_flops(cfg)}
 
 
 def torch_step(stage, model, forward):
@@ -197,7 +196,7 @@ def diffusers(stage):
 
 
 def work(peer, stage):
-    """A worker: for each number on standard input, times that many steps."""
+    """A worker, which times as many steps as each line of its standard input says."""
     start = time.perf_counter()
     makers = {
         "imagen_jax": ours,
@@ -218,7 +217,7 @@ def work(peer, stage):
 
 
 def start(peer, stage, python):
-    """A worker's process, ready."""
+    """The process of a worker."""
     command = [python, __file__, f"--worker={peer}", f"--stage={stage}"]
     root = str(Path(__file__).parents[1])
     return subprocess.Popen(
@@ -241,8 +240,8 @@ def answer(worker):
 
 
 def main():
-    """Times what the flags ask for, or is one of the workers."""
-    parser = argparse.ArgumentParser()
+    """Compares all libraries, or is the worker of one."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", choices=SIZE, required=True)
     parser.add_argument("--worker", choices=PEERS)
     parser.add_argument("--peers_python", default=sys.executable)

@@ -1,6 +1,6 @@
 """Kills a tiny training at random times, resumes it, and compares it to the bit.
 
-JAX_PLATFORMS=cpu python benchmarks/torture.py [--kills=100] [--seed=0] [--folder=DIR]
+JAX_PLATFORMS=cpu python -m benchmarks.torture [--kills=100] [--seed=0] [--folder=DIR]
 
 A run that nobody kills comes first. Then others are killed and started again until they
 are done: with SIGKILL, SIGTERM, Ctrl-C and a second Ctrl-C, while they start, take

@@ -99,9 +99,9 @@ def forked(function):
     os.waitpid(child, 0)
 
 def parse(door, arguments):
-    error = ""
+    error, sys.argv = "", [door, *arguments]
     try:
-        rest = flags.FLAGS([door, *arguments])[1:]
+        rest = flags.FLAGS(sys.argv)[1:]
         assert not rest, f"{rest} are no flags"
     except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"
