@@ -1,11 +1,11 @@
-"""The input pipeline of three stages, and what of it takes how long.
+"""Speed of the input pipeline for three stages, and the time of its parts.
 
 python -m benchmarks.data --folder=FOLDER [--emoji=DIR] [--runs=3]
 
-Draws JPEGs of 640 x 480 and of 1600 x 1200 (sums of waves and grain: about as many
-bytes as photographs), prepares them, with --emoji those pictures too, and runs
-`imagen_jax.benchmark --what=data` on each. The network is small: what is measured is
-the input. Then one thread does the parts of the work for each stage one by one.
+Draws JPEGs of 640 x 480 and of 1600 x 1200 (waves and grain, about as many bytes as
+photographs), prepares them and the images of --emoji, and runs
+`imagen_jax.benchmark --what=data` on each with a small network, as the input is what is
+measured. Then one thread does the parts of the work for each stage one by one.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from imagen_jax.prepare import prepare
 
 COUNT = 300
 LARGE = 100
-# Attention over pixels would take a host's memory at these sizes.
+# Attention over pixels would not fit into memory at these sizes.
 TINY = (
     "--config.model.channels=(8,16)",
     "--config.model.head_channels=8",
@@ -35,7 +35,7 @@ SR = ("--config=configs/tiny.py:sr", "--config.training.batch_size=8", *TINY)
 MIDDLE = (*SR, "--config.image_size=256", "--config.lowres_size=64")
 LAST = (*SR, "--config.image_size=1024", "--config.lowres_size=256")
 LAST = (*LAST, "--config.crop_size=256")
-# Name, pictures, side at which they are stored, stage.
+# Name, source, --stored_size, flags of the stage.
 CASES = (
     ("64, emoji of 128", "emoji", 0, BASE),
     ("64, JPEG 640 x 480", "small", 0, BASE),
@@ -48,7 +48,7 @@ CASES = (
 
 
 def draw(folder: pathlib.Path, count: int, width: int, height: int) -> None:
-    """Writes captioned JPEGs, unless they are there."""
+    """Writes captioned JPEGs, unless the folder exists."""
     if folder.exists():
         return
     folder.mkdir(parents=True)
@@ -79,13 +79,13 @@ def measure(records: str, stage: tuple[str, ...], folder: pathlib.Path, runs: in
 
 
 def span(reports, name, form, factor=1):
-    """The least and the largest of the runs."""
+    """A cell with the smallest and the largest value of the runs."""
     values = sorted(report[name] * factor for report in reports)
     return "-".join(dict.fromkeys(form.format(v) for v in (values[0], values[-1])))
 
 
 def parts(records: str, size: int) -> list[float]:
-    """Milliseconds of one thread for a picture: reading, decoding, all of it."""
+    """Milliseconds of one thread for an image: to read, to decode too, all of it."""
     import tensorflow as tf
 
     from imagen_jax.data import preprocess
@@ -112,8 +112,8 @@ def parts(records: str, size: int) -> list[float]:
 
 
 def main() -> None:
-    """Two tables."""
-    parser = argparse.ArgumentParser()
+    """Prints a table of the pipeline and one of its parts."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=pathlib.Path, required=True)
     parser.add_argument("--emoji", default="")
     parser.add_argument("--runs", type=int, default=3)
@@ -123,7 +123,7 @@ def main() -> None:
     draw(args.folder / "large", LARGE, 1600, 1200)
     single = []
     print(
-        "| stage | pictures/s | per core | step waits, ms | its share | queues, MiB | "
+        "| stage | images/s | per core | step waits, ms | its share | queues, MiB | "
         "bound |\n|---|---|---|---|---|---|---|"
     )
     for name, kind, stored, stage in CASES:

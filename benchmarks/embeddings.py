@@ -1,10 +1,10 @@
-"""What storing embeddings as int8 does to the pictures of `make demo`.
+"""Images of the demo's cascade from embeddings stored as bfloat16 and as int8.
 
 python -m benchmarks.embeddings --demo=demo [--what=sample|train] [--seeds=4]
 
-"sample": the trained cascade is given held-out captions whose embeddings went through
-either store. "train": the base is trained again on records of each kind, alike in all
-else, and given captions of its own store.
+"sample": the trained cascade is given held-out captions whose embeddings were stored in
+either type. "train": the base is trained on records of each type, with everything else
+equal, and given captions of its own type.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from imagen_jax.batch import pad_text
 from imagen_jax.config import MeshConfig
 from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.prepare import prepare
-from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes import scenes
 from imagen_jax.shapes.judge import judge
 from imagen_jax.sharding import make_mesh
 from imagen_jax.text import embeddings
@@ -28,27 +28,29 @@ from imagen_jax.train import resolve, train_stage
 
 
 def make(workdirs, prompts, seeds, dtype):
-    """Every prompt with `seeds` seeds: the pictures, and `[N, 2]` bool.
+    """Samples of every prompt with each seed, from text stored as `dtype`.
 
-    The latter says whether all colours and all shapes are right.
+    Returns:
+      `[N, H, W, 3]` int images, and `[N, 2]` bool: whether all colours and all shapes
+      are right.
     """
-    trained = open_stages([str(workdir) for workdir in workdirs])
+    opened = open_stages([str(workdir) for workdir in workdirs])
     mesh = make_mesh(MeshConfig(), jax.devices())
-    text_cfg = trained[0].cfg.text
+    text_cfg = opened[0].cfg.text
     encoder = load_encoder(text_cfg.encoder)
     rows = [
         embeddings.from_bytes(embeddings.to_bytes(row, dtype), text_cfg.dim, dtype)
         for row in encoder.encode(prompts, text_cfg.length)
     ]
     text, mask = pad_text(rows * seeds, text_cfg.length, text_cfg.dim)
-    stages = (one.load(mesh) for one in trained)
-    made, _ = sample_cascade(stages, text, mask, np.arange(len(text)), mesh)
-    found = [judge(p, c) for p, c in zip(made[-1], prompts * seeds, strict=True)]
-    return made[-1].astype(int), np.array([(v.colour, v.shape) for v in found])
+    stages = (one.load(mesh) for one in opened)
+    samples, _ = sample_cascade(stages, text, mask, np.arange(len(text)), mesh)
+    found = [judge(s, p) for s, p in zip(samples[-1], prompts * seeds, strict=True)]
+    return samples[-1].astype(int), np.array([(v.colour, v.shape) for v in found])
 
 
 def report(name, found, base, seeds):
-    """A row: shares with the binomial noise, by seed, and minus those of `base`."""
+    """Prints a row: shares with binomial noise, range over seeds, and gap to `base`."""
     cells = [name]
     for right, other in zip(found.T, base.T, strict=True):
         share, count = right.mean(), len(right)
@@ -63,21 +65,21 @@ def report(name, found, base, seeds):
 
 
 def sample(folder, prompts, seeds):
-    """One row per store."""
+    """One row per type, for the trained cascade."""
     stages = [folder / "base", folder / "sr"]
     base, right = make(stages, prompts, seeds, "bfloat16")
     report("bfloat16", right, right, seeds)
-    made, found = make(stages, prompts, seeds, "int8")
+    samples, found = make(stages, prompts, seeds, "int8")
     report("int8", found, right, seeds)
     print(
-        f"\n{(made != base).any((1, 2, 3)).mean():.1%} of the pictures differ at all, "
-        f"by {np.abs(made - base).mean():.3f} of 255 on average; the verdict differs "
-        f"for {(found != right).any(1).mean():.1%} of them"
+        f"\n{(samples != base).any((1, 2, 3)).mean():.1%} of the images differ, "
+        f"by {np.abs(samples - base).mean():.3f} of 255 on average; verdicts "
+        f"differ for {(found != right).any(1).mean():.1%} of them"
     )
 
 
 def train(folder, prompts, seeds):
-    """One row per store."""
+    """One row per type, for a base trained on it."""
     base = None
     for dtype in embeddings.DTYPES:
         records = folder / f"records_{dtype}"
@@ -100,19 +102,19 @@ def train(folder, prompts, seeds):
 
 
 def main():
-    """Runs what is asked for."""
-    parser = argparse.ArgumentParser()
+    """Prints a table per kind."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", required=True, help="--output of a demo")
     kinds = {"sample": sample, "train": train}
     parser.add_argument("--what", choices=kinds, action="append")
     parser.add_argument("--captions", type=int, default=192)
     parser.add_argument("--seeds", type=int, default=4)
     args = parser.parse_args()
-    scenes = shapes.heldout(args.captions, seed=2)
-    prompts = [shapes.caption(scene) for scene in scenes]
+    heldout = scenes.heldout(args.captions, seed=2)
+    prompts = [scenes.caption(scene) for scene in heldout]
     for kind in args.what or kinds:
         print(f"\n{kind}: {len(prompts)} held-out captions, {args.seeds} seeds\n")
-        print("| store | colour | difference | shape | difference |")
+        print("| type | colour | difference | shape | difference |")
         print("|---|---|---|---|---|")
         kinds[kind](pathlib.Path(args.demo), prompts, args.seeds)
 

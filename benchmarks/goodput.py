@@ -1,12 +1,12 @@
-"""A run with stalls, a kill and a restart, and what `metrics` makes of it.
+"""What `goodput` finds of a run with scripted stalls, a kill and a restart.
 
 python -m benchmarks.goodput
 
-Trains a small stage on random batches for 240 steps, on a real clock: a checkpoint
-every 40 steps, a preview every 60, a log line each step. Every 30th batch sleeps,
-previews are sleep alone, saving sleeps first, all when the device is done. Before step
-188 the process kills itself with SIGKILL; three seconds later it is started again. What
-took how long is written down by the sleepers, and printed beside what `metrics` finds.
+Trains a small stage on random batches for 240 steps: a checkpoint every 40 steps, a
+preview every 60, a log line each step. Every 30th batch sleeps, previews only sleep and
+saving sleeps first, all when the device is done. Before step 188 the process kills
+itself with SIGKILL; three seconds later it is started again. The sleepers write down
+how long they took, and that is printed beside what `goodput` finds.
 """
 
 import collections
@@ -19,17 +19,19 @@ import sys
 import tempfile
 import time
 
+ROOT = pathlib.Path(__file__).parents[1]
 STEPS, KILLED, SAVES, PREVIEWS, WAITS = 240, 188, 40, 60, 30
 WAIT, SAVE, PREVIEW, DOWN = 1.5, 0.75, 1.0, 3.0
 
 
 def train(folder, kills):
-    """One of the two processes."""
+    """The run; `kills` says whether it kills itself."""
     import jax
 
+    from benchmarks.meshes import random_batch
     from configs import tiny
-    from imagen_jax import config, timings
-    from imagen_jax.sharding import make_mesh
+    from imagen_jax import config
+    from imagen_jax.sharding import batch_sharding, make_mesh
     from imagen_jax.training import loop
     from imagen_jax.training.checkpoint import Checkpointer
 
@@ -44,7 +46,7 @@ def train(folder, kills):
     )
     cfg = config.from_dict(values.to_dict())
     mesh = make_mesh(cfg.mesh)
-    batch = timings.random_batch(cfg, mesh)
+    batch = jax.device_put(random_batch(cfg), batch_sharding(mesh))
     truth = open(folder / "truth.jsonl", "a", buffering=1)  # noqa: SIM115
 
     def tell(what, seconds):
@@ -107,11 +109,12 @@ def train(folder, kills):
 
 
 def main():
-    """Prints the table."""
+    """Prints a row per bucket: seconds scripted, found, and their difference."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         for number in ("first", "second"):
-            done = subprocess.run([sys.executable, __file__, number, name], check=False)
+            command = [sys.executable, "-m", "benchmarks.goodput", number, name]
+            done = subprocess.run(command, check=False, cwd=ROOT)
             want = -signal.SIGKILL if number == "first" else 0
             assert done.returncode == want, done.returncode
             time.sleep(DOWN if number == "first" else 0)
@@ -121,7 +124,7 @@ def main():
             truth[what] += seconds
         report = folder / "report.json"
         door = [sys.executable, "-m", "imagen_jax.goodput", f"--workdir={folder}/run"]
-        subprocess.run([*door, f"--json={report}"], check=True)
+        subprocess.run([*door, f"--json={report}"], check=True, cwd=ROOT)
         found = json.loads(report.read_text())
     print("\n| bucket | scripted | found | |\n|---|---|---|---|")
     for bucket, seconds in found["seconds"].items():

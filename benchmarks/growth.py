@@ -1,19 +1,17 @@
-"""What each chip does when more chips train, each with the same share of the batch.
+"""Work of one chip on slices of several sizes, with the same share of the batch.
 
 python -m benchmarks.growth [--svg=docs/growth.svg]
 
-Compiles sr256's tiny form, in bfloat16, for TPU v4 slices, 16 pictures a chip, weights
-split over 8 chips, and prints a table; --svg draws it.
+Compiles sr256's tiny form, in bfloat16, for TPU v4 slices, 16 images per chip, weights
+split over 8 chips. Prints a table; --svg draws it.
 """
 
 import argparse
 import dataclasses
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import sr256
 from imagen_jax.config import MeshConfig, StageConfig, from_dict
@@ -47,9 +45,9 @@ COLOURS = ("#1b6ca8", "#c1440e", "#3a7d44", "#7b4ea3", "#999999", "#d19c1d", "#2
 
 
 def stage(chips: int) -> StageConfig:
-    """The stage, with a batch for so many chips."""
+    """sr256's tiny form with a batch for so many chips."""
     values = sr256.get_config("tiny")
-    values.model.update(dtype="bfloat16", scan_blocks=True, remat="activations")
+    values.model.update(dtype="bfloat16")
     values.training.batch_size = A_CHIP * chips
     return from_dict(values.to_dict())
 
@@ -62,7 +60,7 @@ def measure(name: str) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """In Markdown."""
+    """A Markdown table with one row per slice."""
     lines = [
         "| chips | " + " | ".join(COLUMNS) + " |",
         "|---" * (len(COLUMNS) + 1) + "|",
@@ -74,7 +72,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(rows: list[dict]) -> str:
-    """Each column over its value on the fewest chips, as SVG."""
+    """An SVG of each column relative to its value on the smallest slice."""
     width, height, left, top = 640, 360, 56, 20
     inner, tall = 380, 280
     curves = {}
@@ -127,7 +125,7 @@ def draw(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    """Compiles, prints, draws."""
+    """Prints the table, and draws it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--svg", type=Path)
     args = parser.parse_args()

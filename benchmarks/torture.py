@@ -1,12 +1,12 @@
-"""Kills a tiny training at random times, resumes it, and compares it to the bit.
+"""A tiny training, killed at random times and resumed, compared bit by bit.
 
 JAX_PLATFORMS=cpu python -m benchmarks.torture [--kills=100] [--seed=0] [--folder=DIR]
 
-A run that nobody kills comes first. Then others are killed and started again until they
-are done: with SIGKILL, SIGTERM, Ctrl-C and a second Ctrl-C, while they start, take
-steps, save, finalise a checkpoint and end. Each that is done must have the arrays of
-the first in its last checkpoint, the same position of its data, and in every line of
-metrics.jsonl the same numbers for the same step. Prints what was hit, as a table.
+One run is left alone. Others are killed and started again until they are done: by
+SIGKILL, SIGTERM, Ctrl-C and a second Ctrl-C, while they start, take steps, save,
+finalise a checkpoint and end. Each must end with the arrays of the first in its last
+checkpoint, the same position of the data, and the same numbers for each step in
+metrics.jsonl. Prints a table of what was hit; exit status 1 when something differs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 
 ROOT = pathlib.Path(__file__).parents[1]
 UNFINISHED = ".orbax-checkpoint-tmp"
-# The smallest network: most of a life is Python's start and JAX's tracing.
+# The smallest network: a process mostly starts Python and traces.
 STAGE = {
     "model.channels": "(8,)",
     "model.num_res_blocks": "(1,)",
@@ -39,25 +39,25 @@ STAGE = {
     "training.log_every_steps": 1,
     "training.sample_every_steps": 0,
 }
-# Whichever of them is drawn: SIGKILL, SIGTERM, Ctrl-C, and Ctrl-C twice.
+# Ways to end a process, and how often each is drawn.
 WAYS = ("kill", "term", "int", "int twice")
 WEIGHTS = (5, 2, 2, 1)
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
-# How a life may end: done all the same, saved, or dead of it.
+# Exit statuses that each way may have: done, saved, or killed.
 STATUSES = {
     "kill": (0, -9),
     "term": (0, 3, -15),
     "int": (0, 3, -2),
     "int twice": (0, 3, -2, 130),
 }
-# When: while it starts, and some time after it has started to train, while a
-# checkpoint is unfinished, or after its last is begun.
+# Moments to end it: while it starts, some time after its first checkpoint, while a
+# checkpoint is being written, and once the last one is begun.
 WHEN = ("start", "steps", "steps", "saving", "saving", "end")
 LONGEST_SECONDS = 600
 
 
 def environment(cache: pathlib.Path) -> dict[str, str]:
-    """Of a process on one CPU device that compiles little, and that only once."""
+    """Environment of a process on one CPU device that compiles without optimising."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -70,8 +70,8 @@ class Torture:
     """Runs of one training in a folder.
 
     Attributes:
-      hits: how often (way, what was hit, exit status) came.
-      faults: what should not have been, one line each.
+      hits: number of each (way, what was hit, exit status).
+      faults: a line per thing that went wrong.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Torture:
         self.start_seconds = took - self.training_seconds
 
     def start(self, workdir: pathlib.Path) -> subprocess.Popen:
-        """A life of the run; its output is added to `workdir`.log."""
+        """A process of the run; its output is appended to `workdir`.log."""
         command = [sys.executable, "-m", "imagen_jax.train"]
         command += ["--config=configs/tiny.py:base", f"--workdir={workdir}"]
         with open(f"{workdir}.log", "a") as log:
@@ -121,19 +121,19 @@ class Torture:
             )
 
     def log(self, workdir: pathlib.Path) -> str:
-        """What all lives of a run have printed."""
+        """The output of all processes of a run."""
         return pathlib.Path(f"{workdir}.log").read_text()
 
     def draw(self) -> tuple[str, str]:
-        """A way to end a life, and when."""
+        """A random way to end a process, and a moment."""
         return self.random.choices(WAYS, WEIGHTS)[0], self.random.choice(WHEN)
 
     def until_done(self, workdir: pathlib.Path, plan: list[tuple[str, str]]) -> int:
-        """Kills a run as planned; returns how often it was killed, when it is done.
+        """Kills a run as planned and lets it finish; returns the number of kills.
 
         Args:
-          workdir: of a new run.
-          plan: of each life how and when it ends; the next one is left to end.
+          workdir: folder of a new run.
+          plan: way and moment for each process; the one after them is left alone.
         """
         killed, plan = 0, list(plan)
         while True:
@@ -154,7 +154,7 @@ class Torture:
             elif status:
                 self.faults.append(f"{workdir.name}: status {status}: {told[-2000:]}")
                 return killed
-            # Python's own, when it is interrupted while it imports.
+            # Interrupted imports print Python's own traceback.
             if "Traceback" in told and hit != "start-up":
                 self.faults.append(f"{workdir.name}: {told[-2000:]}")
             if status == 0:
@@ -162,9 +162,9 @@ class Torture:
                 return killed
 
     def wait_for_a_moment(self, workdir, process, when: str, before: int) -> bool:
-        """Returns at a random time of the process's life; False if it has ended."""
+        """Waits for a random time at the moment `when`; False if the process ended."""
         if when == "start":
-            # The first run compiled; those that follow find that in the cache.
+            # Compiled programs are in the cache by now.
             time.sleep(self.random.uniform(0, self.start_seconds / 3))
             return process.poll() is None
         events = workdir / "events.jsonl"
@@ -183,14 +183,14 @@ class Torture:
         begun = {"steps": trains, "saving": saves, "end": ends}[when]
         while not begun() and process.poll() is None:
             time.sleep(0.003)
-        # Short of the end, or most lives would be their run's last.
+        # Short of the end, or most processes would finish the run.
         steps = self.training_seconds / 4
         longest = {"steps": steps, "saving": 0.3, "end": 1.0}[when]
         time.sleep(self.random.uniform(0, longest))
         return process.poll() is None
 
     def kill(self, workdir, process, way: str, before: int) -> tuple[str, int]:
-        """What was hit, and the exit status."""
+        """Sends the signal; returns what was hit, and the exit status."""
         number = SIGNALS.get(way, signal.SIGINT)
         process.send_signal(number)
         if way == "int twice":
@@ -231,12 +231,12 @@ class Torture:
 
 
 def unfinished(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Folders of checkpoints that are being written, or never will be."""
+    """Folders of checkpoints that are not finished."""
     return sorted((workdir / "checkpoints").glob(f"*{UNFINISHED}*"))
 
 
 def lines(path: pathlib.Path) -> list[dict]:
-    """Of a file of JSON lines; one that was cut short is left out."""
+    """The values of a file of JSON lines, without one that was cut short."""
     found = []
     for line in path.read_text().split("\n") if path.exists() else []:
         try:
@@ -252,7 +252,7 @@ def numbers(row: dict) -> dict:
 
 
 def saved(workdir: pathlib.Path, step: int) -> dict[str, bytes]:
-    """Of a checkpoint every array's bytes by its name, and the data's position."""
+    """Bytes of every array of a checkpoint by name, and of the data's position."""
     folder = workdir / "checkpoints" / str(step)
     found = {"position": (folder / "iterator" / "metadata").read_bytes()}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -266,7 +266,7 @@ def saved(workdir: pathlib.Path, step: int) -> dict[str, bytes]:
 
 
 def table(hits: collections.Counter) -> str:
-    """What was hit, in Markdown."""
+    """A Markdown table of the hits."""
     rows = ["| what was hit | " + " | ".join(WAYS) + " |"]
     rows.append("|---" * (len(WAYS) + 1) + "|")
     for hit in sorted({hit for _, hit, _ in hits}):
@@ -283,8 +283,8 @@ def table(hits: collections.Counter) -> str:
 
 
 def main() -> None:
-    """Prints the table; status 1 when something differs."""
-    parser = argparse.ArgumentParser()
+    """Tortures until `--kills` kills are done."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--folder", type=pathlib.Path, default=None)
