@@ -15,23 +15,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from configs import sr256
 from imagen_jax.config import MeshConfig, StageConfig, from_dict
-from imagen_jax.plan import plan
 from imagen_jax.planning.chips import slice_devices
+from imagen_jax.planning.compile import compile_step
 from imagen_jax.sharding import make_mesh
 
 SLICES = ("v4-16", "v4-64", "v4-256", "v4-1024")
 A_CHIP = 16
-MADE = ("outputs", "temporaries", "program")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute")
 COLUMNS = {
     "GFLOP": lambda row: row["flops_per_chip"] / 1e9,
     "MB of HBM": lambda row: row["bytes_per_chip"] / 1e6,
-    "MiB of arguments": lambda row: (
-        sum(gib for name, gib in row["memory_gib"].items() if name not in MADE) * 1024
-    ),
     **{
         f"MiB of {name}": lambda row, name=name: row["memory_gib"][name] * 1024
-        for name in ("temporaries", "program")
+        for name in ("arguments", "temporaries", "program")
     },
     "MB sent": lambda row: row["collective_bytes_per_chip"] / 1e6,
     **{
@@ -53,10 +49,10 @@ def stage(chips: int) -> StageConfig:
 
 
 def measure(name: str) -> dict:
-    """The plan for one slice."""
+    """Figures of the training step, compiled for one slice."""
     devices = slice_devices(name)
     cfg = dataclasses.replace(stage(len(devices)), mesh=MeshConfig(fsdp=8))
-    return plan(cfg, make_mesh(cfg.mesh, devices), "train")
+    return compile_step(cfg, make_mesh(cfg.mesh, devices))[1]
 
 
 def table(rows: list[dict]) -> str:
