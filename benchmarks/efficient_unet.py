@@ -13,13 +13,12 @@ import time
 import jax
 import jax.numpy as jnp
 
-from benchmarks.meshes import random_batch
 from configs import sr256
-from imagen_jax import config
+from imagen_jax import benchmark, config
 from imagen_jax.compilation import compiler_options
 from imagen_jax.models import network
 from imagen_jax.planning.flops import forward_flops
-from imagen_jax.sharding import batch_sharding, make_mesh
+from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import create_state
 from imagen_jax.training.step import compile_train_step
 
@@ -50,8 +49,8 @@ def stage(architecture):
 
 def runs(cfg, mesh):
     """A forward pass and a training step by name, and the number of parameters."""
-    train_step, state = compile_train_step(cfg, mesh), create_state(cfg, mesh)
-    batch = jax.device_put(random_batch(cfg), batch_sharding(mesh))
+    train_step = compile_train_step(cfg, mesh)
+    state, batch = create_state(cfg, mesh), benchmark.random_batch(cfg, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     inputs = jax.tree.map(
         lambda x: jnp.ones(x.shape, x.dtype), network.abstract_inputs(cfg)[1:]

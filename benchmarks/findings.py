@@ -19,13 +19,13 @@ import numpy as np
 from configs import tiny
 from imagen_jax import images
 from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
+from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.api.sweep import all_cells
 from imagen_jax.config import MeshConfig
 from imagen_jax.demo import summarise
 from imagen_jax.shapes import scenes
 from imagen_jax.shapes.judge import judge
 from imagen_jax.sharding import make_mesh
-from imagen_jax.train import resolve, train_stage
 
 WEIGHTS = (3.0, 10.0, 30.0)
 KINDS = ("none", "static", "dynamic")

@@ -28,10 +28,9 @@ def train(folder, kills):
     """The run; `kills` says whether it kills itself."""
     import jax
 
-    from benchmarks.meshes import random_batch
     from configs import tiny
-    from imagen_jax import config
-    from imagen_jax.sharding import batch_sharding, make_mesh
+    from imagen_jax import benchmark, config
+    from imagen_jax.sharding import make_mesh
     from imagen_jax.training import loop
     from imagen_jax.training.checkpoint import Checkpointer
 
@@ -46,7 +45,7 @@ def train(folder, kills):
     )
     cfg = config.from_dict(values.to_dict())
     mesh = make_mesh(cfg.mesh)
-    batch = jax.device_put(random_batch(cfg), batch_sharding(mesh))
+    batch = benchmark.random_batch(cfg, mesh)
     truth = open(folder / "truth.jsonl", "a", buffering=1)  # noqa: SIM115
 
     def tell(what, seconds):

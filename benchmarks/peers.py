@@ -30,10 +30,9 @@ def ours(stage):
     """`(step, facts)` of imagen_jax."""
     import jax
 
-    from benchmarks.meshes import random_batch
-    from imagen_jax import config
+    from imagen_jax import benchmark, config
     from imagen_jax.planning.flops import forward_flops
-    from imagen_jax.sharding import batch_sharding, make_mesh
+    from imagen_jax.sharding import make_mesh
     from imagen_jax.training.state import create_state
     from imagen_jax.training.step import compile_train_step
 
@@ -63,8 +62,8 @@ def ours(stage):
         }
     )
     mesh = make_mesh(cfg.mesh)
-    train_step, state = compile_train_step(cfg, mesh), create_state(cfg, mesh)
-    batch = jax.device_put(random_batch(cfg), batch_sharding(mesh))
+    train_step = compile_train_step(cfg, mesh)
+    state, batch = create_state(cfg, mesh), benchmark.random_batch(cfg, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
     def step():
