@@ -20,7 +20,6 @@ from imagen_jax.diffusion.loss import (
 )
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
-from imagen_jax.training import stacks
 from imagen_jax.training.bad_updates import judge, select
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
@@ -59,28 +58,22 @@ def train_step(
     check_batch(batch, batch_spec(cfg))
     noised, key_dropout = draw(state.step, batch, cfg)
     each, gradients = loss_and_gradients(state.params, noised, key_dropout, cfg)
-    norm = _norm()
-    loss, gradient_norm = each.mean(), norm(gradients)
+    loss, gradient_norm = each.mean(), optax.tree.norm(gradients)
     skip, guard = judge(state.guard, loss, gradient_norm, cfg.training)
 
-    decay = jnp.where(skip, 1, ema_decay(state.updates, cfg.optimizer.ema_decay))
-
-    def update(gradients, opt_state, params, ema):
-        updates, opt_state = make_optimizer(cfg.optimizer).update(
-            gradients, opt_state, params, gradient_norm=gradient_norm, skip=skip
-        )
-        # Selected once and going on from there, they stay in place.
-        params = select(skip, params, optax.apply_updates(params, updates))
-        return params, optax.incremental_update(params, ema, 1 - decay), opt_state
-
-    if _on_tpu():
-        update = stacks.in_stacks(update, state.params)
-    params, ema, opt_state = update(gradients, state.opt_state, state.params, state.ema)
+    optimizer = make_optimizer(cfg.optimizer)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    params, ema, opt_state = select(
+        skip, (state.params, state.ema, state.opt_state), (params, ema, opt_state)
+    )
     metrics = {
         "loss": loss,
         "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),
         "gradient_norm": gradient_norm,
-        "parameter_norm": norm(params),
+        "parameter_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.updates)),
         "skipped": skip,
         "skipped_updates": guard.skipped,
@@ -94,19 +87,6 @@ def train_step(
         guard=guard,
     )
     return state, metrics
-
-
-def _norm() -> Callable[[Any], jax.Array]:
-    if _on_tpu():
-        return stacks.norm
-    return optax.tree.norm
-
-
-def _on_tpu() -> bool:
-    # XLA's CPU compiler takes twice as long with stacks; no GPU was measured
-    # (benchmarks/README.md).
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "tpu"
 
 
 def draw(
