@@ -40,10 +40,10 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Loss, gradient, update and average.
 
-    With numbers that `guard.judge` finds bad, parameters, average and optimizer stay
-    as they are, to the bit but for the sign of an average's zero, and only the step
-    goes on: the next one has other noise.
-    Once the budget is spent the step stands still, too.
+    When `bad_updates.judge` finds the numbers bad, parameters, average and optimizer
+    state stay as they are to the bit; only the step counts on, so that the next one
+    draws other noise. Once the budget of skipped updates is spent, the step counter
+    stands still as well.
 
     Args:
       state: before the step.
@@ -92,7 +92,7 @@ def train_step(
 def draw(
     step: jax.Array, batch: Batch, cfg: StageConfig
 ) -> tuple[NoisedBatch, jax.Array | None]:
-    """All that is random in the step after `step`: the noise, and a key of dropout."""
+    """Everything random in the step after `step`: noised batch and dropout key."""
     key = jax.random.fold_in(jax.random.key(cfg.training.seed), step)
     key_noise, key_dropout = jax.random.split(key)
     noised = noise_batch(batch, key_noise, cfg)
@@ -102,7 +102,7 @@ def draw(
 def loss_and_gradients(
     params: Any, noised: NoisedBatch, key: jax.Array | None, cfg: StageConfig
 ) -> tuple[jax.Array, Any]:
-    """Each example's loss `[B]`, and the gradient of their mean."""
+    """Each example's loss `[B]`, and the gradient of their mean loss."""
 
     def mean_loss(params, noised, key):
         denoise = functools.partial(network.apply, cfg.model, params, dropout_key=key)
@@ -130,9 +130,9 @@ def loss_and_gradients(
 
 
 def deal(noised: NoisedBatch, parts: int) -> NoisedBatch:
-    """`[B, ...]` arrays as the `[parts, B / parts, ...]` of microbatches.
+    """Splits `[B, ...]` arrays into microbatches `[parts, B / parts, ...]`.
 
-    Each has every parts-th row, so that each device keeps the rows that it has.
+    A microbatch has every parts-th row, so that rows stay on the device they are on.
     """
     return jax.tree.map(
         lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), noised
