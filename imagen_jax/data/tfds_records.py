@@ -25,8 +25,6 @@ from etils import epath
 from imagen_jax.data import manifest, readers
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import disk
-from imagen_jax.preparing.tfds import open_builder
 from imagen_jax.text import embeddings
 
 _NAME = "imagen_records"
@@ -36,13 +34,15 @@ _FILES = "records-{SHARD_INDEX}.{FILEFORMAT}"
 _DESCRIPTION = "Captioned pictures with the embeddings of a frozen text encoder."
 
 
-def write_info(folder: pathlib.Path, done: Manifest, examples: list[int]) -> None:
-    """Makes a folder of records one that `tfds.builder_from_directory` reads.
+def info_files(done: Manifest, examples: list[int]) -> dict[str, str]:
+    """The files beside records with which `tfds.builder_from_directory` reads them.
 
     Args:
-      folder: of the records.
       done: the manifest.
-      examples: of each file, those without any included.
+      examples: number of examples in each file, those without any included.
+
+    Returns:
+      text by file name.
     """
     int8 = done.embedding_dtype == "int8"
     features = tfds.features.FeaturesDict(
@@ -87,15 +87,42 @@ def write_info(folder: pathlib.Path, done: Manifest, examples: list[int]) -> Non
         )
         info.set_splits(tfds.core.splits.SplitDict([split]))
         info.write_to_directory(temporary)
-        for file in sorted(pathlib.Path(temporary).iterdir()):
-            disk.write_text(folder / file.name, file.read_text("utf8"))
+        files = sorted(pathlib.Path(temporary).iterdir())
+        return {file.name: file.read_text("utf8") for file in files}
+
+
+def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
+    """A data set that is prepared in tfds' folder (TFDS_DATA_DIR), and its split.
+
+    Args:
+      name: as tfds knows it, like "coco_captions" or "coco_captions/2014:1.1.0"; a
+        split other than "train" follows an "@".
+
+    Raises:
+      UserError: for an unknown or unprepared data set or split.
+    """
+    name, _, split = name.partition("@")
+    split = split or _SPLIT
+    try:
+        builder = tfds.builder(name)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        brief = str(error).strip().splitlines()[0]
+        raise UserError(f"tfds has no data set {name!r}: {brief}") from None
+    splits = builder.info.splits
+    if split not in splits or not splits[split].num_examples:
+        there = f"it has {', '.join(splits)}" if splits else "it is not prepared"
+        raise UserError(
+            f"there is no split {split!r} of {name!r} in {builder.data_dir}: {there}; "
+            f"`tfds build {name}` makes it, TFDS_DATA_DIR says where it lies"
+        )
+    return builder, split
 
 
 def read_manifest(name: str) -> Manifest:
     """What a data set holds; of one that `prepare` wrote, its own manifest.
 
     Args:
-      name: of `tfds_source.open_builder`.
+      name: a data set, as `open_builder` takes it.
 
     Raises:
       UserError: when there is no such data set, or its features are others.

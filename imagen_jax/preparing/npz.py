@@ -1,8 +1,8 @@
-"""Writes a whole data set as one .npz file."""
+"""Writes a whole data set as one .npz file for host memory."""
 
+import dataclasses
 import io
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,52 +10,67 @@ from PIL import Image
 from imagen_jax.data import manifest as manifests
 from imagen_jax.data import memory
 from imagen_jax.data.start_tensorflow import start_tensorflow
-from imagen_jax.preparing import disk, job
-from imagen_jax.preparing.selection import select
-from imagen_jax.preparing.tally import Tally, total
+from imagen_jax.errors import UserError
+from imagen_jax.preparing import job as jobs
+from imagen_jax.preparing.sources import verify_images
+from imagen_jax.preparing.stats import Stats, total
 from imagen_jax.text import embeddings
 
 
-def write(
-    work: job.Job, asked: dict[str, Any], progress: Callable[[int], None]
-) -> manifests.Manifest:
-    """Writes `work` to its output, a .npz file; pictures that are too small stay out.
+def finished(job: jobs.Job) -> manifests.Manifest | None:
+    """The manifest of the file that the job would write; None if there is none.
 
-    Everything is in memory until then, so this does not resume.
+    Raises:
+      UserError: when the output is something else.
     """
-    size = asked["settings"]["image_size"]
-    rules = work.rules.at_least(size)
-    tally = Tally()
+    if not job.output.exists():
+        return None
+    try:
+        old = manifests.read_manifest(job.output)
+    except UserError:
+        raise jobs.not_ours(job.output) from None
+    jobs.check_same(job, {"format": manifests.FORMAT} | dataclasses.asdict(old))
+    return old
+
+
+def write(job: jobs.Job, progress: Callable[[int], None]) -> manifests.Manifest:
+    """Writes the file of a job; images smaller than its image_size are left out.
+
+    Everything is in memory until the end, so this does not resume.
+    """
+    size = job.settings.image_size
+    rules = job.settings.rules
+    rules = dataclasses.replace(rules, min_side=max(size, rules.min_side))
+    stats = Stats()
     rows = []
-    for number in range(work.originals.shards):
-        items = tally.chosen(select(work.originals.read(number), rules), progress)
-        for item, text in job.embedded(items, work.embedder, tally):
-            rows.append((item.id, item.caption, _pixels(item.picture.data, size), text))
-    report = tally.report("arrays", "")
-    summary = total([report], work.originals.problems)
-    job.check_share(work, summary["examples"], summary["skipped"])
+    for number in range(job.source.shards):
+        items = stats.usable(verify_images(job.source.read(number), rules), progress)
+        for item, text in stats.embedded(items, job.embedder):
+            pixels = _pixels(item.image.data, size)
+            rows.append((item.id, item.caption, pixels, text.data))
+    summary = total([stats.report("arrays", "")], job.source.problems)
+    jobs.check_share(job, summary["examples"], summary["skipped"])
     ids, captions, images, text = zip(*rows)
-    dim = work.embedder.encoder.dim
-    values = memory.arrays(
-        images, text, ids, embeddings.row_bytes(dim, work.embedder.dtype)
-    )
+    row_bytes = embeddings.row_bytes(job.embedder.encoder.dim, job.embedder.dtype)
+    arrays = memory.arrays(images, text, ids, row_bytes)
     summary["shards"][0] |= {
-        "sha256": memory.sha256(values),
+        "sha256": memory.sha256(arrays),
         "sides": {str(size): len(ids)},
     }
-    manifest = job.manifest(work, asked, summary)
-    work.folder.parent.mkdir(parents=True, exist_ok=True)
-    with disk.full(work.folder.parent), disk.appearing(work.folder) as partial:
-        memory.write(partial, values, captions, manifest)
+    manifest = jobs.make_manifest(job, summary)
+    folder = job.output.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with jobs.full_disk(folder), jobs.appearing(job.output) as partial:
+        memory.write(partial, arrays, captions, manifest)
     return manifest
 
 
-def _pixels(data: bytes, image_size: int) -> np.ndarray:
+def _pixels(data: bytes, size: int) -> np.ndarray:
     image = Image.open(io.BytesIO(data))
-    # Decoders agree about PNG only; drawn scenes need no TensorFlow.
-    if image.format == "PNG" and image.size == (image_size, image_size):
+    # Decoders agree about PNG only. Drawn scenes need no TensorFlow.
+    if image.format == "PNG" and image.size == (size, size):
         return np.asarray(image.convert("RGB"))
     start_tensorflow()
     from imagen_jax.data import preprocess
 
-    return preprocess.picture(data, image_size).numpy()
+    return preprocess.picture(data, size).numpy()
