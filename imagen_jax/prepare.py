@@ -69,38 +69,24 @@ def prepare(
     if embedder and not asked.is_npz:
         # Before the bar, which its start would interrupt.
         start_tensorflow()
-    if progress and (
-        expected := estimate(job.source, asked.rules, embedder, job.output)
-    ):
-        print(expected)
+    if progress:
+        print(estimate(job.source, asked.rules, embedder, job.output))
+    total, shards = job.source.count, job.source.shards
+    if total is not None:
+        total = math.ceil(total * len(range(index, shards, count)) / shards)
     # A pipeline shows its own progress.
-    with _bar(job, index, count, shown=progress and not asked.runner) as bar:
+    hidden = not progress or bool(asked.runner)
+    with tqdm.tqdm(total=total, unit=" examples", disable=hidden) as bar:
         if asked.is_npz:
             manifest = npz.write(job, bar.update)
         else:
             if asked.runner:
-                shards = range(job.source.shards)
-                beam.write_shards(asked, [n for n in shards if not job.report(n)])
+                todo = [n for n in range(shards) if not job.report(n)]
+                beam.write_shards(asked, todo)
             manifest = jobs.run(job, index, count, bar.update)
     if progress:
         print(_summary(job, manifest))
     return manifest
-
-
-class _Bar(tqdm.tqdm):
-    """A bar in whose rate the examples of an earlier run do not count."""
-
-    def update(self, examples: int, resumed: bool = False) -> None:
-        if resumed and not self.disable:
-            self.initial += examples
-        super().update(examples)
-
-
-def _bar(job: jobs.Job, index: int, count: int, shown: bool) -> _Bar:
-    total, shards = job.source.count, job.source.shards
-    if total is not None:
-        total = math.ceil(total * len(range(index, shards, count)) / shards)
-    return _Bar(total=total, unit=" examples", disable=not shown)
 
 
 def _summary(job: jobs.Job, manifest: Manifest | None) -> str:

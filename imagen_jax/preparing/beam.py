@@ -1,4 +1,4 @@
-"""Shards of images, without embeddings, as an Apache Beam pipeline for many machines."""
+"""Shards of images without embeddings, as an Apache Beam pipeline."""
 
 import functools
 import shlex
@@ -13,11 +13,6 @@ def write_shards(settings: Settings, numbers: list[int]) -> None:
 
     The workers open the job themselves, so its source and its folder lie where all of
     them see it. A shard that is tried twice is written twice, with the same bytes.
-
-    Args:
-      settings: the job, with the runner as Beam calls it (DirectRunner,
-        DataflowRunner, FlinkRunner, SparkRunner) and its options.
-      numbers: the shards to write.
 
     Raises:
       UserError: when Beam is not installed or knows no such runner.

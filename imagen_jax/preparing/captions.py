@@ -2,16 +2,11 @@
 
 import collections
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from imagen_jax.preparing.sources import Verified
 from imagen_jax.text import embeddings
 
-# Captions in one call of the encoder.
-_CAPTIONS = 256
 # Embeddings of earlier captions in memory: of T5-XXL in bfloat16 6,500 captions of 20
 # tokens, enough for those that come again and again.
 _MEMORY_BYTES = 2**30
@@ -19,65 +14,36 @@ _MEMORY_BYTES = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Embedded:
-    """A caption's embedding as it is stored.
+    """A caption's embedding as it is stored."""
 
-    Attributes:
-      data: `embeddings.to_bytes` of its tokens.
-      tokens: number of tokens that are stored.
-      cut: whether the caption has more.
-      errors: `[tokens]` float64, cosine error of each against the encoder's output.
-    """
-
-    data: bytes
-    tokens: int
-    cut: bool
-    errors: np.ndarray
+    data: bytes  # `embeddings.to_bytes` of its tokens
+    tokens: int  # number of tokens that are stored
+    cut: bool  # whether the caption has more
+    errors: np.ndarray  # [tokens] float64, cosine errors against the encoder's output
 
 
 class Embedder:
     """Embeds captions; equal ones once, as long as they are remembered.
 
-    The captions used last are remembered, in bounded memory. Results do not depend on
-    it: an encoder embeds each caption by itself.
-
-    Attributes:
-      encoder: the text encoder.
-      encoded: number of captions that went through it.
-      dtype: the type in which embeddings are stored.
+    The captions used last are remembered. Results do not depend on it: an encoder
+    embeds each caption by itself. `encoded` counts the captions that it was given.
     """
 
     def __init__(
         self, encoder, length: int, dtype: str, memory_bytes: int = _MEMORY_BYTES
     ):
-        """
-        Args:
-          encoder: a text encoder (`imagen_jax.text.encoders`).
-          length: tokens of a caption that are kept.
-          dtype: one of `embeddings.DTYPES`.
-          memory_bytes: bytes of embeddings that are remembered.
-        """
-        self.encoder = encoder
+        self.encoder, self.length, self.dtype = encoder, length, dtype
         self.encoded = 0
-        self.dtype = dtype
-        self._length = length
+        self._free = memory_bytes
         # Least recently used first.
         self._known: collections.OrderedDict[str, Embedded] = collections.OrderedDict()
-        self._free = memory_bytes
-
-    def embed_items(
-        self, items: Iterable[Verified]
-    ) -> Iterator[tuple[Verified, Embedded]]:
-        """Yields each item with the embedding of its caption."""
-        items = iter(items)
-        while chunk := list(itertools.islice(items, _CAPTIONS)):
-            yield from zip(chunk, self.embed([item.caption for item in chunk]))
 
     def embed(self, captions: list[str]) -> list[Embedded]:
         """One result per caption, in their order."""
         results = {c: self._known[c] for c in captions if c in self._known}
         new = [c for c in dict.fromkeys(captions) if c not in results]
         if new:
-            rows = self.encoder.encode(new, self._length)
+            rows = self.encoder.encode(new, self.length)
             results |= {c: self._store(c, row) for c, row in zip(new, rows)}
             self.encoded += len(new)
         for caption, result in results.items():
@@ -92,15 +58,11 @@ class Embedder:
 
     def expected_bytes(self, caption: str) -> int:
         """The bytes that a caption's embedding will have."""
-        tokens = min(len(self.encoder.tokenize(caption)), self._length)
+        tokens = min(len(self.encoder.tokenize(caption)), self.length)
         return tokens * embeddings.row_bytes(self.encoder.dim, self.dtype)
 
     def _store(self, caption: str, row: np.ndarray) -> Embedded:
         data = embeddings.to_bytes(row, self.dtype)
         stored = embeddings.from_bytes(data, self.encoder.dim, self.dtype)
-        return Embedded(
-            data,
-            len(row),
-            len(self.encoder.tokenize(caption)) > self._length,
-            embeddings.cosine_error(row, stored),
-        )
+        cut = len(self.encoder.tokenize(caption)) > self.length
+        return Embedded(data, len(row), cut, embeddings.cosine_error(row, stored))

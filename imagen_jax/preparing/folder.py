@@ -22,21 +22,16 @@ _METADATA = "metadata.jsonl"
 
 
 def open_folder(folder: str, seed: int, size: int) -> Source:
-    """The images of a folder and its subfolders in a random order of `seed`.
-
-    Args:
-      folder: path of the folder.
-      seed: seed of the order.
-      size: examples in a shard.
+    """The images of a folder in a random order of `seed`; `size` make a shard.
 
     Raises:
       UserError: as `list_folder`.
     """
     pairs, problems = list_folder(folder)
-    root = pathlib.Path(folder)
+    root, count = pathlib.Path(folder), len(pairs)
     # Neighbours in a folder are alike, and the shuffle buffer of a training may be too
     # small to part them.
-    order = np.random.default_rng(seed).permutation(len(pairs))
+    order = np.random.default_rng(seed).permutation(count)
 
     def read(shard: int) -> Iterator[Example]:
         for i in order[shard * size : (shard + 1) * size].tolist():
@@ -44,30 +39,27 @@ def open_folder(folder: str, seed: int, size: int) -> Source:
             yield Example(i, name, caption, (root / name).read_bytes)
 
     sizes = ((*pair, os.path.getsize(root / pair[0])) for pair in pairs)
-    count = len(pairs)
     return Source(-(-count // size), read, count, problems, sha256_of(sizes))
 
 
 def list_folder(folder: str) -> tuple[list[tuple[str, str]], list[Problem]]:
-    """Finds the images of `folder` and their captions, without opening an image.
+    """Finds the images of `folder` and its subfolders, and their captions.
 
     With a metadata.jsonl (one object a line, `file_name` and `text`) the captions are
     those of its lines, else those of the .txt files beside the images.
 
     Returns:
       (path relative to the folder, caption) of each image, sorted; and what lacks its
-      image or a caption that can be used, sorted.
+      image or a usable caption, sorted.
 
     Raises:
-      UserError: for a missing folder, one without images, a malformed line, and two
-        captions or images of one name.
+      UserError: for a missing folder, one without images or captions, and a malformed
+        metadata.jsonl.
     """
     root = pathlib.Path(folder)
     if not root.is_dir():
         raise UserError(f"there is no folder {folder!r} to take pictures from")
-    files = sorted(
-        path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()
-    )
+    files = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
     images = {name for name in files if name.lower().endswith(_IMAGES)}
     if not images:
         raise UserError(f"the folder {folder!r} has no pictures ({', '.join(_IMAGES)})")
@@ -93,7 +85,7 @@ def _read_metadata(path: pathlib.Path) -> dict[str, str]:
         lines = path.read_text("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{str(path)!r} is not UTF-8 text: {error}") from None
-    captions, line_of = {}, {}
+    captions = {}
     for number, line in enumerate(lines, 1):
         where = f"{str(path)!r} line {number}"
         if not line.strip():
@@ -110,28 +102,23 @@ def _read_metadata(path: pathlib.Path) -> dict[str, str]:
             )
         name = pathlib.PurePosixPath(name).as_posix()
         if name in captions:
-            raise UserError(
-                f"{where} captions {name!r} again, after line {line_of[name]}: keep one"
-            )
-        captions[name], line_of[name] = caption, number
+            raise UserError(f"{where} captions {name!r} a second time: keep one line")
+        captions[name] = caption
     return captions
 
 
-def _read_text_files(root, files, images) -> dict[str, bytes]:
-    image_of = {}
-    for name in sorted(images):
-        stem = pathlib.PurePosixPath(name).with_suffix("").as_posix()
-        if stem in image_of:
-            raise UserError(
-                f"{image_of[stem]!r} and {name!r} in {str(root)!r} would share the "
-                f"caption {stem + '.txt'!r}: rename or remove one"
-            )
-        image_of[stem] = name
-    texts = [name for name in files if name.lower().endswith(".txt")]
-    if not any(name[:-4] in image_of for name in texts):
+def _read_text_files(
+    root: pathlib.Path, files: set[str], images: set[str]
+) -> dict[str, bytes]:
+    texts = {name[:-4]: name for name in files if name.lower().endswith(".txt")}
+    stems = {name: name.rpartition(".")[0] for name in images}
+    captioned = {name: texts[stem] for name, stem in stems.items() if stem in texts}
+    if not captioned:
         raise UserError(
             f"the folder {str(root)!r} has pictures but no captions: give it a "
             f'{_METADATA} (lines of {{"file_name": ..., "text": ...}}) or a NAME.txt '
             "beside each NAME.png"
         )
-    return {image_of.get(name[:-4], name): (root / name).read_bytes() for name in texts}
+    alone = set(texts.values()) - set(captioned.values())
+    captioned |= {text: text for text in alone}
+    return {name: (root / text).read_bytes() for name, text in captioned.items()}

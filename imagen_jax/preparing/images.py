@@ -10,7 +10,6 @@ _EXIF_ORIENTATION = 0x0112
 # A reduced image of these formats is stored as JPEG: a PNG would be ten times as long
 # and keep the losses of the first compression.
 _LOSSY = ("JPEG", "MPO", "WEBP")
-_JPEG = {"quality": 95, "subsampling": 0}
 # A JPEG is decoded at a half, quarter or eighth if that leaves the filter at least
 # this many times the stored size to work on.
 _REDUCING_GAP = 3
@@ -22,33 +21,20 @@ class Unusable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which images are kept, and at what size.
+    """Which images are kept, and at what size."""
 
-    Attributes:
-      min_side: pixels that the shorter side has at least.
-      max_aspect: the longer side over the shorter at most; 0 is no limit.
-      stored_size: pixels to which the shorter side is reduced; images are never
-        enlarged. 0 keeps all pixels.
-    """
-
-    min_side: int = 1
-    max_aspect: float = 0
-    stored_size: int = 0
+    min_side: int = 1  # least pixels of the shorter side
+    max_aspect: float = 0  # longer side over shorter at most; 0 is no limit
+    stored_size: int = 0  # the shorter side is reduced to it, never enlarged; 0: as is
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
-    """An image that is known to decode, as it is stored.
+    """An image that is known to decode, as it is stored."""
 
-    Attributes:
-      data: a JPEG or PNG file.
-      side: pixels of the shorter side.
-      reencoded: whether `data` was encoded here, or is the original file.
-    """
-
-    data: bytes
-    side: int
-    reencoded: bool
+    data: bytes  # a JPEG or PNG file
+    side: int  # pixels of the shorter side
+    reencoded: bool  # whether `data` was encoded here, or is the original file
 
 
 def verify(data: bytes, rules: Rules) -> StoredImage:
@@ -129,7 +115,7 @@ def _reduce(image: Image.Image, size: int) -> Image.Image:
 def _encode(image: Image.Image, lossy: bool) -> bytes:
     file = io.BytesIO()
     if lossy:
-        image.save(file, "JPEG", **_JPEG)
+        image.save(file, "JPEG", quality=95, subsampling=0)
     else:
         image.save(file, "PNG")
     return file.getvalue()

@@ -1,60 +1,53 @@
 """`prepare` as a job: shards written one by one, by any number of processes.
 
-A folder of records, and while they are being written:
-
-  prepare.json            what the job was asked for; another job is refused
-  records-00000.tfrecord  a finished shard; it appears whole or not at all
-  records-00000.json      what happened in it; with it the shard is finished
-  quarantine.jsonl        written after all shards: what could not be used, and why
-  dataset_info.json       with features.json and metadata.json: for tfds
-  manifest.json           written last: with it the job is finished
-
-All are written under another name and then renamed. A process works on the shards
-whose number modulo the number of processes is its own; the one that finds all of them
-finished writes the last files, which are the same whoever writes them. So a job that
-was killed continues when it is started again, with any number of processes.
+The folder of a job holds prepare.json, what was asked for; of each finished shard its
+file and a report on what happened in it; and at the end quarantine.jsonl (what could
+not be used), files for tfds, and manifest.json, with which the job is finished. Each
+file appears whole or not at all. A process writes the shards whose number modulo the
+number of processes is its own; the one that finds all of them finished writes the last
+files, which are the same whoever writes them. So a job that was killed continues when
+it is started again, with any number of processes.
 """
 
 import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from imagen_jax.data import manifest as manifests
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.errors import UserError, read_json
-from imagen_jax.preparing import webdataset
-from imagen_jax.preparing.captions import Embedder
+from imagen_jax.preparing import sources, webdataset
+from imagen_jax.preparing.captions import Embedded, Embedder
+from imagen_jax.preparing.images import StoredImage
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
-from imagen_jax.preparing.sources import Source, open_source, verify_images
 from imagen_jax.preparing.stats import Stats, total
 
 # A share is not judged by fewer examples before all are seen.
 _LEAST_EXAMPLES = 1000
+# Captions in one call of the encoder.
+_CAPTIONS = 256
 # Skipped examples named in the manifest; the quarantine names all.
 _NAMED_SKIPS = 100
 _TEMPORARY = ".tmp"
 
+Progress = Callable[[int], None]
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be written where.
-
-    Attributes:
-      settings: what was asked for.
-      source: the examples.
-      embedder: embeds their captions; None writes tars of images, without embeddings.
-    """
+    """What is to be written where."""
 
     settings: Settings
-    source: Source
-    embedder: Embedder | None
+    source: sources.Source
+    embedder: Embedder | None  # None writes tars of images, without embeddings
 
     @property
     def output(self) -> pathlib.Path:
@@ -72,38 +65,27 @@ class Job:
             "embedding_dtype": embedder.dtype if embedder else NO_ENCODER,
         }
 
-    def shard_file(self, number: int) -> pathlib.Path:
-        """The file of a shard."""
-        name = (
-            f"records-{number:05d}.tfrecord" if self.embedder else f"{number:05d}.tar"
-        )
-        return self.output / name
-
-    def report_file(self, number: int) -> pathlib.Path:
-        """The file that says what happened in a shard."""
-        # Beside tars it is named as img2dataset names its own.
-        suffix = ".json" if self.embedder else "_stats.json"
-        file = self.shard_file(number)
-        return file.with_name(file.stem + suffix)
+    def files(self, number: int) -> tuple[pathlib.Path, pathlib.Path]:
+        """The file of a shard, and that of the report on it."""
+        if self.embedder:
+            names = f"records-{number:05d}.tfrecord", f"records-{number:05d}.json"
+        else:
+            # As img2dataset names them.
+            names = f"{number:05d}.tar", f"{number:05d}_stats.json"
+        return self.output / names[0], self.output / names[1]
 
     def report(self, number: int) -> dict[str, Any] | None:
         """The report on a shard that is finished; else None."""
-        file = self.report_file(number)
-        if not (file.is_file() and self.shard_file(number).is_file()):
+        shard, report = self.files(number)
+        if not (report.is_file() and shard.is_file()):
             return None
-        return read_json(file, "a report of `prepare` on a shard; remove it")
+        return read_json(report, "a report of `prepare` on a shard (remove it)")
 
 
 def open_job(settings: Settings, embedder: Embedder | None = None) -> Job:
-    """Opens the source of a job.
-
-    Raises:
-      UserError: when there is no such source, or it is malformed.
-    """
-    source = open_source(
-        settings.source, settings.image_size, settings.seed, settings.shard_examples
-    )
-    return Job(settings, source, embedder)
+    """Opens the source of a job; `UserError` when there is none, or it is malformed."""
+    options = settings.image_size, settings.seed, settings.shard_examples
+    return Job(settings, sources.open_source(settings.source, *options), embedder)
 
 
 def start(job: Job) -> Manifest | None:
@@ -163,19 +145,9 @@ def check_same(job: Job, old: dict[str, Any]) -> None:
 
 
 def run(
-    job: Job,
-    process_index: int = 0,
-    process_count: int = 1,
-    progress: Callable[..., None] = lambda examples, resumed=False: None,
+    job: Job, process_index: int, process_count: int, progress: Progress
 ) -> Manifest | None:
-    """Writes this process's shards that are not finished, then what comes last.
-
-    Args:
-      job: what to write.
-      process_index: the number of this process.
-      process_count: number of processes that the shards are divided among.
-      progress: is called with numbers of examples that are done with, and `resumed`
-        for those of an earlier run.
+    """Writes one process's shards that are not finished, then what comes last.
 
     Returns:
       the manifest; None while other processes have not finished their shards.
@@ -187,29 +159,24 @@ def run(
     for number in range(process_index, job.source.shards, process_count):
         report = job.report(number)
         if report:
-            progress(report["examples"] + len(report["skipped"]), resumed=True)
+            progress(report["examples"] + len(report["skipped"]))
         else:
             report = write_shard(job, number, progress)
         used += report["examples"]
         skipped += report["skipped"]
         check_share(job, used, skipped, _LEAST_EXAMPLES)
-    reports = []
-    for number in range(job.source.shards):
-        reports.append(job.report(number))
-        if not reports[-1]:
-            return None
-    return _finish(job, reports)
+    shards = range(job.source.shards)
+    reports = list(itertools.takewhile(bool, map(job.report, shards)))
+    return _finish(job, reports) if len(reports) == len(shards) else None
 
 
 def _finish(job: Job, reports: list[dict[str, Any]]) -> Manifest:
     """Writes what comes after all shards."""
     folder = job.output
     summary = total(reports, job.source.problems)
-    lines = [json.dumps(row, ensure_ascii=False) for row in summary["skipped"]]
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in summary["skipped"])
     with full_disk(folder):
-        write_text(
-            folder / manifests.QUARANTINE_FILE, "".join(f"{line}\n" for line in lines)
-        )
+        write_text(folder / manifests.QUARANTINE_FILE, "".join(lines))
         check_share(job, summary["examples"], summary["skipped"])
         manifest = make_manifest(job, summary)
         if job.embedder:
@@ -238,60 +205,85 @@ def make_manifest(job: Job, summary: dict[str, Any]) -> Manifest:
 
 
 def write_shard(
-    job: Job, number: int, progress: Callable[[int], None] = lambda examples: None
+    job: Job, number: int, progress: Progress = lambda examples: None
 ) -> dict[str, Any]:
     """Writes a shard and its report; returns the report."""
     stats = Stats()
-    items = verify_images(job.source.read(number), job.settings.rules)
-    items = stats.usable(items, progress)
-    file = job.shard_file(number)
+    shard, report_file = job.files(number)
+    write = _write_records if job.embedder else _write_tar
     with full_disk(job.output):
-        with appearing(file) as partial:
-            if job.embedder:
-                _write_records(partial, stats.embedded(items, job.embedder))
-            else:
-                webdataset.write_tar(partial, map(_tar_row, items))
+        with appearing(shard) as partial:
+            write(partial, usable(job, number, stats, progress))
             with open(partial, "rb") as written:
                 sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-        report = stats.report(file.name, sha256)
-        write_text(job.report_file(number), _json(report))
+        report = stats.report(shard.name, sha256)
+        write_text(report_file, _json(report))
     return report
 
 
-def _write_records(path, items) -> None:
+def usable(
+    job: Job, number: int, stats: Stats, progress: Progress
+) -> Iterator[tuple[sources.Example, StoredImage, Embedded | None]]:
+    """The examples of a shard that can be used, with their images and embeddings.
+
+    All examples are counted in `stats`, and told to `progress`.
+    """
+
+    def verified():
+        items = job.source.read(number)
+        for item in sources.verify_images(items, job.settings.rules):
+            progress(1)
+            if isinstance(item, sources.Problem):
+                stats.skip(item)
+            else:
+                yield item
+
+    items = verified()
+    while chunk := list(itertools.islice(items, _CAPTIONS)):
+        captions = [example.caption for example, _ in chunk]
+        texts = job.embedder.embed(captions) if job.embedder else [None] * len(chunk)
+        for (example, image), text in zip(chunk, texts):
+            stats.add(image, text)
+            yield example, image, text
+
+
+def _write_records(path: pathlib.Path, rows: Iterable) -> None:
     from imagen_jax.data import records
 
-    rows = (
+    fields = (
         {
-            "id": item.id,
-            "image": item.image.data,
-            "caption": item.caption.encode(),
+            "id": example.id,
+            "image": image.data,
+            "caption": example.caption.encode(),
             "text": text.data,
-            "side": item.image.side,
+            "side": image.side,
         }
-        for item, text in items
+        for example, image, text in rows
     )
-    records.write_shard(path, rows)
+    records.write_shard(path, fields)
 
 
-def _tar_row(item) -> tuple[str, str, bytes, dict[str, str]]:
-    extension = "png" if item.image.data.startswith(b"\x89PNG") else "jpg"
-    values = {"caption": item.caption, "name": item.name}
-    return f"{item.id:09d}", extension, item.image.data, values
+def _write_tar(path: pathlib.Path, rows: Iterable) -> None:
+    members = (
+        (
+            f"{example.id:09d}",
+            "png" if image.data.startswith(b"\x89PNG") else "jpg",
+            image.data,
+            {"caption": example.caption, "name": example.name},
+        )
+        for example, image, _ in rows
+    )
+    webdataset.write_tar(path, members)
 
 
 def check_share(job: Job, used: int, skipped: list[dict], least: int = 0) -> None:
     """Raises `UserError` when too many examples cannot be used.
 
-    Args:
-      job: knows how many are too many.
-      used: number of examples so far that can be used.
-      skipped: those that cannot.
-      least: examples that a share is judged by at least; 0 when all are seen.
+    Before all are seen, the skipped are a share of no fewer than `least` examples.
     """
     source, limit = job.settings.source, job.settings.max_bad_share
     seen = used + len(skipped)
-    if not seen and not least:
+    if not (seen or least):
         raise UserError(f"{source!r} has no examples")
     if len(skipped) > limit * max(seen, least) or not (used or least):
         raise UserError(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -12,7 +11,6 @@ from imagen_jax.data import memory
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import job as jobs
-from imagen_jax.preparing.sources import verify_images
 from imagen_jax.preparing.stats import Stats, total
 from imagen_jax.text import embeddings
 
@@ -33,21 +31,17 @@ def finished(job: jobs.Job) -> manifests.Manifest | None:
     return old
 
 
-def write(job: jobs.Job, progress: Callable[[int], None]) -> manifests.Manifest:
+def write(job: jobs.Job, progress: jobs.Progress) -> manifests.Manifest:
     """Writes the file of a job; images smaller than its image_size are left out.
 
     Everything is in memory until the end, so this does not resume.
     """
     size = job.settings.image_size
-    rules = job.settings.rules
-    rules = dataclasses.replace(rules, min_side=max(size, rules.min_side))
-    stats = Stats()
-    rows = []
+    stats, rows = Stats(), []
     for number in range(job.source.shards):
-        items = stats.usable(verify_images(job.source.read(number), rules), progress)
-        for item, text in stats.embedded(items, job.embedder):
-            pixels = _pixels(item.image.data, size)
-            rows.append((item.id, item.caption, pixels, text.data))
+        for example, image, text in jobs.usable(job, number, stats, progress):
+            pixels = _pixels(image.data, size)
+            rows.append((example.id, example.caption, pixels, text.data))
     summary = total([stats.report("arrays", "")], job.source.problems)
     jobs.check_share(job, summary["examples"], summary["skipped"])
     ids, captions, images, text = zip(*rows)

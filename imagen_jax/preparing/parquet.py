@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 
+import numpy as np
+
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources
 from imagen_jax.preparing.sources import Example, Problem, Source
@@ -18,8 +20,7 @@ def open_parquet(pattern: str, size: int) -> Source:
     """The rows of the files that match `pattern`; `size` rows of a file make a shard.
 
     An image is a binary column or a struct with `bytes`, a caption a string or a list
-    of strings, of which one is taken (`sources.choose_caption`). Files that are not
-    Parquet are problems.
+    of strings. Files that are not Parquet are problems.
 
     Raises:
       UserError: when no file matches or can be read, or a file has no such columns.
@@ -93,8 +94,12 @@ def _read(file, columns, start, stop, first_id) -> Iterator[Example | Problem]:
     row = start
     try:
         with pq.ParquetFile(file) as parquet:
-            groups, row = _row_groups(parquet.metadata, start, stop)
-            for batch in parquet.iter_batches(_ROWS, groups, columns):
+            metadata = parquet.metadata
+            groups = range(metadata.num_row_groups)
+            ends = np.cumsum([metadata.row_group(group).num_rows for group in groups])
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+            row = int(ends[first - 1]) if first else 0
+            for batch in parquet.iter_batches(_ROWS, groups[first : last + 1], columns):
                 for image, caption in zip(*map(batch.column, columns)):
                     if start <= row < stop:
                         id = first_id + row - start
@@ -106,18 +111,6 @@ def _read(file, columns, start, stop, first_id) -> Iterator[Example | Problem]:
         row = max(row, start)
         reason = f"{_brief(error)}; rows {row} to {stop - 1} are lost"
         yield Problem(f"{file_name}/{row}", reason)
-
-
-def _row_groups(metadata, start: int, stop: int) -> tuple[list[int], int]:
-    """The row groups that hold rows [start, stop), and the first row of the first."""
-    groups, first, begin = [], start, 0
-    for group in range(metadata.num_row_groups):
-        end = begin + metadata.row_group(group).num_rows
-        if begin < stop and end > start:
-            first = first if groups else begin
-            groups.append(group)
-        begin = end
-    return groups, first
 
 
 def _example(id: int, name: str, image, caption) -> Example | Problem:

@@ -11,10 +11,16 @@ from imagen_jax.text import embeddings
 
 # In place of an encoder: tars of images, whose captions are embedded later.
 NO_ENCODER = "none"
+# Those that the written examples depend on, and no other field of the manifest says.
+_RECORDED = ("source", "text_length", "image_size", "shard_examples", "seed")
+_RECORDED += ("min_side", "max_aspect", "stored_size")
 
 
-def _setting(help: str, default: Any = dataclasses.MISSING) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _setting(
+    help: str, default: Any = dataclasses.MISSING, least: int | None = None
+) -> Any:
+    metadata = {"help": help, "least": least}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,42 +32,36 @@ class Settings:
     encoder: str = _setting(
         "the frozen text encoder: tiny, t5_1_1_SIZE, t5_1_0_SIZE, hf:NAME_OR_PATH or "
         "t5x:CHECKPOINT (docs/text_encoders.md); none: tars of pictures without "
-        "embeddings, a source of their own",
+        "embeddings, from which records are prepared with --source=webdataset:",
         "tiny",
     )
     encoder_weights: str = _setting("its weights, if it has none built in", "")
-    encoder_dtype: str = _setting(
-        "the type that a T5 computes in: bfloat16 (default) or float32", ""
-    )
-    text_length: int = _setting("tokens of a caption that are kept", 128)
+    encoder_dtype: str = _setting("type a T5 computes in: bfloat16 or float32", "")
+    text_length: int = _setting("tokens of a caption that are kept", 128, least=1)
     embedding_dtype: str = _setting(
-        "the type of stored embeddings: bfloat16 or int8", "bfloat16"
+        "type of stored embeddings: bfloat16 or int8", "bfloat16"
     )
     image_size: int = _setting(
-        "pixels of a side of drawn scenes, and of pictures in a .npz file", 64
+        "pixels of a side of drawn scenes and of pictures in a .npz", 64, least=1
     )
-    min_side: int = _setting("pixels that the shorter side has at least", 1)
-    max_aspect: float = _setting("longer side over shorter at most; 0: no limit", 0.0)
+    min_side: int = _setting("least pixels of a picture's shorter side", 1, least=1)
+    max_aspect: float = _setting(
+        "longer side over shorter at most; 0: no limit", 0.0, least=0
+    )
     stored_size: int = _setting(
-        "pixels to which the shorter side is reduced; 0: as it is", 0
+        "pixels to which the shorter side is reduced; 0: as it is", 0, least=0
     )
     shard_examples: int = _setting(
-        "examples in one file of records, where the source does not decide it", 1000
+        "examples in one file of records, unless the source decides", 1000, least=1
     )
-    seed: int = _setting("seed of a folder's order, and of drawn scenes", 0)
+    seed: int = _setting("seed of a folder's order and of drawn scenes", 0, least=0)
     max_bad_share: float = _setting(
-        "share of the examples that may be unusable; more stop the job", 0.5
+        "share of examples that may be unusable; more stop the job", 0.5, least=0
     )
-    process_index: int | None = _setting(
-        "number of this process; by default JAX's", None
-    )
-    process_count: int | None = _setting(
-        "processes that share the work; by default JAX's", None
-    )
+    process_index: int | None = _setting("number of this process; default: JAX's", None)
+    process_count: int | None = _setting("processes that share the work", None, least=1)
     runner: str = _setting("a runner of Apache Beam, with --encoder=none", "")
-    runner_options: str = _setting(
-        "options of the runner: '--project=... --region=...'", ""
-    )
+    runner_options: str = _setting("its options: '--project=... --region=...'", "")
 
     @property
     def path(self) -> pathlib.Path:
@@ -76,76 +76,57 @@ class Settings:
     @property
     def rules(self) -> Rules:
         """Which images are kept, and at what size."""
-        return Rules(self.min_side, self.max_aspect, self.stored_size)
+        least = max(self.min_side, self.image_size) if self.is_npz else self.min_side
+        return Rules(least, self.max_aspect, self.stored_size)
 
     def recorded(self) -> dict[str, Any]:
-        """The settings that the written examples depend on, for the manifest.
-
-        The encoder and the type of embeddings have fields of their own there.
-        """
-        names = ("source", "text_length", "image_size", "shard_examples", "seed")
-        return {n: getattr(self, n) for n in names} | dataclasses.asdict(self.rules)
+        """The part of the settings that the manifest holds."""
+        return {name: getattr(self, name) for name in _RECORDED}
 
     def check(self) -> None:
         """Raises `UserError` for values out of range and combinations without sense."""
-        for name in ("text_length", "image_size", "shard_examples", "min_side"):
-            if getattr(self, name) < 1:
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), field.metadata["least"]
+            if None not in (value, least) and value < least:
                 raise UserError(
-                    f"--{name} is {getattr(self, name)}; it must be above zero"
+                    f"--{field.name} is {value}; it must be at least {least}"
                 )
-        for name in ("seed", "stored_size", "max_aspect"):
-            if getattr(self, name) < 0:
-                raise UserError(
-                    f"--{name} is {getattr(self, name)}; it must not be negative"
-                )
-        if 0 < self.max_aspect < 1:
-            raise UserError(
-                f"--max_aspect is {self.max_aspect}; the longer side is at least as "
-                "long as the shorter: give 1 or more, or 0 for no limit"
-            )
-        if 0 < self.stored_size < self.min_side:
-            raise UserError(
-                f"--stored_size is {self.stored_size}, less than "
-                f"--min_side={self.min_side}"
-            )
-        if self.is_npz and 0 < self.stored_size < self.image_size:
-            raise UserError(
-                f"--stored_size is {self.stored_size}, less than "
-                f"--image_size={self.image_size}, the pictures' size in a .npz file: "
-                "leave it out"
-            )
-        if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"--max_bad_share is {self.max_bad_share:g}; give 0 to 1")
         embeddings.check_dtype(self.embedding_dtype)
-        self._check_output()
+        if fault := self._fault():
+            raise UserError(fault)
 
-    def _check_output(self) -> None:
+    def _fault(self) -> str:
         index, count = self.process_index, self.process_count
+        pictures_only, several = self.encoder == NO_ENCODER, (count or 1) > 1
+        if self.max_bad_share > 1:
+            return f"--max_bad_share is {self.max_bad_share:g}; give 0 to 1"
+        if 0 < self.max_aspect < 1:
+            return f"--max_aspect is {self.max_aspect}; give 1 or more, or 0: no limit"
+        if self.is_npz and 0 < self.stored_size < self.image_size:
+            return (
+                f"--stored_size is {self.stored_size}, less than --image_size="
+                f"{self.image_size}, the pictures' size in a .npz file: leave it out"
+            )
         if (index is None) != (count is None):
-            raise UserError(
-                "--process_index and --process_count go together: give both"
-            )
-        if count is not None and not 0 <= index < count:
-            raise UserError(
-                f"--process_index is {index}; with --process_count={count} it is one "
-                f"of 0 to {count - 1}"
-            )
+            return "--process_index and --process_count go together: give both"
+        if count and not 0 <= index < count:
+            return f"--process_index is {index}; it is one of 0 to {count - 1}"
         if not self.output:
-            raise UserError("--output is empty: give a folder to be, or FILE.npz")
+            return "--output is empty: give a folder to be, or FILE.npz"
         if "://" in self.output:
-            raise UserError(
+            return (
                 f"--output is {self.output!r}: mount the bucket (gcsfuse, s3fs) and "
                 "give the folder"
             )
-        several = (count or 1) > 1
-        if self.is_npz and (several or self.encoder == NO_ENCODER):
-            raise UserError(
+        if self.is_npz and (several or pictures_only):
+            return (
                 f"--output={self.output!r} is written by one process and has "
                 "embeddings: give a folder for several processes or --encoder=none"
             )
-        if self.runner and (several or self.encoder != NO_ENCODER):
-            raise UserError(
+        if self.runner and (several or not pictures_only):
+            return (
                 f"--runner={self.runner} prepares pictures only, by itself: give "
-                f"--encoder={NO_ENCODER} and no --process_count, then embed the "
-                "captions with --source=webdataset:OUTPUT/*.tar"
+                "--encoder=none and no --process_count, then embed the captions with "
+                "--source=webdataset:OUTPUT/*.tar"
             )
+        return ""

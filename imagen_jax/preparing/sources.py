@@ -14,13 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from imagen_jax.errors import UserError, did_you_mean
-from imagen_jax.preparing.images import (
-    Rules,
-    StoredImage,
-    Unusable,
-    encode_png,
-    verify,
-)
+from imagen_jax.preparing import images
 
 KINDS = ("folder", "webdataset", "parquet", "tfds", "shapes")
 FORMS = "folder:DIR, webdataset:GLOB, parquet:GLOB, tfds:NAME or shapes:N"
@@ -31,19 +25,12 @@ _READ_AHEAD = 64
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One image and its caption.
+    """One image and its caption."""
 
-    Attributes:
-      id: its number, unique in the source.
-      name: what messages call it.
-      caption: text, not empty.
-      read: returns the bytes of the image's file.
-    """
-
-    id: int
-    name: str
-    caption: str
-    read: Callable[[], bytes]
+    id: int  # unique in the source
+    name: str  # for messages
+    caption: str  # not empty
+    read: Callable[[], bytes]  # the image's file
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -55,34 +42,14 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verified:
-    """An example whose image is known to decode, as it will be stored."""
-
-    id: int
-    name: str
-    caption: str
-    image: StoredImage
-
-
-@dataclasses.dataclass(frozen=True)
 class Source:
-    """Captioned images, divided into shards.
+    """Captioned images, divided into shards."""
 
-    Attributes:
-      shards: number of shards.
-      read: yields the examples and problems of a shard, given its number, in order.
-      count: examples in all shards; None if unknown.
-      problems: what cannot be used and belongs to no shard.
-      sha256: changes when names, captions or lengths of files do.
-      exact: whether `count` is exact or an estimate.
-    """
-
-    shards: int
-    read: Callable[[int], Iterator[Example | Problem]]
-    count: int | None
-    problems: list[Problem]
-    sha256: str
-    exact: bool = True
+    shards: int  # number of shards
+    read: Callable[[int], Iterator[Example | Problem]]  # a shard, given its number
+    count: int | None  # examples in all shards; None if unknown
+    problems: list[Problem]  # those that belong to no shard
+    sha256: str  # changes when names, captions or lengths of files do
 
 
 def open_source(name: str, image_size: int, seed: int, shard_examples: int) -> Source:
@@ -92,16 +59,15 @@ def open_source(name: str, image_size: int, seed: int, shard_examples: int) -> S
       name: one of `FORMS`.
       image_size: pixels of a side of drawn scenes.
       seed: seed of the order of a folder and of drawn scenes.
-      shard_examples: examples in a shard; not for tars, each of which is a shard.
+      shard_examples: examples in a shard; not of tars, each of which is a shard.
 
     Raises:
       UserError: when there is no such source, or it is malformed.
     """
     kind, _, argument = name.partition(":")
     if kind not in KINDS or not argument:
-        raise UserError(
-            f"--source is {name!r}{did_you_mean(kind, KINDS)}; it is {FORMS}"
-        )
+        hint = did_you_mean(kind, KINDS)
+        raise UserError(f"--source is {name!r}{hint}; it is {FORMS}")
     if kind == "folder":
         from imagen_jax.preparing.folder import open_folder
 
@@ -115,9 +81,6 @@ def open_source(name: str, image_size: int, seed: int, shard_examples: int) -> S
 
         return open_parquet(argument, shard_examples)
     if kind == "tfds":
-        from imagen_jax.data.start_tensorflow import start_tensorflow
-
-        start_tensorflow()
         from imagen_jax.preparing.tfds import open_tfds
 
         return open_tfds(argument, shard_examples)
@@ -132,24 +95,19 @@ def _open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source
     count = int(argument)
     scenes = list(shapes.generate(count, seed))
 
+    def draw(i: int) -> bytes:
+        return images.encode_png(shapes.draw(scenes[i], image_size))
+
     def read(shard: int) -> Iterator[Example]:
         for i in range(shard * size, min((shard + 1) * size, count)):
-            yield Example(
-                i,
-                f"scene {i}",
-                shapes.caption(scenes[i]),
-                lambda i=i: encode_png(shapes.draw(scenes[i], image_size)),
-            )
+            caption = shapes.caption(scenes[i])
+            yield Example(i, f"scene {i}", caption, lambda i=i: draw(i))
 
     return Source(-(-count // size), read, count, [], sha256_of(map(repr, scenes)))
 
 
 def matching_files(pattern: str, what: str) -> list[str]:
-    """The files that match a glob, sorted.
-
-    Raises:
-      UserError: when there are none; `what` names the kind of file.
-    """
+    """The files that match a glob, sorted; `UserError` naming `what` if none does."""
     files = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     if not files:
         raise UserError(f"no {what} matches {pattern!r} (quote it for your shell)")
@@ -165,25 +123,18 @@ def sha256_of(rows: Iterable) -> str:
 
 
 def choose_caption(captions: list, id: int):
-    """The caption that is stored for an image with several: number `id` modulo n.
-
-    All positions of the list are chosen equally often.
-    """
+    """Of an image's captions number `id` modulo n: all positions equally often."""
     return captions[id % len(captions)] if captions else ""
 
 
 def caption_text(caption: str | bytes) -> str:
-    """A caption without the space around it; bytes are UTF-8, with or without a BOM.
-
-    Raises:
-      Unusable: when it is empty or not UTF-8.
-    """
+    """A stripped caption; `Unusable` if empty or not UTF-8 (a BOM is no text)."""
     try:
         text = caption if isinstance(caption, str) else caption.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise Unusable(NOT_UTF8) from None
+        raise images.Unusable(NOT_UTF8) from None
     if not text.strip():
-        raise Unusable("the caption is empty")
+        raise images.Unusable("the caption is empty")
     return text.strip()
 
 
@@ -193,25 +144,24 @@ def make_example(
     """The example, or the problem with its caption."""
     try:
         return Example(id, name, caption_text(caption), read)
-    except Unusable as error:
+    except images.Unusable as error:
         return Problem(name, str(error))
 
 
 def verify_images(
-    items: Iterable[Example | Problem], rules: Rules
-) -> Iterator[Verified | Problem]:
+    items: Iterable[Example | Problem], rules: images.Rules
+) -> Iterator[tuple[Example, images.StoredImage] | Problem]:
     """Decodes the images of `items`, several at a time; yields in their order."""
 
     def verified(item):
         if isinstance(item, Problem):
             return item
         try:
-            image = verify(item.read(), rules)
-        except Unusable as error:
+            return item, images.verify(item.read(), rules)
+        except images.Unusable as error:
             return Problem(item.name, str(error))
         except OSError as error:
             return Problem(item.name, f"cannot be read: {error.strerror or error}")
-        return Verified(item.id, item.name, item.caption, image)
 
     # Executor.map would read all items ahead.
     with concurrent.futures.ThreadPoolExecutor() as pool:

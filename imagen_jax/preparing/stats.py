@@ -1,56 +1,50 @@
 """What became of the examples: counted shard by shard, summed up, and estimated."""
 
 import collections
-import dataclasses
+import functools
 import itertools
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import tqdm
+
 from imagen_jax.preparing.captions import Embedded, Embedder
-from imagen_jax.preparing.images import Rules
-from imagen_jax.preparing.sources import Problem, Source, Verified, verify_images
+from imagen_jax.preparing.images import Rules, StoredImage
+from imagen_jax.preparing.sources import Problem, Source, verify_images
 
 # Examples that an estimate is made from.
 _SAMPLE = 64
+
+format_bytes = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
 
 
 class Stats:
     """Counts what happens in one shard."""
 
     def __init__(self):
-        self._sides = collections.Counter()
-        self._lengths = collections.Counter()
         self._skipped = []
-        self._sums = collections.Counter()
-        self._error_worst = 0.0
+        self._sides, self._lengths = collections.Counter(), collections.Counter()
+        self._sums = {"reencoded": 0, "image_bytes": 0}
+        self._sums |= {"cut_captions": 0, "text_bytes": 0}
+        self._sums |= {"error_sum": 0.0, "error_worst": 0.0}
 
-    def usable(
-        self, items: Iterable[Verified | Problem], progress: Callable[[int], None]
-    ) -> Iterator[Verified]:
-        """Counts `items` and yields those that can be used."""
-        for item in items:
-            progress(1)
-            if isinstance(item, Problem):
-                self._skipped.append({"file": item.name, "reason": item.reason})
-                continue
-            self._sides[item.image.side] += 1
-            self._sums["reencoded"] += item.image.reencoded
-            self._sums["image_bytes"] += len(item.image.data)
-            yield item
+    def skip(self, problem: Problem) -> None:
+        """Counts what cannot be used."""
+        self._skipped.append({"file": problem.name, "reason": problem.reason})
 
-    def embedded(
-        self, items: Iterable[Verified], embedder: Embedder
-    ) -> Iterator[tuple[Verified, Embedded]]:
-        """Yields `items` with the embeddings of their captions, and counts these."""
-        for item, text in embedder.embed_items(items):
+    def add(self, image: StoredImage, text: Embedded | None) -> None:
+        """Counts an example that is stored."""
+        sums = self._sums
+        self._sides[image.side] += 1
+        sums["reencoded"] += image.reencoded
+        sums["image_bytes"] += len(image.data)
+        if text:
             self._lengths[text.tokens] += 1
-            self._sums["cut_captions"] += text.cut
-            self._sums["text_bytes"] += len(text.data)
-            self._sums["error_sum"] += float(text.errors.sum())
-            self._error_worst = max(self._error_worst, float(text.errors.max()))
-            yield item, text
+            sums["cut_captions"] += text.cut
+            sums["text_bytes"] += len(text.data)
+            sums["error_sum"] += float(text.errors.sum())
+            sums["error_worst"] = max(sums["error_worst"], float(text.errors.max()))
 
     def report(self, file: str, sha256: str) -> dict[str, Any]:
         """What happened in the shard that is written to `file`, as JSON values."""
@@ -59,23 +53,15 @@ class Stats:
             "sha256": sha256,
             "examples": self._sides.total(),
             "sides": {str(side): n for side, n in sorted(self._sides.items())},
-            "skipped": self._skipped,
-            "reencoded": self._sums["reencoded"],
-            "image_bytes": self._sums["image_bytes"],
             "lengths": {str(n): count for n, count in sorted(self._lengths.items())},
-            "cut_captions": self._sums["cut_captions"],
-            "text_bytes": self._sums["text_bytes"],
-            "error_sum": float(self._sums["error_sum"]),
-            "error_worst": self._error_worst,
-        }
+            "skipped": self._skipped,
+        } | self._sums
 
 
 def total(reports: list[dict[str, Any]], problems: list[Problem]) -> dict[str, Any]:
-    """Sums the reports on all shards up, in the form that a manifest has.
+    """Sums up the reports on all shards and the problems that belong to none.
 
-    Args:
-      reports: `Stats.report` of each shard, in order.
-      problems: those of the source that belong to no shard.
+    The result has the names and the form of a manifest.
     """
     skipped = [{"file": problem.name, "reason": problem.reason} for problem in problems]
     for report in reports:
@@ -95,76 +81,32 @@ def total(reports: list[dict[str, Any]], problems: list[Problem]) -> dict[str, A
         # Seven digits are more than a cosine of bfloat16 rows has.
         "cosine_error": {"mean": float(f"{mean:.7g}"), "worst": float(f"{worst:.7g}")},
         "skipped": skipped,
-        "shards": [
-            {name: report[name] for name in kept}
-            for report in reports
-            if report["examples"]
-        ],
+        "shards": [{key: r[key] for key in kept} for r in reports if r["examples"]],
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """What a job is expected to write.
-
-    Attributes:
-      examples: examples that can be used; None if the source does not know.
-      exact: whether the source knows exactly how many it has.
-      image_bytes: bytes of an image as it is stored, on average.
-      text_bytes: bytes of a caption's embedding, on average.
-      free_bytes: bytes that are free on the disk of the output.
-    """
-
-    examples: int | None
-    exact: bool
-    image_bytes: float
-    text_bytes: float
-    free_bytes: int
-
-    def __str__(self) -> str:
-        each = self.image_bytes + self.text_bytes
-        parts = f"{format_bytes(self.image_bytes)} a picture"
-        if self.text_bytes:
-            parts += f", {format_bytes(self.text_bytes)} a caption"
-        if self.examples is None:
-            room = f"{int(self.free_bytes // max(each, 1)):,}"
-            return f"estimated: {parts}; the free disk has room for {room} examples"
-        total = self.examples * each
-        return (
-            f"estimated: {format_bytes(total)} for {'' if self.exact else 'about '}"
-            f"{self.examples:,} examples ({parts}), "
-            f"{format_bytes(self.free_bytes)} free"
-            + ("; THIS DOES NOT FIT" if total > self.free_bytes else "")
-        )
 
 
 def estimate(
     source: Source, rules: Rules, embedder: Embedder | None, output: pathlib.Path
-) -> Estimate | None:
-    """Estimates a job from its first examples; None if none of them can be used.
-
-    Images are decoded and captions are tokenised, but not embedded.
-    """
+) -> str:
+    """One line about what a job will write, judged by its first examples."""
     items = list(verify_images(itertools.islice(source.read(0), _SAMPLE), rules))
-    usable = [item for item in items if isinstance(item, Verified)]
+    usable = [item for item in items if not isinstance(item, Problem)]
     if not usable:
-        return None
-    captions = [item.caption for item in usable] if embedder else []
+        return f"the first {len(items)} examples cannot be used"
+    each = sum(len(image.data) for _, image in usable) / len(usable)
+    parts = f"{format_bytes(each)} a picture"
+    if embedder:
+        text = sum(embedder.expected_bytes(e.caption) for e, _ in usable) / len(usable)
+        each += text
+        parts += f", {format_bytes(text)} a caption"
     output = output.absolute()
     there = next(path for path in (output, *output.parents) if path.exists())
-    return Estimate(
-        source.count and round(source.count * len(usable) / len(items)),
-        source.exact,
-        sum(len(item.image.data) for item in usable) / len(usable),
-        sum(map(embedder.expected_bytes, captions)) / len(usable) if embedder else 0,
-        shutil.disk_usage(there).free,
+    free = shutil.disk_usage(there).free
+    if source.count is None:
+        room = f"{free / each:,.0f}"
+        return f"estimated: {parts}; the free disk has room for {room} examples"
+    count = round(source.count * len(usable) / len(items))
+    return (
+        f"estimated: {format_bytes(count * each)} for {count:,} examples ({parts}), "
+        f"{format_bytes(free)} free{'; THIS DOES NOT FIT' * (count * each > free)}"
     )
-
-
-def format_bytes(count: float) -> str:
-    """A number of bytes for people: 1,234 B, 12 kB, 3.4 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 
-import tensorflow_datasets as tfds
-
-from imagen_jax.data.tfds_records import open_builder
+from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources
 from imagen_jax.preparing.sources import Example, Problem, Source
@@ -13,20 +11,27 @@ _CAPTIONS = ("captions", "caption", "text")
 
 
 def open_tfds(name: str, size: int) -> Source:
-    """The images of a data set of tfds, as they are stored, not decoded.
+    """The images of a data set of tfds, as they are stored; `size` make a shard.
 
     Of several captions one is taken (`sources.choose_caption`).
 
-    Args:
-      name: a data set and its split, as `open_builder` takes them.
-      size: examples in a shard.
-
     Raises:
-      UserError: for an unknown or unprepared data set or split, and one without
-        images and captions.
+      UserError: for an unknown or unprepared data set or split (`open_builder`), and
+        one without images and captions.
     """
+    start_tensorflow()
+    import tensorflow_datasets as tfds
+
+    from imagen_jax.data.tfds_records import open_builder
+
     builder, split = open_builder(name)
-    caption = _caption_feature(builder)
+    features = dict(builder.info.features.items())
+    captions = [feature for feature in _CAPTIONS if feature in features]
+    if not (captions and isinstance(features.get("image"), tfds.features.Image)):
+        raise UserError(
+            f"{name!r} of tfds has not both a feature 'image' and one of "
+            f"{', '.join(_CAPTIONS)}; it has {', '.join(features)}"
+        )
     count = builder.info.splits[split].num_examples
 
     def read(shard: int) -> Iterator[Example | Problem]:
@@ -39,23 +44,10 @@ def open_tfds(name: str, size: int) -> Source:
             read_config=tfds.ReadConfig(interleave_cycle_length=1),
         )
         for id, row in zip(range(start, stop), rows.as_numpy_iterator()):
-            yield _example(id, f"{split}[{id}]", row["image"], row[caption])
+            yield _example(id, f"{split}[{id}]", row["image"], row[captions[0]])
 
     sha256 = sources.sha256_of([builder.info.full_name, split, count])
     return Source(-(-count // size), read, count, [], sha256)
-
-
-def _caption_feature(builder) -> str:
-    features = builder.info.features
-    known = isinstance(features, tfds.features.FeaturesDict) and "image" in features
-    if not known or not isinstance(features["image"], tfds.features.Image):
-        raise UserError(f"{builder.name!r} of tfds has no pictures named 'image'")
-    for name in _CAPTIONS:
-        if name in features:
-            return name
-    raise UserError(
-        f"{builder.name!r} of tfds has none of the features {', '.join(_CAPTIONS)}"
-    )
 
 
 def _example(id: int, name: str, image: bytes, captions) -> Example | Problem:

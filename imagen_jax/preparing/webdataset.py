@@ -52,17 +52,12 @@ def open_tars(pattern: str) -> Source:
         # Interleaved ids: how many examples the other tars have is not known.
         return _read_tar(files[shard], iter(range(shard, 2**63, len(files))))
 
-    count, exact = _count(files)
     sha256 = sources.sha256_of((os.path.basename(f), os.path.getsize(f)) for f in files)
-    return Source(len(files), read, count, [], sha256, exact)
+    return Source(len(files), read, _count(files), [], sha256)
 
 
-def _count(files: list[str]) -> tuple[int | None, bool]:
-    """The number of examples in all tars, and whether it is exact.
-
-    It is exact with statistics beside every tar, ours or img2dataset's; else all tars
-    are taken to be like the first.
-    """
+def _count(files: list[str]) -> int | None:
+    """The number of examples, by the statistics of img2dataset, or ours, beside all."""
     try:
         stats = [
             json.loads(
@@ -70,18 +65,9 @@ def _count(files: list[str]) -> tuple[int | None, bool]:
             )
             for f in files
         ]
-        counts = [s["examples"] if "examples" in s else s["successes"] for s in stats]
-        return sum(counts), True
+        return sum(s["examples"] if "examples" in s else s["successes"] for s in stats)
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        # Only of a tar that is not compressed, where reading headers is fast.
-        with tarfile.open(files[0], "r:") as tar:
-            images = sum(_split(name)[1] in _IMAGES for name in tar.getnames())
-    except _CUT:
-        return None, False
-    sizes = [os.path.getsize(file) for file in files]
-    return round(images * sum(sizes) / sizes[0]) or None, False
+        return None
 
 
 def _read_tar(file: str, ids: Iterator[int]) -> Iterator[Example | Problem]:
@@ -146,9 +132,7 @@ def _example(name: str, members: dict[str, bytes], id: int) -> Example | Problem
 def write_tar(path, rows: Iterable[tuple[str, str, bytes, dict]]) -> None:
     """Writes a tar that `open_tars` reads; equal rows make equal bytes.
 
-    Args:
-      path: the file.
-      rows: (key, extension, image's file, values of its JSON) of each example.
+    A row is the key, the image's extension and file, and the values of its JSON.
     """
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
         for key, extension, image, values in rows:
