@@ -61,7 +61,7 @@ def prepare(
             # Not for pictures alone, which need no accelerator.
             index, count = jax.process_index(), jax.process_count()
     job = jobs.open_job(asked, embedder)
-    old = npz.finished(job) if asked.is_npz else jobs.start(job)
+    old = jobs.start(job)
     if old:
         if progress:
             print(f"already prepared: {old.examples} examples in {output}")

@@ -5,10 +5,9 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
-from imagen_jax import cli, prepare
+from imagen_jax import prepare
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
 
@@ -185,12 +184,11 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
         ({"shard_examples": -1}, "--shard_examples is -1"),
         ({"min_side": 0}, "--min_side is 0"),
         ({"stored_size": -2}, "--stored_size is -2"),
-        ({"stored_size": 8, "min_side": 9}, "--stored_size is 8, less than --min_side"),
         (
             {"stored_size": 8, "output": "out.npz"},
             "stored_size is 8, less than --image_size",
         ),
-        ({"max_aspect": 0.5}, "--max_aspect is 0.5; .*give 1 or more"),
+        ({"max_aspect": 0.5}, "--max_aspect is 0.5; give 1 or more"),
         ({"max_bad_share": 1.5}, "--max_bad_share is 1.5; give 0 to 1"),
         ({"embedding_dtype": "int9"}, r"'int9' \(did you mean 'int8'\?\)"),
         ({"process_index": 1}, "--process_index and --process_count go together"),
@@ -233,43 +231,3 @@ def test_the_door_refuses(tmp_path):
     wrong = _run("--source=shapes:0", f"--output={tmp_path / 'out'}")
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr.startswith("error: --source") and wrong.stderr.count("\n") == 1
-
-
-class TestCli:
-    @pytest.fixture(autouse=True)
-    def _flags(self, monkeypatch):
-        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
-        flags.DEFINE_integer("number", None, "x", flag_values=flags.FLAGS)
-        flags.mark_flag_as_required("number", flag_values=flags.FLAGS)
-
-    def _exit(self, main, *argv):
-        with pytest.raises(SystemExit) as error:
-            cli.run(main, ["door", *argv])
-        return error.value.code
-
-    @pytest.mark.parametrize(
-        "argv, message",
-        [
-            (["--numbr=3"], "Unknown command line flag 'numbr'. Did you mean: number"),
-            (["--number=x"], "flag --number=x"),
-            ([], "--number must have a value"),
-            (["--number=3", "rest"], "'rest' is no flag"),
-        ],
-    )
-    def test_usage(self, argv, message, capsys):
-        assert self._exit(lambda: None, *argv) == 2
-        assert message in capsys.readouterr().err
-
-    def test_statuses(self, capsys):
-        def user_error():
-            raise UserError("it is wrong")
-
-        def interrupt():
-            raise KeyboardInterrupt
-
-        assert self._exit(lambda: None, "--number=3") == 0
-        assert self._exit(user_error, "--number=3") == 1
-        assert capsys.readouterr().err == "error: it is wrong\n"
-        assert self._exit(interrupt, "--number=3") == 3
-        assert self._exit(user_error, "--help") == 0
-        assert "usage" not in capsys.readouterr().err

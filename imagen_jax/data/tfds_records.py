@@ -13,10 +13,7 @@ pixels that the shorter side of every picture has at least.
 
 import hashlib
 import json
-import pathlib
-import tempfile
 
-import numpy as np
 import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -27,68 +24,7 @@ from imagen_jax.data.manifest import Manifest
 from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 
-_NAME = "imagen_records"
-_VERSION = "1.0.0"
 _SPLIT = "train"
-_FILES = "records-{SHARD_INDEX}.{FILEFORMAT}"
-_DESCRIPTION = "Captioned pictures with the embeddings of a frozen text encoder."
-
-
-def info_files(done: Manifest, examples: list[int]) -> dict[str, str]:
-    """The files beside records with which `tfds.builder_from_directory` reads them.
-
-    Args:
-      done: the manifest.
-      examples: number of examples in each file, those without any included.
-
-    Returns:
-      text by file name.
-    """
-    int8 = done.embedding_dtype == "int8"
-    features = tfds.features.FeaturesDict(
-        {
-            "id": np.int64,
-            "image": tfds.features.Image(),
-            "caption": tfds.features.Text(),
-            "text": tfds.features.Tensor(
-                shape=(None, embeddings.row_bytes(done.text_dim, "int8"))
-                if int8
-                else (None, done.text_dim),
-                dtype=tf.uint8 if int8 else tf.bfloat16,
-                encoding="bytes",
-            ),
-            "side": np.int64,
-        }
-    )
-    sides = [int(side) for shard in done.shards for side in shard["sides"]]
-    with tempfile.TemporaryDirectory() as temporary:
-        info = tfds.core.DatasetInfo(
-            builder=tfds.core.dataset_info.DatasetIdentity(
-                name=_NAME,
-                version=tfds.core.Version(_VERSION),
-                data_dir=temporary,
-                module_name="",
-            ),
-            description=_DESCRIPTION,
-            features=features,
-            metadata=tfds.core.MetadataDict(encoder=done.encoder, min_side=min(sides)),
-        )
-        info.set_file_format("tfrecord")
-        split = tfds.core.SplitInfo(
-            name=_SPLIT,
-            shard_lengths=examples,
-            num_bytes=done.image_bytes + done.text_bytes,
-            filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=temporary,
-                dataset_name=_NAME,
-                filetype_suffix="tfrecord",
-                template=_FILES,
-            ),
-        )
-        info.set_splits(tfds.core.splits.SplitDict([split]))
-        info.write_to_directory(temporary)
-        files = sorted(pathlib.Path(temporary).iterdir())
-        return {file.name: file.read_text("utf8") for file in files}
 
 
 def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:

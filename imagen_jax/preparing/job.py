@@ -95,48 +95,54 @@ def start(job: Job) -> Manifest | None:
       the manifest of a job that is finished already, and lacks no file.
 
     Raises:
-      UserError: when the folder holds something else.
+      UserError: when the output holds something else.
     """
-    folder = job.output
-    file = folder / manifests.JOB_FILE
-    if folder.exists() and not folder.is_dir():
-        raise not_ours(folder)
-    with full_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            others = [path for path in folder.iterdir() if path.suffix != _TEMPORARY]
-            # Another process may have written it meanwhile.
-            if others and not file.exists():
-                raise not_ours(folder)
-            write_text(file, _json(job.identity()))
-    check_same(job, read_json(file, "what a job of `prepare` was asked for"))
+    output, file = job.output, job.output / manifests.JOB_FILE
+    if job.settings.is_npz or output.is_file():
+        return _finished_npz(job) if output.exists() else None
+    output.mkdir(parents=True, exist_ok=True)
+    if not file.exists():
+        others = [path for path in output.iterdir() if path.suffix != _TEMPORARY]
+        # Another process may have written it meanwhile.
+        if others and not file.exists():
+            raise _not_ours(output)
+        write_text(file, _json(job.identity()))
+    _check_same(job, read_json(file, "what a job of `prepare` was asked for"))
     for name in (manifests.FILE_NAME, manifests.PICTURES_FILE):
-        if (folder / name).is_file():
-            old = manifests.from_json((folder / name).read_text("utf8"), name)
-            if all((folder / shard["file"]).is_file() for shard in old.shards):
+        if (output / name).is_file():
+            old = manifests.from_json((output / name).read_text("utf8"), name)
+            if all((output / shard["file"]).is_file() for shard in old.shards):
                 return old
     return None
 
 
-def not_ours(path: pathlib.Path) -> UserError:
-    """The error about an output that holds something else."""
+def _finished_npz(job: Job) -> Manifest:
+    try:
+        old = manifests.read_manifest(job.output)
+    except UserError:
+        raise _not_ours(job.output) from None
+    _check_same(job, {"format": manifests.FORMAT} | dataclasses.asdict(old))
+    return old
+
+
+def _not_ours(output: pathlib.Path) -> UserError:
     return UserError(
-        f"--output={str(path)!r} exists and was not written by this version of "
+        f"--output={str(output)!r} exists and was not written by this version of "
         "`prepare`: give another name, or remove it"
     )
 
 
-def check_same(job: Job, old: dict[str, Any]) -> None:
+def _check_same(job: Job, old: dict[str, Any]) -> None:
     """Raises `UserError` if the output has another identity, and names what differs."""
     new = job.identity()
-    before, now = ({**values, **values["settings"]} for values in (old, new))
+    before, now = ({**values.pop("settings"), **values} for values in (old, new))
     differs = [
-        "other pictures or captions"
-        if name == "source_sha256"
-        else f"{name} {before.get(name)!r}, not {value!r}"
+        f"{name} {before.get(name)!r}, not {value!r}"
         for name, value in now.items()
-        if name != "settings" and before.get(name) != value
+        if name != "source_sha256" and before.get(name) != value
     ]
+    if before.get("source_sha256") != now["source_sha256"]:
+        differs.append("other pictures or captions")
     if differs:
         raise UserError(
             f"--output={job.settings.output!r} was prepared with "
@@ -175,18 +181,17 @@ def _finish(job: Job, reports: list[dict[str, Any]]) -> Manifest:
     folder = job.output
     summary = total(reports, job.source.problems)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in summary["skipped"])
-    with full_disk(folder):
-        write_text(folder / manifests.QUARANTINE_FILE, "".join(lines))
-        check_share(job, summary["examples"], summary["skipped"])
-        manifest = make_manifest(job, summary)
-        if job.embedder:
-            from imagen_jax.data import tfds_records
+    write_text(folder / manifests.QUARANTINE_FILE, "".join(lines))
+    check_share(job, summary["examples"], summary["skipped"])
+    manifest = make_manifest(job, summary)
+    if job.embedder:
+        from imagen_jax.preparing import tfds
 
-            examples = [report["examples"] for report in reports]
-            for name, text in tfds_records.info_files(manifest, examples).items():
-                write_text(folder / name, text)
-        name = manifests.FILE_NAME if job.embedder else manifests.PICTURES_FILE
-        write_text(folder / name, manifests.to_json(manifest))
+        examples = [report["examples"] for report in reports]
+        for name, text in tfds.info_files(manifest, examples).items():
+            write_text(folder / name, text)
+    name = manifests.FILE_NAME if job.embedder else manifests.PICTURES_FILE
+    write_text(folder / name, manifests.to_json(manifest))
     # What killed processes left. After the manifest: another process that is about to
     # write the same file finds it written.
     for path in folder.glob(f"*{_TEMPORARY}"):
@@ -210,14 +215,13 @@ def write_shard(
     """Writes a shard and its report; returns the report."""
     stats = Stats()
     shard, report_file = job.files(number)
-    write = _write_records if job.embedder else _write_tar
-    with full_disk(job.output):
-        with appearing(shard) as partial:
-            write(partial, usable(job, number, stats, progress))
-            with open(partial, "rb") as written:
-                sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-        report = stats.report(shard.name, sha256)
-        write_text(report_file, _json(report))
+    write = _write_records if job.embedder else webdataset.write_tar
+    with appearing(shard) as partial:
+        write(partial, usable(job, number, stats, progress))
+        with open(partial, "rb") as written:
+            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
+    report = stats.report(shard.name, sha256)
+    write_text(report_file, _json(report))
     return report
 
 
@@ -248,6 +252,7 @@ def usable(
 
 
 def _write_records(path: pathlib.Path, rows: Iterable) -> None:
+    # Here, so that images are prepared without TensorFlow.
     from imagen_jax.data import records
 
     fields = (
@@ -261,19 +266,6 @@ def _write_records(path: pathlib.Path, rows: Iterable) -> None:
         for example, image, text in rows
     )
     records.write_shard(path, fields)
-
-
-def _write_tar(path: pathlib.Path, rows: Iterable) -> None:
-    members = (
-        (
-            f"{example.id:09d}",
-            "png" if image.data.startswith(b"\x89PNG") else "jpg",
-            image.data,
-            {"caption": example.caption, "name": example.name},
-        )
-        for example, image, _ in rows
-    )
-    webdataset.write_tar(path, members)
 
 
 def check_share(job: Job, used: int, skipped: list[dict], least: int = 0) -> None:
@@ -298,6 +290,9 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives another name to write under; renames what was written to `path`.
 
     Several processes may do this to one path at once, with the same content.
+
+    Raises:
+      UserError: when the disk is full.
     """
     # Under the same name a process would truncate what another is writing.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
@@ -310,6 +305,15 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         # Another process was first, and removed what it took for left over.
         if not path.exists():
             raise
+    # TensorFlow has a class of its own for each error, and is not imported here.
+    except Exception as error:  # noqa: BLE001
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or type(error).__name__ == "ResourceExhaustedError":
+            raise UserError(
+                f"the disk of {str(path.parent)!r} is full: make room and start the "
+                "same command again, it continues with the shard that it was at"
+            ) from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -318,22 +322,6 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file that appears whole or not at all."""
     with appearing(path) as partial:
         partial.write_text(text, "utf8")
-
-
-@contextlib.contextmanager
-def full_disk(folder: pathlib.Path) -> Iterator[None]:
-    """Turns errors of a full disk into one that says what to do."""
-    try:
-        yield
-    # TensorFlow has a class of its own for each error, and is not imported here.
-    except Exception as error:  # noqa: BLE001
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if is_full or type(error).__name__ == "ResourceExhaustedError":
-            raise UserError(
-                f"the disk of {str(folder)!r} is full: make room and start the same "
-                "command again, it continues with the shard that it was at"
-            ) from None
-        raise
 
 
 def _json(values: dict[str, Any]) -> str:

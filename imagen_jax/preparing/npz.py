@@ -1,37 +1,19 @@
 """Writes a whole data set as one .npz file for host memory."""
 
-import dataclasses
 import io
 
 import numpy as np
 from PIL import Image
 
-from imagen_jax.data import manifest as manifests
 from imagen_jax.data import memory
+from imagen_jax.data.manifest import Manifest
 from imagen_jax.data.start_tensorflow import start_tensorflow
-from imagen_jax.errors import UserError
 from imagen_jax.preparing import job as jobs
 from imagen_jax.preparing.stats import Stats, total
 from imagen_jax.text import embeddings
 
 
-def finished(job: jobs.Job) -> manifests.Manifest | None:
-    """The manifest of the file that the job would write; None if there is none.
-
-    Raises:
-      UserError: when the output is something else.
-    """
-    if not job.output.exists():
-        return None
-    try:
-        old = manifests.read_manifest(job.output)
-    except UserError:
-        raise jobs.not_ours(job.output) from None
-    jobs.check_same(job, {"format": manifests.FORMAT} | dataclasses.asdict(old))
-    return old
-
-
-def write(job: jobs.Job, progress: jobs.Progress) -> manifests.Manifest:
+def write(job: jobs.Job, progress: jobs.Progress) -> Manifest:
     """Writes the file of a job; images smaller than its image_size are left out.
 
     Everything is in memory until the end, so this does not resume.
@@ -52,9 +34,8 @@ def write(job: jobs.Job, progress: jobs.Progress) -> manifests.Manifest:
         "sides": {str(size): len(ids)},
     }
     manifest = jobs.make_manifest(job, summary)
-    folder = job.output.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with jobs.full_disk(folder), jobs.appearing(job.output) as partial:
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    with jobs.appearing(job.output) as partial:
         memory.write(partial, arrays, captions, manifest)
     return manifest
 

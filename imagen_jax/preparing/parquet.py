@@ -1,6 +1,7 @@
 """Parquet files with the bytes of images and their captions."""
 
 import os
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,9 @@ from imagen_jax.preparing.sources import Example, Problem, Source
 # The columns of Hugging Face's `datasets` and img2dataset, then what others use.
 _IMAGES = ("image", "jpg", "png", "webp", "image_bytes", "img")
 _CAPTIONS = ("caption", "text", "TEXT", "captions", "txt", "prompt")
+# Arrow's names of their types.
+_IS_IMAGE = r"(large_)?binary|struct<.*\bbytes: (large_)?binary\b.*>"
+_IS_CAPTION = r"(large_)?string|(large_)?list<\w+: (large_)?string( not null)?>"
 # Rows in memory at a time.
 _ROWS = 64
 
@@ -57,25 +61,13 @@ def open_parquet(pattern: str, size: int) -> Source:
 
 def _columns(schema, file: str) -> list[str]:
     """The names of the image's and the caption's column."""
-    import pyarrow as pa
-
-    def is_image(kind):
-        if pa.types.is_struct(kind):
-            return any(f.name == "bytes" and is_image(f.type) for f in kind)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    def is_text(kind):
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            return is_text(kind.value_type)
-        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-    types = dict(zip(schema.names, schema.types))
+    types = {name: str(kind) for name, kind in zip(schema.names, schema.types)}
     columns = []
-    for what, names, fits in (
-        ("the bytes of pictures", _IMAGES, is_image),
-        ("captions", _CAPTIONS, is_text),
+    for what, names, pattern in (
+        ("the bytes of pictures", _IMAGES, _IS_IMAGE),
+        ("captions", _CAPTIONS, _IS_CAPTION),
     ):
-        fitting = [name for name in names if name in types and fits(types[name])]
+        fitting = [n for n in names if re.fullmatch(pattern, types.get(n, ""))]
         if not fitting:
             raise UserError(
                 f"{file!r} has no column with {what} ({', '.join(names)}); it has "

@@ -47,7 +47,7 @@ class Source:
 
     shards: int  # number of shards
     read: Callable[[int], Iterator[Example | Problem]]  # a shard, given its number
-    count: int | None  # examples in all shards; None if unknown
+    count: int | None  # examples in all shards, or an estimate; None if unknown
     problems: list[Problem]  # those that belong to no shard
     sha256: str  # changes when names, captions or lengths of files do
 
@@ -81,6 +81,9 @@ def open_source(name: str, image_size: int, seed: int, shard_examples: int) -> S
 
         return open_parquet(argument, shard_examples)
     if kind == "tfds":
+        from imagen_jax.data.start_tensorflow import start_tensorflow
+
+        start_tensorflow()
         from imagen_jax.preparing.tfds import open_tfds
 
         return open_tfds(argument, shard_examples)

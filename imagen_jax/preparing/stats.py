@@ -106,7 +106,8 @@ def estimate(
         room = f"{free / each:,.0f}"
         return f"estimated: {parts}; the free disk has room for {room} examples"
     count = round(source.count * len(usable) / len(items))
+    total, fits = count * each, count * each <= free
     return (
-        f"estimated: {format_bytes(count * each)} for {count:,} examples ({parts}), "
-        f"{format_bytes(free)} free{'; THIS DOES NOT FIT' * (count * each > free)}"
+        f"estimated: {format_bytes(total)} for about {count:,} examples ({parts}), "
+        f"{format_bytes(free)} free" + ("" if fits else "; THIS DOES NOT FIT")
     )

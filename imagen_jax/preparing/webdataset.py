@@ -57,17 +57,27 @@ def open_tars(pattern: str) -> Source:
 
 
 def _count(files: list[str]) -> int | None:
-    """The number of examples, by the statistics of img2dataset, or ours, beside all."""
+    """The number of examples in all tars, or an estimate of it.
+
+    By the statistics beside them, img2dataset's or ours; else by the first tar.
+    """
+    total = 0
     try:
-        stats = [
-            json.loads(
-                pathlib.Path(f"{os.path.splitext(f)[0]}_stats.json").read_bytes()
-            )
-            for f in files
-        ]
-        return sum(s["examples"] if "examples" in s else s["successes"] for s in stats)
+        for file in files:
+            stats = pathlib.Path(f"{os.path.splitext(file)[0]}_stats.json").read_bytes()
+            stats = json.loads(stats)
+            total += stats["examples"] if "examples" in stats else stats["successes"]
+        return total
     except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        # Without compression only the headers are read.
+        with tarfile.open(files[0], "r:") as tar:
+            images = sum(_split(name)[1] in _IMAGES for name in tar.getnames())
+    except _CUT:
         return None
+    sizes = [os.path.getsize(file) for file in files]
+    return round(images * sum(sizes) / sizes[0]) or None
 
 
 def _read_tar(file: str, ids: Iterator[int]) -> Iterator[Example | Problem]:
@@ -129,16 +139,18 @@ def _example(name: str, members: dict[str, bytes], id: int) -> Example | Problem
     return sources.make_example(id, name, caption, lambda: image)
 
 
-def write_tar(path, rows: Iterable[tuple[str, str, bytes, dict]]) -> None:
+def write_tar(path: os.PathLike, rows: Iterable[tuple]) -> None:
     """Writes a tar that `open_tars` reads; equal rows make equal bytes.
 
-    A row is the key, the image's extension and file, and the values of its JSON.
+    A row is (`Example`, `StoredImage`, ...).
     """
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-        for key, extension, image, values in rows:
+        for example, image, *_ in rows:
+            kind = "png" if image.data.startswith(b"\x89PNG") else "jpg"
+            values = {"caption": example.caption, "name": example.name}
             text = json.dumps(values, ensure_ascii=False).encode()
-            for name, data in ((extension, image), ("json", text)):
+            for extension, data in ((kind, image.data), ("json", text)):
                 # A new TarInfo has no owner and no time.
-                info = tarfile.TarInfo(f"{key}.{name}")
+                info = tarfile.TarInfo(f"{example.id:09d}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))

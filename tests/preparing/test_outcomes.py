@@ -1,7 +1,6 @@
 """What becomes of pictures and captions that are not as they should be."""
 
 import io
-import tarfile
 
 import numpy as np
 import pytest
@@ -9,9 +8,7 @@ from PIL import Image
 
 from imagen_jax import prepare
 from imagen_jax.data.start_tensorflow import start_tensorflow
-from imagen_jax.preparing.images import Rules
-from imagen_jax.preparing.selection import Chosen, select
-from imagen_jax.preparing.sources import Example, Problem
+from tests import tars
 
 
 def _file(image, kind="PNG", **options):
@@ -69,12 +66,10 @@ CASES = {
 def outcome(tmp_path_factory):
     """The manifest, the reasons and the records by name."""
     folder = tmp_path_factory.mktemp("selection")
-    with tarfile.open(folder / "a.tar", "w") as tar:
-        for name, (extension, picture, caption, _) in CASES.items():
-            for end, data in ((extension, picture), ("txt", caption)):
-                info = tarfile.TarInfo(f"{name}.{end}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+    members = []
+    for name, (extension, image, caption, _) in CASES.items():
+        members += [(f"{name}.{extension}", image), (f"{name}.txt", caption)]
+    tars.write(folder / "a.tar", members)
     manifest = prepare.prepare(
         f"webdataset:{folder}/a.tar",
         str(folder / "out"),
@@ -125,31 +120,3 @@ def test_everything_is_counted(outcome):
     assert manifest.examples == len(records) and manifest.skipped == len(reasons)
     assert manifest.examples + manifest.skipped == len(CASES)
     assert manifest.reencoded == 4 and manifest.cut_captions == 1
-
-
-def test_order_and_problems_are_kept():
-    def read(i):
-        if i == 7:
-            raise OSError(5, "Input/output error")
-        return PNG if i % 3 else b""
-
-    items = [Example(i, f"{i}", "x", lambda i=i: read(i)) for i in range(200)]
-    items[50] = Problem("50", "why")
-    done = list(select(iter(items), Rules()))
-    assert [item.name for item in done] == [f"{i}" for i in range(200)]
-    for i, item in enumerate(done):
-        assert isinstance(item, Chosen) == bool(i % 3 and i not in (7, 50)), i
-    assert done[7].reason == "cannot be read: Input/output error"
-    assert done[50].reason == "why"
-
-
-def test_sources_are_not_read_far_ahead():
-    taken = []
-
-    def items():
-        for i in range(1000):
-            taken.append(i)
-            yield Problem(f"{i}", "")
-
-    next(select(items(), Rules()))
-    assert len(taken) < 100
