@@ -22,11 +22,7 @@ _METADATA = "metadata.jsonl"
 
 
 def open_folder(folder: str, seed: int, size: int) -> Source:
-    """The images of a folder in a random order of `seed`; `size` make a shard.
-
-    Raises:
-      UserError: as `list_folder`.
-    """
+    """The images that `list_folder` finds, in a random order; `size` make a shard."""
     pairs, problems = list_folder(folder)
     root, count = pathlib.Path(folder), len(pairs)
     # Neighbours in a folder are alike, and the shuffle buffer of a training may be too

@@ -51,8 +51,12 @@ def verify(data: bytes, rules: Rules) -> StoredImage:
     """
     try:
         image = Image.open(io.BytesIO(data))
-        kind, side = image.format, min(image.size)
-        _check(image.size, rules)
+        kind, (side, longer) = image.format, sorted(image.size)
+        if side < rules.min_side:
+            raise Unusable(f"its shorter side has {side} of {rules.min_side} pixels")
+        if rules.max_aspect and longer > rules.max_aspect * side:
+            limit = f"{rules.max_aspect:g} to 1"
+            raise Unusable(f"{longer} by {side} pixels are more than {limit}")
         reduced = 0 < rules.stored_size < side
         if reduced:
             image.draft(None, [_REDUCING_GAP * rules.stored_size] * 2)
@@ -79,16 +83,6 @@ def verify(data: bytes, rules: Rules) -> StoredImage:
     except Exception as error:  # noqa: BLE001
         raise Unusable(f"{type(error).__name__}: {error}") from None
     return StoredImage(data, side, reduced or not plain)
-
-
-def _check(size: tuple[int, int], rules: Rules) -> None:
-    side, longer = sorted(size)
-    if side < rules.min_side:
-        raise Unusable(f"its shorter side has {side} of {rules.min_side} pixels")
-    if rules.max_aspect and longer > rules.max_aspect * side:
-        raise Unusable(
-            f"{longer} by {side} pixels are more than {rules.max_aspect:g} to 1"
-        )
 
 
 def _rgb(image: Image.Image) -> Image.Image:

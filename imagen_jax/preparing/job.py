@@ -52,7 +52,7 @@ class Job:
     @property
     def output(self) -> pathlib.Path:
         """The folder or file that is written."""
-        return self.settings.path
+        return pathlib.Path(self.settings.output)
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the output; kept in prepare.json."""

@@ -1,7 +1,6 @@
 """What `prepare` is asked for: the flags of the door, and the arguments of Python."""
 
 import dataclasses
-import pathlib
 from typing import Any
 
 from imagen_jax.errors import UserError
@@ -64,14 +63,9 @@ class Settings:
     runner_options: str = _setting("its options: '--project=... --region=...'", "")
 
     @property
-    def path(self) -> pathlib.Path:
-        """The output."""
-        return pathlib.Path(self.output)
-
-    @property
     def is_npz(self) -> bool:
         """Whether the output is one file for host memory."""
-        return self.path.suffix == ".npz"
+        return self.output.endswith(".npz")
 
     @property
     def rules(self) -> Rules:

@@ -13,8 +13,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 
+from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.preparing import images
+from imagen_jax.shapes import scenes as shapes
 
 KINDS = ("folder", "webdataset", "parquet", "tfds", "shapes")
 FORMS = "folder:DIR, webdataset:GLOB, parquet:GLOB, tfds:NAME or shapes:N"
@@ -68,31 +70,24 @@ def open_source(name: str, image_size: int, seed: int, shard_examples: int) -> S
     if kind not in KINDS or not argument:
         hint = did_you_mean(kind, KINDS)
         raise UserError(f"--source is {name!r}{hint}; it is {FORMS}")
+    # Here, as they import this module.
+    from imagen_jax.preparing import folder, parquet, webdataset
+
     if kind == "folder":
-        from imagen_jax.preparing.folder import open_folder
-
-        return open_folder(argument, seed, shard_examples)
+        return folder.open_folder(argument, seed, shard_examples)
     if kind == "webdataset":
-        from imagen_jax.preparing.webdataset import open_tars
-
-        return open_tars(argument)
+        return webdataset.open_tars(argument)
     if kind == "parquet":
-        from imagen_jax.preparing.parquet import open_parquet
+        return parquet.open_parquet(argument, shard_examples)
+    if kind == "shapes":
+        return _open_shapes(argument, image_size, seed, shard_examples)
+    start_tensorflow()
+    from imagen_jax.preparing import tfds
 
-        return open_parquet(argument, shard_examples)
-    if kind == "tfds":
-        from imagen_jax.data.start_tensorflow import start_tensorflow
-
-        start_tensorflow()
-        from imagen_jax.preparing.tfds import open_tfds
-
-        return open_tfds(argument, shard_examples)
-    return _open_shapes(argument, image_size, seed, shard_examples)
+    return tfds.open_tfds(argument, shard_examples)
 
 
 def _open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
-    from imagen_jax.shapes import scenes as shapes
-
     if not argument.isdecimal() or int(argument) < 1:
         raise UserError(f"--source is 'shapes:{argument}'; give a number above zero")
     count = int(argument)

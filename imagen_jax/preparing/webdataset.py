@@ -42,9 +42,6 @@ def open_tars(pattern: str) -> Source:
 
     Of a tar that is cut or damaged, what precedes the damage is used and the rest is
     one `Problem`.
-
-    Raises:
-      UserError: when no file matches.
     """
     files = sources.matching_files(pattern, "tar")
 
