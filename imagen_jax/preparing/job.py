@@ -135,7 +135,7 @@ def _not_ours(output: pathlib.Path) -> UserError:
 def _check_same(job: Job, old: dict[str, Any]) -> None:
     """Raises `UserError` if the output has another identity, and names what differs."""
     new = job.identity()
-    before, now = ({**values.pop("settings"), **values} for values in (old, new))
+    before, now = ({**values.pop("settings", {}), **values} for values in (old, new))
     differs = [
         f"{name} {before.get(name)!r}, not {value!r}"
         for name, value in now.items()
