@@ -11,7 +11,8 @@ import time
 
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.prepare import prepare
-from imagen_jax.preparing.sources import Example, open_source
+from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.sources import Example
 from imagen_jax.text import encoders as text
 
 WAYS = {

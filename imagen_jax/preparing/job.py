@@ -23,8 +23,9 @@ from typing import Any
 
 from imagen_jax.data import manifest as manifests
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.errors import UserError, read_json
-from imagen_jax.preparing import sources, webdataset
+from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.errors import UserError, did_you_mean, read_json
+from imagen_jax.preparing import folder, parquet, sources, webdataset
 from imagen_jax.preparing.captions import Embedded, Embedder
 from imagen_jax.preparing.images import StoredImage
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
@@ -39,6 +40,8 @@ _NAMED_SKIPS = 100
 _TEMPORARY = ".tmp"
 
 Progress = Callable[[int], None]
+
+_KINDS = ("folder", "webdataset", "parquet", "tfds", "shapes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +85,42 @@ class Job:
         return read_json(report, "a report of `prepare` on a shard (remove it)")
 
 
+def open_source(
+    name: str, image_size: int, seed: int, shard_examples: int
+) -> sources.Source:
+    """Opens the source called `name`, without opening an image.
+
+    Args:
+      name: one of `sources.FORMS`.
+      image_size: pixels of a side of drawn scenes.
+      seed: seed of the order of a folder and of drawn scenes.
+      shard_examples: examples in a shard; not of tars, each of which is a shard.
+
+    Raises:
+      UserError: when there is no such source, or it is malformed.
+    """
+    kind, _, argument = name.partition(":")
+    if kind not in _KINDS or not argument:
+        hint = did_you_mean(kind, _KINDS)
+        raise UserError(f"--source is {name!r}{hint}; it is {sources.FORMS}")
+    if kind == "folder":
+        return folder.open_folder(argument, seed, shard_examples)
+    if kind == "webdataset":
+        return webdataset.open_tars(argument)
+    if kind == "parquet":
+        return parquet.open_parquet(argument, shard_examples)
+    if kind == "shapes":
+        return sources.open_shapes(argument, image_size, seed, shard_examples)
+    start_tensorflow()
+    from imagen_jax.preparing import tfds
+
+    return tfds.open_tfds(argument, shard_examples)
+
+
 def open_job(settings: Settings, embedder: Embedder | None = None) -> Job:
     """Opens the source of a job; `UserError` when there is none, or it is malformed."""
     options = settings.image_size, settings.seed, settings.shard_examples
-    return Job(settings, sources.open_source(settings.source, *options), embedder)
+    return Job(settings, open_source(settings.source, *options), embedder)
 
 
 def start(job: Job) -> Manifest | None:

@@ -1,4 +1,4 @@
-"""Captioned images to prepare: what a source is, and how one is opened by its name.
+"""Captioned images to prepare: what a source is, and what all kinds of it share.
 
 A source is divided into shards that depend on the source and the settings alone: any
 process can read any shard, and finds the same examples in it.
@@ -13,12 +13,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 
-from imagen_jax.data.start_tensorflow import start_tensorflow
-from imagen_jax.errors import UserError, did_you_mean
+from imagen_jax.errors import UserError
 from imagen_jax.preparing import images
 from imagen_jax.shapes import scenes as shapes
 
-KINDS = ("folder", "webdataset", "parquet", "tfds", "shapes")
 FORMS = "folder:DIR, webdataset:GLOB, parquet:GLOB, tfds:NAME or shapes:N"
 NOT_UTF8 = "the caption is not UTF-8 text"
 # Images that are decoded ahead of the one whose turn it is.
@@ -54,40 +52,8 @@ class Source:
     sha256: str  # changes when names, captions or lengths of files do
 
 
-def open_source(name: str, image_size: int, seed: int, shard_examples: int) -> Source:
-    """Opens the source called `name`, without opening an image.
-
-    Args:
-      name: one of `FORMS`.
-      image_size: pixels of a side of drawn scenes.
-      seed: seed of the order of a folder and of drawn scenes.
-      shard_examples: examples in a shard; not of tars, each of which is a shard.
-
-    Raises:
-      UserError: when there is no such source, or it is malformed.
-    """
-    kind, _, argument = name.partition(":")
-    if kind not in KINDS or not argument:
-        hint = did_you_mean(kind, KINDS)
-        raise UserError(f"--source is {name!r}{hint}; it is {FORMS}")
-    # Here, as they import this module.
-    from imagen_jax.preparing import folder, parquet, webdataset
-
-    if kind == "folder":
-        return folder.open_folder(argument, seed, shard_examples)
-    if kind == "webdataset":
-        return webdataset.open_tars(argument)
-    if kind == "parquet":
-        return parquet.open_parquet(argument, shard_examples)
-    if kind == "shapes":
-        return _open_shapes(argument, image_size, seed, shard_examples)
-    start_tensorflow()
-    from imagen_jax.preparing import tfds
-
-    return tfds.open_tfds(argument, shard_examples)
-
-
-def _open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
+def open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
+    """Opens "shapes:N": N drawn scenes."""
     if not argument.isdecimal() or int(argument) < 1:
         raise UserError(f"--source is 'shapes:{argument}'; give a number above zero")
     count = int(argument)

@@ -7,6 +7,7 @@ from PIL import Image
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources
 from imagen_jax.preparing.images import Rules
+from imagen_jax.preparing.job import open_source
 from imagen_jax.preparing.sources import Example, Problem
 
 
@@ -27,9 +28,9 @@ def _captions(opened):
 def test_shards_divide_a_source(tmp_path, size):
     """Read alone, in any order or again, a shard is the same."""
     for source in (_folder(tmp_path, 7), "shapes:7"):
-        opened = sources.open_source(source, 8, 0, size)
+        opened = open_source(source, 8, 0, size)
         assert (opened.count, opened.shards) == (7, -(-7 // size))
-        whole = _captions(sources.open_source(source, 8, 0, 100))
+        whole = _captions(open_source(source, 8, 0, 100))
         assert _captions(opened) == whole
         last = opened.shards - 1
         for _ in range(2):
@@ -39,7 +40,7 @@ def test_shards_divide_a_source(tmp_path, size):
 
 def test_a_folder_is_shuffled_by_the_seed(tmp_path):
     source = _folder(tmp_path, 30)
-    orders = [_captions(sources.open_source(source, 8, s, 9)) for s in (0, 0, 1)]
+    orders = [_captions(open_source(source, 8, s, 9)) for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     in_order = [f"grey {i}" for i in range(30)]
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(in_order)
@@ -48,7 +49,7 @@ def test_a_folder_is_shuffled_by_the_seed(tmp_path):
 
 def test_the_sum_is_of_captions_and_lengths(tmp_path):
     def of():
-        return sources.open_source(f"folder:{tmp_path}", 8, 0, 9).sha256
+        return open_source(f"folder:{tmp_path}", 8, 0, 9).sha256
 
     _folder(tmp_path, 3)
     sums = [of(), of()]

@@ -7,7 +7,8 @@ import numpy as np
 from imagen_jax import prepare
 from imagen_jax.preparing.captions import Embedded, Embedder
 from imagen_jax.preparing.images import Rules, StoredImage, encode_png
-from imagen_jax.preparing.sources import Problem, open_source
+from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.sources import Problem
 from imagen_jax.preparing.stats import Stats, estimate, total
 from imagen_jax.text import encoders
 from tests import tars
