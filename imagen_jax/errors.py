@@ -1,4 +1,4 @@
-"""Errors that a user is meant to read, and the reader of small JSON files."""
+"""Errors that users are meant to read, and the reader of small JSON files."""
 
 import difflib
 import json
@@ -17,18 +17,18 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and saved itself; doors exit with status 3."""
+    """The run was asked to stop, and has saved its state; doors exit with status 3."""
 
 
 class PeerLost(Exception):
-    """Another process of this training did not come or is gone; status 4.
+    """Another process of the training is missing or gone; doors exit with status 4.
 
-    The same command, given again on all hosts, goes on.
+    Running the same command again on all hosts continues the training.
     """
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """Returns " (did you mean 'x'?)" for the nearest allowed word, or ""."""
+    """Returns " (did you mean 'x'?)" for the nearest allowed word, "" if none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -307,9 +307,9 @@ def project_text(cond: Cond, cfg: ModelConfig) -> Cond:
 
 
 def network_input(z: jax.Array, cond: Cond, cfg: ModelConfig) -> jax.Array:
-    """The noised picture, and beside it the low-resolution one, as channels.
+    """The noised image, and beside it the low-resolution one, as channels.
 
-    The low-resolution picture is enlarged bicubically (SR3, arXiv 2104.07636).
+    The low-resolution image is enlarged bicubically (SR3, arXiv 2104.07636).
 
     Returns:
       `[B, H / p, W / p, p * p * (3 or 6)]` in the compute type, p the patch size.

@@ -1,4 +1,4 @@
-"""Convolution of pictures whose rows may lie on many devices."""
+"""Convolution of images whose rows may lie on many devices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from imagen_jax.sharding import picture_spec
+from imagen_jax.sharding import image_spec
 
 
 def convolve(
@@ -44,7 +44,7 @@ def _by_rows(x, kernel, strides, pads, mesh):
     # By hand, for XLA's partitioner (jaxlib 0.10.2) gets convolutions wrong whose rows
     # and output channels are both split, and gradients of those whose rows are.
     (above, below), columns = pads
-    spec = picture_spec(x.shape, mesh, strides[0])
+    spec = image_spec(x.shape, mesh, strides[0])
     shards = mesh.shape["spatial"] if spec[1] else 1
     if x.shape[1] // shards < max(above, below):
         spec, shards = PartitionSpec(spec[0], None, None, None), 1

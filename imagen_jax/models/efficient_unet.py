@@ -13,9 +13,9 @@ class EfficientUNet(nn.Module):
     """`(z, logsnr, cond) -> output`, resolution changed on the cheap side.
 
     A level is halved before its residual blocks on the way down and doubled after
-    them on the way up, so no residual block runs at the picture's own resolution.
+    them on the way up, so no residual block runs at the image's own resolution.
 
-    Without self-attention it may be applied to larger pictures than it was trained on:
+    Without self-attention it may be applied to larger images than it was trained on:
     only the moments of its group normalisations then are of more pixels.
 
     Attributes:
@@ -26,12 +26,12 @@ class EfficientUNet(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-        """Predicts `[B, H, W, 3]` float32 from the noised picture of that shape.
+        """Predicts `[B, H, W, 3]` float32 from the noised image of that shape.
 
         Args:
           z: `[B, H, W, 3]` float32.
           logsnr: `[B]` float32.
-          cond: text `[B, L, D]`, and the low-res picture of a super-resolution stage.
+          cond: text `[B, L, D]`, and the low-res image of a super-resolution stage.
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)

@@ -69,7 +69,7 @@ def conv(
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm (arXiv 1803.08494) as a factor and a summand of each picture's channel.
+    """GroupNorm (arXiv 1803.08494) as a factor and a summand of each image's channel.
 
     `flax.linen.GroupNorm` subtracts, multiplies and adds pixel by pixel; here a pixel
     sees one product and one sum, in float32, that of `scale` and `shift` included
@@ -125,7 +125,7 @@ class GroupNorm(nn.Module):
 def group_norm(channels: int, dtype, *, name: str | None = None) -> GroupNorm:
     """GroupNorm with 32 groups, fewer where they would have less than 4 channels.
 
-    With one channel to a group each picture would lose its channels' means, and with
+    With one channel to a group each image would lose its channels' means, and with
     them its colours.
     """
     most = max(1, min(32, channels // 4))

@@ -29,9 +29,9 @@ def apply(
     Args:
       cfg: architecture and sizes.
       params: from `init`, unboxed.
-      z: `[B, H, W, 3]` float32, the noised picture.
+      z: `[B, H, W, 3]` float32, the noised image.
       logsnr: `[B]` float32.
-      cond: text and, for a super-resolution stage, the low-res picture.
+      cond: text and, for a super-resolution stage, the low-res image.
       dropout_key: given in training; without it dropout is off.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
@@ -102,7 +102,7 @@ def _abstract_params(cfg: ModelConfig, inputs):
 
 
 def abstract_inputs(cfg: StageConfig):
-    """`params, z, logsnr, cond` of one picture, as `apply` takes them; no arrays."""
+    """`params, z, logsnr, cond` of one image, as `apply` takes them; no arrays."""
     return nn.unbox(abstract_params(cfg)), *_inputs(cfg)
 
 

@@ -20,12 +20,12 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-        """Predicts `[B, H, W, 3]` float32 from the noised picture of that shape.
+        """Predicts `[B, H, W, 3]` float32 from the noised image of that shape.
 
         Args:
           z: `[B, H, W, 3]` float32.
           logsnr: `[B]` float32.
-          cond: text `[B, L, D]`, and the low-res picture of a super-resolution stage.
+          cond: text `[B, L, D]`, and the low-res image of a super-resolution stage.
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
