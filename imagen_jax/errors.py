@@ -28,7 +28,7 @@ class PeerLost(Exception):
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """Returns " (did you mean 'x'?)" for the nearest allowed word, "" if none is near."""
+    """Returns " (did you mean 'x'?)" for the nearest allowed word, or ""."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" (did you mean {near[0]!r}?)" if near else ""
 

@@ -40,7 +40,7 @@ def _sizes(cfg: Any) -> Iterator[tuple[str, str]]:
             why = f"(patch_size {patch} x {halvings} halvings)"
             yield name, f"this network needs a multiple of {multiple} {why}"
     if cfg.crop_size > cfg.image_size:
-        yield "crop_size", f"image_size is {cfg.image_size}; 0 trains on whole images"
+        yield "crop_size", f"at most image_size, {cfg.image_size}; 0 is whole images"
     if cfg.lowres_size:
         ratio, rest = divmod(cfg.image_size, cfg.lowres_size)
         if rest or ratio < 2 or ratio & (ratio - 1):
@@ -58,7 +58,7 @@ def _sampling(cfg: Any) -> Iterator[tuple[str, str]]:
         if clip.logsnr_min >= clip.logsnr_max:
             above = f"it must be below logsnr_max, which is {clip.logsnr_max}"
             yield f"{name}.logsnr_min", above
-    trained_range = f"trained are log-SNRs {trained.logsnr_min} to {trained.logsnr_max}"
+    trained_range = f"training has only {trained.logsnr_min} to {trained.logsnr_max}"
     if sampler.logsnr_min >= trained.logsnr_max:
         yield "sampler.logsnr_min", trained_range
     if sampler.logsnr_max <= trained.logsnr_min:

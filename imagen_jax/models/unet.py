@@ -10,7 +10,7 @@ from imagen_jax.models import blocks, layers
 
 
 class UNet(nn.Module):
-    """`(z, logsnr, cond) -> output`, all levels convolved at their own resolution.
+    """`(z, logsnr, cond) -> output`; levels are convolved at their own resolution.
 
     Attributes:
       cfg: widths, depths, attention and compute type.
@@ -25,7 +25,7 @@ class UNet(nn.Module):
         Args:
           z: `[B, H, W, 3]` float32.
           logsnr: `[B]` float32.
-          cond: text `[B, L, D]`, and the low-res image of a super-resolution stage.
+          cond: text and, for a super-resolution stage, the low-resolution image.
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
@@ -42,7 +42,7 @@ class UNet(nn.Module):
         skips = [x]
         for level, features in enumerate(cfg.channels):
             more = cfg.num_res_blocks[level] - 1
-            # The first takes another width, the others are equal.
+            # The first block's input has another width; the others are equal.
             x = block(x, None, features, f"down_{level}_first", level=level)
             chain = blocks.Chain(more, features, cfg, level, name=f"down_{level}_chain")
             skips.append(x)
