@@ -37,8 +37,8 @@ def paper() -> ml_collections.ConfigDict:
 def shrink(cfg: ml_collections.ConfigDict, size: int) -> ml_collections.ConfigDict:
     """A paper stage that a CPU trains in a minute: the same network, but smaller.
 
-    Its images have sides of `size` pixels, the second of the four levels is left out, the
-    training is short with a higher learning rate, and float32 is computed in.
+    Its images have sides of `size` pixels, the second of the four levels is left out,
+    the training is short with a higher learning rate, and float32 is computed in.
     """
     factor = cfg.image_size // size
     cfg.image_size = size

@@ -46,7 +46,7 @@ def _sizes(cfg: Any) -> Iterator[tuple[str, str]]:
         if rest or ratio < 2 or ratio & (ratio - 1):
             yield (
                 "lowres_size",
-                f"image_size {cfg.image_size} must be 2, 4, 8, ... of it",
+                f"image_size {cfg.image_size} must be 2, 4, 8, ... times it",
             )
         elif cfg.crop_size % ratio:
             yield "crop_size", f"it must be a multiple of {ratio}, the enlargement"
