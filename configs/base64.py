@@ -13,15 +13,15 @@ from configs import common
 def get_config(variant: str = "2b"):
     """The paper's 2B network, its smaller ablations (D.3), or one for a CPU."""
     # [P] 2B has embed_dim 512. [O] The widths of the ablations (D.3) are not printed.
-    # 192 is ADM's; of the others that heads of 64 channels divide these come nearest:
-    # 2,183M, 873M, 568M and 329M parameters.
+    # 192 is ADM's; the others come nearest among multiples of a head's 64 channels.
+    # Parameters: 2,183M, 873M, 568M and 329M.
     widths = {"2b": 512, "1b": 320, "500m": 256, "300m": 192}
     variants = {name: functools.partial(base, w) for name, w in widths.items()}
     return common.pick({**variants, "tiny": tiny}, variant)
 
 
 def base(width: int):
-    """The network of width `width`, trained as the paper's."""
+    """The paper's network and training, with another width."""
     cfg = common.paper()
     cfg.name = "base"
     cfg.image_size = 64
@@ -30,22 +30,22 @@ def base(width: int):
         channels=tuple(width * m for m in (1, 2, 3, 4)),  # [P]
         num_res_blocks=(3, 3, 3, 3),  # [P]
         self_attention=(False, True, True, True),  # [P] at 32, 16 and 8
-        text_attention=(False, True, True, True),  # [P] the same
+        text_attention=(False, True, True, True),  # [P] at 32, 16 and 8
         text_conditioning="concatenate",  # [P] D.3.1
         head_channels=64,  # [P]
-        # [O] As keys and values of 4096 the text would add 0.3B to ADM's 2.10B.
+        # [O] With keys and values from all 4096 the text would add 0.3B to ADM's 2.10B.
         text_features=1024,
     )
     cfg.diffusion.schedule = "cosine"  # [P]
-    # [P] optax's defaults. [O] But one: steps in proportion to the parameters' size
-    # start at 1e-7 where convolutions start at zero. In 200 steps of the tiny form the
-    # loss then stays at 0.99 (docs/decisions.md).
+    # [P] Adafactor with optax's defaults. [O] All but one: steps that scale with the
+    # parameters start at 1e-7 where convolutions start at zero, and 200 steps of the
+    # tiny form leave the loss at 0.99 (docs/decisions.md).
     cfg.optimizer.update(name="adafactor", parameter_scale=False)
-    # [P] guidance of Table 1. [O] steps and gamma: the priors of Imagen's successors.
+    # [P] Guidance of Table 1. [O] Steps and gamma as in Imagen's successors.
     cfg.sampler.update(name="ddpm", steps=256, gamma=0.1, guidance=1.35)
     return cfg
 
 
 def tiny():
-    """The same at 16 pixels, for a CPU."""
+    """The same with 16 pixels, for a CPU."""
     return common.shrink(base(512), 16)

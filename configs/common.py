@@ -13,29 +13,32 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def paper() -> ml_collections.ConfigDict:
-    """What the paper's three stages share (arXiv 2205.11487, Sec. 4.1, App. F)."""
+    """What the paper's three stages share (arXiv 2205.11487, Sec. 4.1, App. F).
+
+    [P] is printed in the paper, [O] ours where it is silent.
+    """
     cfg = get_config()
-    cfg.model.dtype = "bfloat16"  # ours: precision is not stated
-    cfg.diffusion.update(prediction="eps", text_dropout=0.1)  # printed
-    # The encoder, T5-XXL, is printed; the length is ours, that of the peers.
+    cfg.model.dtype = "bfloat16"  # [O] precision is not stated
+    cfg.diffusion.update(prediction="eps", text_dropout=0.1)  # [P]
+    # [P] T5-XXL. [O] Its length is that of other diffusion models with T5.
     cfg.text.update(length=128, dim=4096)
-    cfg.training.update(batch_size=2048, steps=2_500_000)  # printed
-    # The hosts of a v4-512, and a shuffle buffer of 1,600 for each.
+    cfg.training.update(batch_size=2048, steps=2_500_000)  # [P]
+    # [O] The hosts of a v4-512, with a shuffle buffer of 1,600 examples each.
     cfg.data.update(readers=64, shuffle_examples=102_400)
-    # Printed, but for the end value of 2500000, plainly a slip: ours is 0.
+    # [P] but for the value at the end, printed as 2500000, a slip: ours is 0.
     cfg.optimizer.update(learning_rate=1e-4, warmup_steps=10_000, decay_steps=2_500_000)
-    # Ours: EMA and clipping are not mentioned; 0.9999 is the family's.
+    # [O] EMA and clipping are not mentioned; 0.9999 is usual for diffusion models.
     cfg.optimizer.update(ema_decay=0.9999, clip_norm=1.0)
-    # Dynamic thresholding is printed, and its only percentile (Fig. A.10).
+    # [P] Dynamic thresholding, and its only percentile (Fig. A.10).
     cfg.sampler.update(threshold="dynamic", percentile=99.5)
     return cfg
 
 
 def shrink(cfg: ml_collections.ConfigDict, size: int) -> ml_collections.ConfigDict:
-    """A paper stage that a CPU trains in a minute, with the same network but for sizes.
+    """A paper stage that a CPU trains in a minute: the same network, but smaller.
 
-    Its pictures have `size` pixels, and of four levels the second is left out. Learning
-    is faster and shorter, computing in float32.
+    Its images have sides of `size` pixels, the second of the four levels is left out,
+    the training is short with a higher learning rate, and float32 is computed in.
     """
     factor = cfg.image_size // size
     cfg.image_size = size
@@ -57,7 +60,7 @@ def shrink(cfg: ml_collections.ConfigDict, size: int) -> ml_collections.ConfigDi
 
 
 def pick(variants: dict, variant: str) -> ml_collections.ConfigDict:
-    """The config that the part after the colon of --config names."""
+    """The config that is named after the colon in --config=FILE:VARIANT."""
     if variant not in variants:
         names = " or ".join(f":{name}" for name in variants)
         raise ValueError(f"this config has variants: write {names} after the file name")

@@ -1,7 +1,7 @@
-"""A cascade for a folder of small captioned pictures: 32 to 64 pixels, on a CPU.
+"""A cascade for a folder of small captioned images: 32 to 64 pixels, on a CPU.
 
-docs/emoji.md has the commands and the pictures that they made. The values are ours,
-chosen so that each stage trains in some 25 minutes on two CPU cores.
+docs/emoji.md has the commands and their samples. The values are ours, chosen so that
+each stage trains in about 25 minutes on two CPU cores.
 """
 
 from configs import common
@@ -55,11 +55,10 @@ def _shared():
     cfg = common.get_config()
     cfg.model.head_channels = 32
     cfg.model.dtype = "float32"
-    # The networks fold pixels into fewer channels than the noise of eps and v needs
-    # to pass through (48 numbers in a folded pixel beside what it shows).
+    # The networks have too few channels for the noise that eps and v reproduce: 48
+    # numbers in a folded pixel, beside what it shows.
     cfg.diffusion.prediction = "x0"
     cfg.text.length = 16
-    cfg.text.dim = 64
     cfg.optimizer.update(warmup_steps=100, learning_rate=2e-3, b2=0.99, ema_decay=0.998)
     cfg.training.update(
         batch_size=32,

@@ -14,7 +14,7 @@ def get_config(variant: str = "400m"):
 
 
 def sr1024():
-    """As sr256, without self-attention, trained on crops."""
+    """The network of sr256 without self-attention, trained on crops."""
     cfg = sr256.sr256()
     cfg.name = "sr1024"
     cfg.image_size = 1024
@@ -22,21 +22,20 @@ def sr1024():
     cfg.crop_size = 256  # [P] 64 -> 256 crops; applied to the whole picture
     cfg.model.update(
         self_attention=(False, False, False, False),  # [P]
-        # [P] cross-attention, which is what a level without self-attention does.
+        # [P] Cross-attention, as levels without self-attention have anyway.
         text_conditioning="cross",
-        # [O] The printed blocks cannot come to the stated 400M (docs/decisions.md).
-        # One skip per level and a narrow text are the nearest.
+        # [O] The printed blocks have more than the stated 400M parameters
+        # (docs/decisions.md); one skip per level and narrow text come nearest.
         skips="last_block",
         text_features=512,
     )
     cfg.diffusion.schedule = "linear"  # [P] beta 1e-4 to 0.02, continuous time
-    # [O] Guidance of this stage and its steps are not stated.
-    cfg.sampler.update(name="ddpm", steps=128, gamma=0.1, guidance=1.0, aug_level=0.1)
-    # A picture takes 16 times what one of 256 pixels does, of which 64 are a batch.
+    cfg.sampler.guidance = 1.0  # [O] not stated
+    # [O] An image takes the memory of 16 with 256 pixels, of which 64 are a batch.
     cfg.sampler.batch_size = 4
     return cfg
 
 
 def tiny():
-    """The same at 64 pixels, for a CPU."""
+    """The same with 64 pixels, for a CPU."""
     return common.shrink(sr1024(), 64)

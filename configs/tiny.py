@@ -1,4 +1,4 @@
-"""A cascade that a laptop trains in minutes: captioned shapes, 16 to 32 pixels.
+"""A cascade that a laptop trains in minutes: captioned shapes of 16 and 32 pixels.
 
 python -m imagen_jax.prepare --source=shapes:20000 --image_size=32 \
     --output=runs/shapes --encoder=tiny
@@ -7,7 +7,7 @@ python -m imagen_jax.train --config=configs/tiny.py:base --workdir=runs/base \
 python -m imagen_jax.train --config=configs/tiny.py:sr --workdir=runs/sr \
     --config.data.records=runs/shapes
 
-The values are ours, chosen by measurement on two CPU cores (benchmarks/README.md).
+The values are ours, measured to be good on two CPU cores (benchmarks/README.md).
 """
 
 from configs import common
@@ -52,8 +52,8 @@ def sr():
         self_attention=(False, True),
         text_attention=(False, True),
     )
-    # The network has no path around its 32 channels at 16 x 16 for the noise that eps
-    # and v must reproduce; x0 needs none.
+    # The noise that eps and v reproduce cannot pass the network's 32 channels at
+    # 16 x 16; x0 has none.
     cfg.diffusion.prediction = "x0"
     cfg.training.update(steps=1500, batch_size=16)
     cfg.optimizer.decay_steps = 1500
@@ -66,8 +66,8 @@ def _shared():
     cfg.model.head_channels = 32
     cfg.model.dtype = "float32"
     cfg.diffusion.prediction = "v"
-    cfg.text.length = 16
-    cfg.text.dim = 64
+    # What --encoder=tiny prepares, so that the benchmark and the plan need no records.
+    cfg.text.update(length=16, dim=64)
     cfg.optimizer.update(warmup_steps=100, learning_rate=2e-3, b2=0.99, ema_decay=0.995)
     cfg.training.update(
         batch_size=32,

@@ -1,4 +1,4 @@
-"""The arrays that travel between rooms, and the one way pictures are made smaller."""
+"""Arrays that travel between rooms, and the one way images are made smaller."""
 
 import flax.struct
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from imagen_jax.config import StageConfig
+from imagen_jax.config import StageConfig, TextConfig
 from imagen_jax.errors import UserError
 
 
@@ -18,7 +18,7 @@ class Batch:
       image: `[B, H, W, 3]` uint8, at the stage's resolution or crop.
       text: `[B, L, D]` bfloat16, the caption's embeddings; zero where padded.
       mask: `[B, L]` bool, True where a token is real.
-      id: `[B]` int32, the example's number in its data set.
+      id: `[B]` int32, the example's number in its records.
     """
 
     image: jax.Array
@@ -29,15 +29,15 @@ class Batch:
 
 @flax.struct.dataclass
 class Cond:
-    """What a network is conditioned on, beside the noise level.
+    """What a network is conditioned on besides the noise level.
 
     The null text is zero embeddings and an all-False mask, everywhere.
 
     Attributes:
       text: `[B, L, D]` bfloat16 or float32.
       mask: `[B, L]` bool.
-      lowres: `[B, h, w, 3]` float32, the low-resolution picture with its
-        augmentation noise on it; None for a base stage.
+      lowres: `[B, h, w, 3]` float32, the low-resolution image with its augmentation
+        noise; None for a base stage.
       aug_logsnr: `[B]` float32, the log-SNR of that noise; None for a base stage.
     """
 
@@ -47,19 +47,36 @@ class Cond:
     aug_logsnr: jax.Array | None = None
 
 
+def text_shape(cfg: TextConfig) -> tuple[int, int]:
+    """Length and width `(L, D)` of a caption's embeddings.
+
+    Raises:
+      UserError: while one of them is 0, the records' value, and no records were read.
+    """
+    for name in ("length", "dim"):
+        if not getattr(cfg, name):
+            raise UserError(
+                f"config.text.{name} is 0: the records' value, but no records are read "
+                f"here; give --config.text.{name}=N, or config.data.records to a "
+                "command that reads them"
+            )
+    return cfg.length, cfg.dim
+
+
 def batch_spec(cfg: StageConfig) -> Batch:
     """Shapes and types of a global batch, without data."""
-    b, size, text = cfg.training.batch_size, cfg.train_size, cfg.text
+    b, size = cfg.training.batch_size, cfg.train_size
+    length, dim = text_shape(cfg.text)
     return Batch(
         image=jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8),
-        text=jax.ShapeDtypeStruct((b, text.length, text.dim), jnp.bfloat16),
-        mask=jax.ShapeDtypeStruct((b, text.length), jnp.bool_),
+        text=jax.ShapeDtypeStruct((b, length, dim), jnp.bfloat16),
+        mask=jax.ShapeDtypeStruct((b, length), jnp.bool_),
         id=jax.ShapeDtypeStruct((b,), jnp.int32),
     )
 
 
 def check_batch(batch: Batch, spec: Batch) -> None:
-    """Raises `UserError` naming the first field that does not fit `spec`."""
+    """Raises `UserError`, naming the first field that does not fit `spec`."""
     for name in ("image", "text", "mask", "id"):
         have, want = getattr(batch, name), getattr(spec, name)
         if have.shape != want.shape or have.dtype != want.dtype:
@@ -92,21 +109,25 @@ def pad_text(
 
 
 def downsample(image, size: int):
-    """Halves a uint8 picture by 2x2 means, each rounded half to even, down to `size`.
+    """Halves a uint8 image by 2x2 means, each rounded half to even, down to `size`.
 
-    Integers all the way, so hosts (numpy), devices (jax) and any order of stages
-    agree to the bit: the low-res of an SR stage is what the base is trained on.
+    The arithmetic is that of integers, so hosts (numpy), devices (jax) and any sequence
+    of stages agree to the bit: the low-resolution input of a super-resolution stage is
+    what its base is trained on.
 
     Args:
       image: `[..., H, W, 3]` uint8, numpy or jax, `H == W == size * 2**k`.
       size: side of the result.
 
     Returns:
-      `[..., size, size, 3]` uint8 of the same kind of array.
+      `[..., size, size, 3]` uint8, the same kind of array.
+
+    Raises:
+      UserError: unless `size` is H halved some number of times.
     """
     side = image.shape[-2]
     if side % size or (side // size) & (side // size - 1):
-        raise UserError(f"cannot halve a {side} pixel picture down to {size} pixels")
+        raise UserError(f"cannot halve a {side} pixel image down to {size} pixels")
     while side > size:
         side //= 2
         lead = image.shape[:-3]

@@ -1,4 +1,4 @@
-"""Errors that a user is meant to read, and the reader of small JSON files."""
+"""Errors that users are meant to read, and the reader of small JSON files."""
 
 import difflib
 import json
@@ -17,13 +17,13 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and saved itself; doors exit with status 3."""
+    """The run was asked to stop, and has saved its state; doors exit with status 3."""
 
 
 class PeerLost(Exception):
-    """Another process of this training did not come or is gone; status 4.
+    """Another process of the training is missing or gone; doors exit with status 4.
 
-    The same command, given again on all hosts, goes on.
+    Running the same command again on all hosts continues the training.
     """
 
 

@@ -1,4 +1,4 @@
-"""The device mesh, and which mesh axis each logical axis of an array lies on."""
+"""The device mesh, and which mesh axis each axis of an array is split over."""
 
 import functools
 import math
@@ -13,23 +13,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 
-# Neighbours on the last axes are neighbours in the machine: they exchange the most.
+# The last axes exchange the most, so their neighbours are neighbours in the machine.
 AXES = ("data", "fsdp", "spatial", "tensor")
 
-# Parameters are declared with these names; `None` is replicated. Weights are split
-# along their input over fsdp and along their output over tensor.
-RULES = (
-    ("batch", ("data", "fsdp")),
-    ("kernel_h", None),
-    ("kernel_w", None),
-    ("in", "fsdp"),
-    ("out", "tensor"),
-    ("heads", "tensor"),
-    ("head_dim", None),
-    ("norm", None),
-    ("vocab", "tensor"),
-    ("buckets", None),
-)
+# Mesh axes of the logical axes that parameters are declared with; others are whole.
+# Weights are split along their input over fsdp and along their output over tensor.
+RULES = (("in", "fsdp"), ("out", "tensor"), ("heads", "tensor"), ("vocab", "tensor"))
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -39,29 +28,30 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
       UserError: when the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [getattr(cfg, axis) for axis in AXES]
-    given = dict(zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+    given = {axis: getattr(cfg, axis) for axis in AXES}
+    sizes, count = list(given.values()), len(devices)
+    if sizes.count(-1) > 1 or any(size < -1 or not size for size in sizes):
         raise UserError(
-            f"config.mesh is {given}: sizes are positive, and at most "
-            "one of them is -1 (all devices that are left)"
+            f"config.mesh is {given}: sizes are positive, and at most one of them is "
+            "-1 (all devices that are left)"
         )
-    fixed = math.prod(s for s in sizes if s > 0)
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+    fixed = math.prod(size for size in sizes if size > 0)
+    if count % fixed or (-1 not in sizes and fixed != count):
+        divisors = [d for d in range(1, count + 1) if count % d == 0]
         raise UserError(
-            f"config.mesh is {given}, which does not divide the "
-            f"{len(devices)} devices here; the product must be {len(devices)}, and "
-            f"an axis can be one of {_divisors(len(devices))}"
+            f"config.mesh is {given}, which does not divide the {count} devices here; "
+            f"the product must be {count}, and an axis can be one of {divisors}"
         )
-    sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
-    return Mesh(_arranged(devices, sizes), AXES)
+    return Mesh(
+        _arrange(devices, [count // fixed if n == -1 else n for n in sizes]), AXES
+    )
 
 
-def _arranged(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
-    """The devices in the mesh's shape; a TPU's so that axes follow its links.
+def _arrange(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
+    """The devices in the mesh's shape; on TPUs the axes follow their links.
 
-    Slices that are joined by a data centre's network are parts of the data axis, which
-    exchanges gradients once a step and nothing else.
+    TPU slices, which a slower network joins, divide the data axis: it exchanges
+    gradients once a step and nothing else.
     """
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
@@ -83,35 +73,34 @@ def _arranged(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
     )
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over data and fsdp; valid for an array of any rank."""
+    """Rows of a batch over data and fsdp, for arrays of any rank."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:
-    """Over how many shards the rows of a batch are spread."""
+    """Number of shards that the rows of a batch are split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def rows_of_process(batch_size: int, mesh: Mesh, process_index: int) -> np.ndarray:
-    """Which rows of a batch the devices of a process hold, `[n]` int64, ascending.
+    """Indices of the batch rows on the devices of a process, `[n]` int64, ascending.
 
-    They need not be neighbours, as axes follow a slice's links and not its hosts, and
-    hosts that share an example's pixels or weights hold the same rows.
+    They need not be adjacent, because axes follow a slice's links and not its hosts.
+    Hosts that split the pixels or weights of an example hold the same rows.
     """
     shards = mesh.devices.reshape(row_shards(mesh), -1)
-    held = [any(d.process_index == process_index for d in shard) for shard in shards]
-    return np.flatnonzero(np.repeat(held, batch_size // len(shards)))
+    local = [any(d.process_index == process_index for d in shard) for shard in shards]
+    return np.flatnonzero(np.repeat(local, batch_size // len(shards)))
 
 
 def check_batch_size(
     batch_size: int, mesh: Mesh, name: str, microbatches: int = 1
 ) -> None:
-    """Raises `UserError` unless microbatches divide over the mesh's data and fsdp."""
+    """Raises `UserError` unless every microbatch divides over the row shards.
+
+    `name` is the key of the batch size in the config: "training.batch_size".
+    """
     ways = row_shards(mesh) * microbatches
     if batch_size % ways:
         near = max(ways, batch_size // ways * ways)
@@ -129,28 +118,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(abstract_state, mesh: Mesh):
-    """A `NamedSharding` for every leaf of a tree of (boxed) abstract arrays.
+    """A `NamedSharding` for every leaf of a tree of abstract arrays.
 
-    Leaves are `nn.LogicallyPartitioned` boxes or plain arrays; plain ones are
-    replicated. A dimension that its mesh axis does not divide is replicated too.
+    Leaves are `nn.LogicallyPartitioned` boxes, or plain arrays, which are replicated.
+    So are dimensions that their mesh axis does not divide, and Adafactor's factored
+    moments: vectors that lack an axis of their parameter.
     """
 
-    def one(leaf):
-        if not isinstance(leaf, nn.LogicallyPartitioned):
-            return replicated(mesh)
-        if len(leaf.names) != len(leaf.value.shape):
-            # Adafactor's factored moments lack an axis of their parameter; they are
-            # vectors, small enough to replicate.
+    def is_box(leaf):
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
+    def sharding(leaf):
+        if not is_box(leaf) or len(leaf.names) != len(leaf.value.shape):
             return replicated(mesh)
         return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh))
 
-    return jax.tree.map(
-        one, abstract_state, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
-    )
+    return jax.tree.map(sharding, abstract_state, is_leaf=is_box)
 
 
 def _spec(names, shape, mesh) -> PartitionSpec:
-    """The mesh axes of logical axes, but for dimensions that they do not divide."""
+    """The mesh axes of logical axes; None for dimensions that they do not divide."""
     spec = nn.logical_to_mesh_axes(names, RULES)
     fits = [
         axis if axis is None or size % mesh.shape[axis] == 0 else None
@@ -160,7 +147,7 @@ def _spec(names, shape, mesh) -> PartitionSpec:
 
 
 def on_mesh(run: Callable, mesh: Mesh) -> Callable:
-    """`run`, to be jitted: what it calls of this file and attention know the mesh."""
+    """`run`, ready to be jitted: the layers that it calls know the mesh."""
 
     @functools.wraps(run)
     def inside(*args):
@@ -171,17 +158,18 @@ def on_mesh(run: Callable, mesh: Mesh) -> Callable:
 
 
 def split_rows(x: jax.Array) -> jax.Array:
-    """`x` with its rows on data and fsdp; of the other axes the compiler decides.
+    """`x` with the rows of the batch on data and fsdp.
 
-    Pixels' rows of pictures `[B, H, W, C]` are on spatial. Without it XLA may split
-    channels and gather activations of the whole batch. Outside of `on_mesh`, and for
-    rows that do not divide, it changes nothing.
+    The pixel rows of images `[B, H, W, C]` lie on spatial; of all other axes the
+    compiler decides. Without this constraint XLA may split channels and gather the
+    activations of the whole batch. Outside `on_mesh`, and when the rows do not divide,
+    nothing changes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2:
         return x
     if x.ndim == 4 and mesh.shape["spatial"] > 1:
-        spec = picture_spec(x.shape, mesh)
+        spec = image_spec(x.shape, mesh)
     elif x.shape[0] % row_shards(mesh):
         return x
     else:
@@ -190,12 +178,12 @@ def split_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def picture_spec(
+def image_spec(
     shape: Sequence[int], mesh: Mesh | jax.sharding.AbstractMesh, multiple: int = 1
 ) -> PartitionSpec:
-    """Where pictures `[B, H, W, C]` lie: each on data and fsdp, its rows on spatial.
+    """Sharding of images `[B, H, W, C]`: B on data and fsdp, H on spatial.
 
-    What does not divide is whole; of H each device gets a multiple of `multiple`.
+    An axis that does not divide is whole; H divides into multiples of `multiple`.
     """
     batch = None if shape[0] % row_shards(mesh) else ("data", "fsdp")
     height = None if shape[1] % (mesh.shape["spatial"] * multiple) else "spatial"
@@ -203,10 +191,10 @@ def picture_spec(
 
 
 def gather_fsdp(weight: jax.Array, names: Sequence[str]) -> jax.Array:
-    """A weight whole over fsdp, where it is used; split over tensor as it was.
+    """A weight gathered over fsdp, where it is used; tensor still splits it.
 
-    Its gradient is split over fsdp again: each device needs the sum over the batch
-    for its own part only. Outside of `on_mesh` it changes nothing.
+    Its gradient is split over fsdp again, so each device sums over the batch only its
+    own part. Outside `on_mesh` nothing changes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2:

@@ -1,6 +1,5 @@
-"""The arrays that travel, and pictures made smaller in exact arithmetic."""
+"""Arrays that travel between rooms, and images made smaller in exact arithmetic."""
 
-import dataclasses
 import fractions
 
 import jax
@@ -65,7 +64,7 @@ def test_downsample_in_stages_is_the_same():
 
 @pytest.mark.parametrize(("size", "to"), [(12, 5), (12, 4), (8, 16)])
 def test_downsample_refuses_what_is_not_halving(size, to):
-    with pytest.raises(UserError, match=f"halve a {size} pixel picture down to {to} "):
+    with pytest.raises(UserError, match=f"halve a {size} pixel image down to {to} "):
         batches.downsample(_image(size), to)
 
 
@@ -147,8 +146,13 @@ def test_check_batch_names_the_field(name, shape, dtype):
     assert f"{want.dtype}{list(want.shape)}" in message
 
 
+@pytest.mark.parametrize("name", ["length", "dim"])
+def test_text_without_records_needs_its_shape(name):
+    cfg = config.from_dict({**SPEC_OF, "text": {"length": 5, "dim": 6, name: 0}})
+    with pytest.raises(UserError, match=f"config.text.{name} is 0: the records' value"):
+        batches.batch_spec(cfg)
+
+
 def test_a_mistyped_field_fails():
-    fields = {f.name for f in dataclasses.fields(batches.Cond)}
-    assert fields == {"text", "mask", "lowres", "aug_logsnr"}
     with pytest.raises(TypeError, match="low_res"):
         batches.Cond(text=None, mask=None).replace(low_res=None)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 
@@ -74,140 +76,102 @@ def test_an_int_passes_for_a_float_and_a_list_for_a_tuple():
     assert cfg.model.channels == (64, 64, 64, 64)
 
 
-CHOICES = {
-    "model.architecture": ["unet", "efficient_unet"],
-    "model.dtype": ["bfloat16", "float32"],
-    "diffusion.schedule": ["cosine", "linear"],
-    "diffusion.prediction": ["eps", "x0", "v"],
-    "diffusion.weighting": ["plain", "min_snr", "sigmoid"],
-    "optimizer.name": ["adam", "adafactor"],
-    "sampler.name": ["ddpm", "ddim", "dpmpp"],
-    "sampler.schedule": ["trained", "cosine", "linear"],
-    "sampler.grid": ["time", "logsnr"],
-    "sampler.threshold": ["none", "static", "dynamic"],
-}
-COUNTS = (
-    "image_size model.head_channels model.patch_size data.shuffle_examples "
-    "text.length text.dim optimizer.learning_rate optimizer.clip_norm "
-    "training.batch_size training.steps training.log_every_steps "
-    "training.checkpoint_every_steps training.keep_checkpoints "
-    "training.preview_images sampler.steps sampler.batch_size"
-).split()
-SHARES = (
-    "diffusion.text_dropout optimizer.ema_decay sampler.gamma sampler.aug_level"
-).split()
+def _fields(cls=StageConfig, path=""):
+    """Path, type and default of every field of every group."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from _fields(field.type, f"{path}{field.name}.")
+        else:
+            yield path + field.name, field.type, field.default
 
 
-@pytest.mark.parametrize("path", CHOICES)
-def test_choices(path):
-    allowed = CHOICES[path]
-    for value in allowed:
-        config.from_dict(_nest(path, value))
-    wrong = allowed[0] + "x"
-    message = f"config.{path} is {wrong!r}; it takes one of {allowed}"
-    _refused(_nest(path, wrong), message, f"(did you mean {allowed[0]!r}?)")
+FIELDS = {path: (kind, default) for path, kind, default in _fields()}
 
 
-@pytest.mark.parametrize("path", COUNTS)
-def test_counts_are_above_zero(path):
-    kind = float if path.startswith("optimizer") else int
-    for value in (kind(0), kind(-1)):
-        _refused(_nest(path, value), f"config.{path} is {value}; it must be above zero")
+def _interval(kind):
+    """The interval in the type of a number or of a tuple of numbers, or ""."""
+    if get_origin(kind) is tuple:
+        kind = get_args(kind)[0]
+    return get_args(kind)[1] if get_origin(kind) is Annotated else ""
 
 
-def test_not_a_number_is_refused():
-    nan = float("nan")
-    _refused(_nest("optimizer.learning_rate", nan), "must be above zero")
-    _refused(_nest("sampler.gamma", nan), "must be in [0, 1]")
-    _refused(_nest("sampler.percentile", nan), "must be in (0, 100]")
+def test_every_number_has_an_interval():
+    for path, (kind, _) in FIELDS.items():
+        number = get_args(kind)[0] if get_origin(kind) is tuple else kind
+        number = getattr(number, "__origin__", number)
+        assert number not in (int, float) or _interval(kind) or path.endswith("seed")
 
 
-@pytest.mark.parametrize("path", SHARES)
-def test_shares_are_in_the_unit_interval(path):
-    for value in (0.0, 1.0):
-        config.from_dict(_nest(path, value))
-    for value in (-0.01, 1.01):
-        wrong = f"config.{path} is {value}; it must be in [0, 1]"
-        _refused(_nest(path, value), wrong)
+@pytest.mark.parametrize("path", FIELDS)
+def test_a_field_takes_what_its_type_says_and_no_more(path):
+    kind, default = FIELDS[path]
+    if get_origin(kind) is Literal:
+        words = list(get_args(kind))
+        wrong = words[0] + "x"
+        message = f"config.{path} is {wrong!r}; it takes one of {words}"
+        _refused(_nest(path, wrong), message, f"(did you mean {words[0]!r}?)")
+    interval = _interval(kind)
+    if not interval:
+        return
+    low, high = map(float, interval[1:-1].split(","))
+    is_tuple = isinstance(default, tuple)
+    number = float if "float" in str(kind) else int
+
+    def refused(value):
+        values = [value] * max(1, len(default)) if is_tuple else value
+        message = f"config.{path} is {value!r}; it must be in {interval}"
+        _refused(_nest(path, values), message)
+
+    step = 0.01 if number is float else 1
+    if low > -math.inf:
+        refused(number(low) - step)
+    if interval[0] == "(" and low > -math.inf:
+        refused(number(low))
+    if high < math.inf:
+        refused(number(high) + step)
+    if interval[-1] == ")" and high < math.inf:
+        refused(number(high))
+    if number is float:
+        for value in (math.nan, math.inf, -math.inf):
+            refused(value)
 
 
-@pytest.mark.parametrize("path", ["model.dropout", "optimizer.b1", "optimizer.b2"])
-def test_rates_are_below_one(path):
-    config.from_dict(_nest(path, 0.0))
-    for value in (-0.01, 1.0):
-        wrong = f"config.{path} is {value}; it must be in [0, 1)"
-        _refused(_nest(path, value), wrong)
-
-
-EFFICIENT = {"architecture": "efficient_unet"}
-
-
+# As one that reads the papers would have them.
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("interval", "paths"),
     [
         (
-            {"diffusion": {"min_snr_gamma": 0.0}},
-            "diffusion.min_snr_gamma is 0.0; it must be above zero",
+            "[1, inf)",
+            "data.shuffle_examples training.batch_size training.steps "
+            "training.log_every_steps training.checkpoint_every_steps "
+            "training.keep_checkpoints training.preview_images training.microbatches",
         ),
         (
-            {"sampler": {"logsnr_min": 5.0, "logsnr_max": 4.0}},
-            "sampler.logsnr_min is 5.0; it must be below logsnr_max",
+            "[1, 65536]",
+            "image_size model.channels model.num_res_blocks model.head_channels "
+            "model.patch_size sampler.steps sampler.batch_size",
         ),
+        ("(0, inf)", "optimizer.learning_rate optimizer.clip_norm model.skip_scale"),
         (
-            {"sampler": {"logsnr_max": -12.0}, "diffusion": {"logsnr_min": -10.0}},
-            "from -20.0 to -12.0, of which the training has none",
+            "[0, 1]",
+            "diffusion.text_dropout optimizer.ema_decay sampler.gamma "
+            "sampler.aug_level",
         ),
-        (
-            {"sampler": {"guidance_schedule": [1.0, 2.0], "steps": 3}},
-            "guidance_schedule has 2 weights for 3 steps",
-        ),
-        ({"sampler": {"percentile": 0.0}}, "sampler.percentile is 0.0; it must be in"),
-        ({"sampler": {"percentile": 100.5}}, "percentile is 100.5"),
-        (
-            {"model": {"num_res_blocks": (3, 3)}},
-            "config.model.num_res_blocks has 2 entries, config.model.channels has 4",
-        ),
-        ({"model": {"self_attention": (True,)}}, "config.model.self_attention has 1"),
-        ({"model": {"text_attention": (True,)}}, "config.model.text_attention has 1"),
-        ({"model": {"head_channels": 48}}, "a level of 1024 with attention; it must"),
-        # Three halvings, or four, of patches.
-        ({"image_size": 60}, "config.image_size is 60; this network needs a multiple"),
-        ({"image_size": 72, "model": EFFICIENT}, "of 16 (patch_size 1 x 4 halvings)"),
-        ({"image_size": 72, "model": {"patch_size": 2}}, "16 (patch_size 2 x 3"),
-        ({"crop_size": -8}, "config.crop_size is -8; 0 turns it off"),
-        ({"optimizer": {"warmup_steps": -1}}, "warmup_steps is -1; 0 turns it off"),
-        (
-            {"optimizer": {"warmup_steps": 9, "decay_steps": 9}},
-            "decay_steps is 9; the rate warms up for 9 steps",
-        ),
-        ({"diffusion": {"logsnr_min": 20.0}}, "below logsnr_max, which is 20.0"),
-        (
-            {"model": {"num_res_blocks": (3, 3, 3, 0)}},
-            "values above zero; they are (512, 1024, 1536, 2048) and (3, 3, 3, 0)",
-        ),
-        ({"model": {"skips": "last_block"}}, "skips is 'last_block'; only the eff"),
-        ({"model": {"remat": "block"}}, "remat is 'block'; it takes one of"),
-        (
-            {"lowres_size": 16, "diffusion": {"lowres_augmentation": False}},
-            "sampler.aug_level is 0.1, but with config.diffusion.lowres_augmentation",
-        ),
-        ({"crop_size": 12}, "config.crop_size is 12; this network needs a multiple"),
-        ({"crop_size": 128}, "crop_size is 128, larger than image_size 64"),
-        ({"lowres_size": 64}, "lowres_size is 64 and image_size 64; their ratio"),
-        ({"lowres_size": 48}, "their ratio must be 2, 4, 8, ..."),
-        ({"image_size": 192, "lowres_size": 64}, "their ratio must be 2, 4, 8, ..."),
-        (
-            {"image_size": 128, "lowres_size": 4, "crop_size": 40},
-            "config.crop_size is 40; it must be a multiple of",
-        ),
+        ("[0, 1)", "model.dropout optimizer.b1 optimizer.b2"),
+        ("(0, 100]", "sampler.percentile"),
+        ("[0, 65536]", "text.length text.dim crop_size lowres_size"),
+        ("[0, inf)", "training.hang_seconds optimizer.warmup_steps data.readers"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(values, message):
-    _refused(values, message)
+def test_intervals(interval, paths):
+    assert {_interval(FIELDS[path][0]) for path in paths.split()} == {interval}
 
 
-def test_a_level_without_attention_may_have_any_width():
-    config.from_dict({"model": {"channels": (100, 64, 64, 64)}})
+@pytest.mark.parametrize("path", ["optimizer.ema_decay", "sampler.gamma"])
+def test_closed_ends_are_inside(path):
+    for value in (0.0, 1.0):
+        config.from_dict(_nest(path, value))
+    config.from_dict({"model": {"dropout": 0.0}, "sampler": {"percentile": 100}})
 
 
 def test_checks_hold_however_a_config_is_made():
@@ -258,6 +222,27 @@ def _all_other(cfg):
         return changed
 
     return change(cfg)
+
+
+def test_a_key_of_an_earlier_version_is_passed_over_where_it_changes_nothing():
+    values = {"model": {"dropout": 0.1, "scan_blocks": False}}
+    cfg = config.from_json(json.dumps(values))
+    assert (
+        cfg == config.from_json(values) == config.from_dict({"model": {"dropout": 0.1}})
+    )
+    values["model"]["scan_blocks"] = True
+    with pytest.raises(
+        UserError, match="^run/config.json: .*scan_blocks is True; .* train"
+    ):
+        config.from_json(json.dumps(values), "run/config.json")
+    # Nobody types it any more.
+    _refused({"model": {"scan_blocks": False}}, "model.scan_blocks does not exist")
+
+
+def test_a_wrong_value_in_a_file_names_the_file():
+    for text in ('{"model": {"dropot": 0.1}}', '{"model": 3}', "[]"):
+        with pytest.raises(UserError, match="^run/config.json: config"):
+            config.from_json(text, "run/config.json")
 
 
 @pytest.mark.parametrize("text", ["", "{", "nonsense"])

@@ -16,7 +16,7 @@ from imagen_jax import config, sharding
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
-from imagen_jax.planning import chips as topology
+from imagen_jax.planning.chips import slice_devices
 from imagen_jax.planning.compile import compile_step
 from imagen_jax.training.state import abstract_state
 from tests import tiny
@@ -189,7 +189,7 @@ def test_fsdp_and_tensor_divide_a_network(architecture):
             "image_size": 64,
             "lowres_size": 16,
             "model": {"architecture": architecture, "channels": (128, 256, 256, 256)},
-            "text": {"dim": 64},
+            "text": {"length": 4, "dim": 64},
         }
     )
     params = jax.eval_shape(lambda: network.init(cfg, jax.random.key(0)))
@@ -208,7 +208,7 @@ def test_fsdp_and_tensor_divide_a_network(architecture):
 def test_between_slices_go_sums_of_gradients_only():
     """A step compiled for two slices of four: each chip sends its own part of them."""
     pytest.importorskip("libtpu")
-    topology.slice_devices("v4-8")
+    slice_devices("v4-8")
     pair = topologies.get_topology_desc(
         platform="tpu",
         topology_name="v4:2x2x1",

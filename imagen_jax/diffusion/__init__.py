@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: pure functions of arrays that know no network."""
+"""The mathematics of diffusion: pure functions of arrays, without any network."""

@@ -1,4 +1,4 @@
-"""Stages in order: sample, quantise, augment, condition the next."""
+"""Sampling a cascade: each stage's images, quantised and noised, condition the next."""
 
 import dataclasses
 import functools
@@ -25,10 +25,10 @@ class Stage:
     """A trained stage.
 
     Attributes:
-      params: of the network, placed on the mesh.
+      params: network parameters, placed on the mesh.
       cfg: the stage's config; `cfg.sampler` says how it is sampled.
       apply: `(cfg.model, params, z, logsnr, cond) -> [B, H, W, 3]`; always the same
-        function, or each new one compiles again.
+        function object, because each new one compiles again.
     """
 
     params: Any
@@ -38,11 +38,11 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What pictures of one batch may differ in.
+    """Values in which the images of a batch may differ.
 
     Attributes:
       guidance: `[N, steps]`, w of the paper's Eq. 2 at each step.
-      aug_level: `[N]` in [0, 1], of the noise on the low-resolution input.
+      aug_level: `[N]` in [0, 1], noise level of the low-resolution input.
     """
 
     guidance: np.ndarray
@@ -50,7 +50,7 @@ class Settings:
 
     @classmethod
     def of(cls, sampler: SamplerConfig, count: int) -> "Settings":
-        """The settings of a stage's config, for `count` pictures."""
+        """The settings of a stage's config, for `count` images."""
         return cls(
             guidance=np.tile(guidance_weights(sampler), (count, 1)),
             aug_level=np.full(count, sampler.aug_level, np.float32),
@@ -71,11 +71,11 @@ def sample_stage(
     recorded_steps: tuple[int, ...] = (),
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One batch of one stage.
+    """Samples one batch of one stage.
 
     Args:
-      params: of the network.
-      seeds: `[B]` uint32, one per picture.
+      params: network parameters.
+      seeds: `[B]` uint32, one per image.
       text: `[B, L, D]`; mask: `[B, L]` bool.
       guidance: `[B, steps]`; aug_level: `[B]`; see `Settings`.
       lowres: `[B, h, w, 3]` uint8, or None for a base stage.
@@ -84,11 +84,11 @@ def sample_stage(
       recorded_steps, on_step: see `sampler.sample`.
 
     Returns:
-      `[B, H, W, 3]` uint8, and `[B, K, H, W, 3]` uint8, the estimates at the recorded
-      steps.
+      `[B, H, W, 3]` uint8, and the estimates at the recorded steps, `[B, K, H, W, 3]`
+      uint8.
     """
-    # The size, not the position in a list, names the stage: a cascade entered
-    # midway draws the same noise.
+    # Keys depend on the stage's size, not on its position in a list, so that a cascade
+    # entered midway draws the same noise.
     keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), cfg.image_size))(
         seeds
     )
@@ -120,7 +120,7 @@ def compile_sampler(
     recorded_steps: tuple[int, ...] = (),
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted `sample_stage` of a stage; one program for all batches of it."""
+    """The jitted `sample_stage` of a stage: one program for all its batches."""
     run = functools.partial(
         sample_stage,
         apply=apply,
@@ -135,9 +135,9 @@ def compile_sampler(
 
 
 def _program(cfg: StageConfig, settings: Settings) -> StageConfig:
-    """`cfg` without the values that are arguments: other weights, same program.
+    """`cfg` without the values that are arguments, so that they need no new program.
 
-    What stays is at which steps any picture is guided.
+    Of the guidance weights only the steps at which any image is guided are kept.
     """
     pattern = tuple(2.0 if any_ else 1.0 for any_ in (settings.guidance != 1).any(0))
     sampler = dataclasses.replace(
@@ -151,7 +151,7 @@ def check_order(configs: Sequence[StageConfig], made: int = 0) -> None:
 
     Args:
       configs: base first.
-      made: side of the pictures that are given to the first, 0 for none.
+      made: side of the images that the first stage is given; 0 for none.
     """
     for i, cfg in enumerate(configs):
         if cfg.lowres_size != made:
@@ -182,40 +182,40 @@ def sample_cascade(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Runs text through all stages.
 
-    Every batch has the stage's `sampler.batch_size` rows (the last is filled up and
-    cut), so one program serves any number of pictures.
+    Every batch has the stage's `sampler.batch_size` rows (the last one is filled up
+    and cut), so one program serves any number of images.
 
     Args:
-      stages: base first; `check_order` holds. An iterator that makes them as they are
-        asked for keeps the parameters of one stage at a time in memory.
+      stages: base first, in an order that `check_order` accepts. A lazy iterator keeps
+        the parameters of only one stage in memory.
       text: `[N, L, D]`; mask: `[N, L]`.
-      seeds: `[N]`, one per picture, in [0, 2**32).
-      mesh: rows of a batch are spread over its data and fsdp axes.
+      seeds: `[N]`, one per image, in [0, 2**32).
+      mesh: rows of a batch are split over its data and fsdp axes.
       lowres: `[N, h, w, 3]` uint8, for a cascade that starts with a super-resolution
         stage.
-      settings: of the N pictures in each stage, instead of its config's.
-      recorded_steps: of each stage, whose estimates are returned too.
-      report: told the number of pictures after each batch of each stage.
+      settings: for each stage those of its N images, instead of its config's.
+      recorded_steps: for each stage the steps whose estimates are returned too.
+      report: called with the number of images after each batch of each stage.
       on_step: called on the host with the number of each step of each batch.
 
     Returns:
-      For each stage `[N, H, W, 3]` uint8, and for each stage `[N, K, H, W, 3]` uint8,
-      the estimates of the recorded steps.
+      For each stage its images, `[N, H, W, 3]` uint8, and for each stage the estimates
+      at the recorded steps, `[N, K, H, W, 3]` uint8.
 
     Raises:
-      UserError: for no pictures at all.
+      UserError: when N is 0.
     """
     count = len(seeds)
     if not count:
         raise UserError("there is nothing to sample: no captions were given")
     rows = row_shards(mesh)
     place = functools.partial(jax.device_put, device=batch_sharding(mesh))
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     estimates: list[np.ndarray] = []
     before = lowres
-    # Not with enumerate, which holds on to a stage while the next one is made.
+    # Not `enumerate`, which would hold a stage while the next one is made.
     for stage in stages:
-        i = len(pictures)
+        i = len(images)
         own = settings[i] if settings else Settings.of(stage.cfg.sampler, count)
         size = -(-stage.cfg.sampler.batch_size // rows) * rows
         run = compile_sampler(
@@ -243,6 +243,6 @@ def sample_cascade(
             report(len(made[-1][0]))
         del stage
         before, recorded = (np.concatenate(parts) for parts in zip(*made, strict=True))
-        pictures.append(before)
+        images.append(before)
         estimates.append(recorded)
-    return pictures, estimates
+    return images, estimates

@@ -1,12 +1,12 @@
-"""The Gaussian forward process, and what can be computed from it.
+"""The Gaussian forward process, its inversion, and the steps of samplers.
 
-| symbol   | meaning                                                       |
-|----------|---------------------------------------------------------------|
-| `x0`     | the picture, `[B, H, W, C]`, in [-1, 1]                        |
-| `eps`    | standard normal noise of the same shape                       |
-| `z`      | the noised picture, `alpha x0 + sigma eps`                    |
-| `logsnr` | `log(alpha**2 / sigma**2)`, `[B]`; `_t` now, `_s` next (less)  |
-| `v`      | `alpha eps - sigma x0` (arXiv 2202.00512 App. D)               |
+| symbol   | meaning                                                             |
+|----------|---------------------------------------------------------------------|
+| `x0`     | the image, `[B, H, W, C]`, in [-1, 1]                               |
+| `eps`    | standard normal noise of the same shape                             |
+| `z`      | the noised image, `alpha x0 + sigma eps`                            |
+| `logsnr` | `log(alpha**2 / sigma**2)`, `[B]`; `_t` now, `_s` next (less noise) |
+| `v`      | `alpha eps - sigma x0` (arXiv 2202.00512 App. D)                    |
 """
 
 import jax
@@ -14,20 +14,20 @@ import jax.numpy as jnp
 
 
 def expand(values: jax.Array, like: jax.Array) -> jax.Array:
-    """`[B]` to `[B, 1, 1, 1]`, ready to multiply `like` `[B, H, W, C]`."""
+    """`[B]` to `[B, 1, 1, 1]`, to be multiplied with `like`, `[B, H, W, C]`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 
 
 def alpha_sigma(logsnr: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Signal and noise scale of a variance-preserving process at `logsnr`."""
+    """Scales of signal and noise at `logsnr`; their squares add up to 1."""
     return jnp.sqrt(jax.nn.sigmoid(logsnr)), jnp.sqrt(jax.nn.sigmoid(-logsnr))
 
 
 def diffuse(x0: jax.Array, logsnr: jax.Array, eps: jax.Array) -> jax.Array:
-    """A sample of `q(z | x0)`, made of the given noise (paper Sec. 2.1).
+    """The sample of `q(z | x0)` that the given noise makes (paper Sec. 2.1).
 
-    It noises the picture that is learned and, in a super-resolution stage, the
-    low-resolution picture too (noise-conditioning augmentation, paper Sec. 2.4).
+    Used for the image that is learned and, in a super-resolution stage, for the
+    low-resolution image (noise-conditioning augmentation, paper Sec. 2.4).
 
     Args:
       x0: `[B, H, W, C]`.
@@ -41,7 +41,7 @@ def diffuse(x0: jax.Array, logsnr: jax.Array, eps: jax.Array) -> jax.Array:
 def prediction_target(
     x0: jax.Array, eps: jax.Array, logsnr: jax.Array, prediction: str
 ) -> jax.Array:
-    """What a perfect network would answer for `prediction` "eps", "x0" or "v"."""
+    """The perfect output of a network with `prediction` "eps", "x0" or "v"."""
     if prediction == "eps":
         return eps
     if prediction == "x0":
@@ -53,11 +53,11 @@ def prediction_target(
 def predicted_x0(
     output: jax.Array, z: jax.Array, logsnr: jax.Array, prediction: str
 ) -> jax.Array:
-    """The `x0` that a network's `output` stands for.
+    """The estimate of `x0` that follows from a network's output.
 
     Args:
-      output: `[B, H, W, C]`, an estimate of what `prediction` names.
-      z: `[B, H, W, C]`, the noised picture that the network saw.
+      output: `[B, H, W, C]`, the network's estimate of what `prediction` names.
+      z: `[B, H, W, C]`, the noised image that was its input.
       logsnr: `[B]`, its noise level.
       prediction: "eps", "x0" or "v".
     """
@@ -66,7 +66,7 @@ def predicted_x0(
     alpha, sigma = alpha_sigma(expand(logsnr, z))
     if prediction == "v":
         return alpha * z - sigma * output
-    # 1 / alpha and sigma / alpha from the log-SNR: no quotient of tiny numbers.
+    # 1 / alpha and sigma / alpha, from the log-SNR to avoid quotients of tiny numbers.
     logsnr = expand(logsnr, z)
     return jnp.sqrt(1 + jnp.exp(-logsnr)) * z - jnp.exp(-logsnr / 2) * output
 
@@ -90,13 +90,13 @@ def dpmpp_step(
 ) -> jax.Array:
     """One step of DPM-Solver++(2M) from noise level t to s (arXiv 2211.01095 Alg. 2).
 
-    Of second order: the estimate is extrapolated along the last two.
+    It is of second order: the estimate is extrapolated from the last two.
 
     Args:
       x0: `[B, H, W, C]`, the estimate at noise level t.
       x0_before: the estimate one step before, at `logsnr_before`. Where there is none,
-        as at `logsnr_before == logsnr_t`, the step is of first order.
-      z: `[B, H, W, C]`, the noised picture at level t.
+        which `logsnr_before == logsnr_t` says, the step is of first order.
+      z: `[B, H, W, C]`, the noised image at level t.
       logsnr_before, logsnr_t, logsnr_s: scalars, rising.
     """
     step, step_before = logsnr_s - logsnr_t, logsnr_t - logsnr_before
@@ -116,7 +116,7 @@ def ancestral_step(
 
     Args:
       x0: `[B, H, W, C]`, the estimate at noise level t.
-      z: `[B, H, W, C]`, the noised picture at level t.
+      z: `[B, H, W, C]`, the noised image at level t.
       logsnr_t, logsnr_s: scalars, `logsnr_s >= logsnr_t`.
       gamma: in [0, 1]; interpolates, in the logarithm, between the variance of
         `q(z_s | z_t, x0)` and that of `q(z_t | z_s)`.

@@ -1,4 +1,4 @@
-"""Classifier-free guidance, and keeping the guided picture in range."""
+"""Classifier-free guidance, and the thresholds that keep its result in range."""
 
 import math
 
@@ -21,26 +21,26 @@ def guided_x0(
 ) -> jax.Array:
     """The guided estimate of x0 (paper Eq. 2).
 
-    `weight * conditional + (1 - weight) * unconditional`. Guiding eps, x0 or v is the
-    same thing: each is affine in the others with `z` shared. The guided ODE does not
-    end in samples of `p(x | text)**weight p(x)**(1 - weight)` (docs/diffusion.md).
+    `weight * conditional + (1 - weight) * unconditional`. Guiding eps, x0 or v is
+    equivalent, because for a given `z` each is affine in the others. The guided ODE
+    does not sample `p(x | text)**weight p(x)**(1 - weight)` (docs/diffusion.md).
 
     Args:
       denoise: the network.
       z: `[B, H, W, 3]`.
       logsnr: `[B]`.
-      cond: with the captions; only the text is nulled for the unconditional pass.
-      prediction: what the network answers: "eps", "x0" or "v".
+      cond: conditioning with the captions; the unconditional pass nulls only the text.
+      prediction: what the network predicts: "eps", "x0" or "v".
       weight: `[B]`, w of Eq. 2; None is no guidance (w = 1) and runs the network once.
-      batched: one call on twice the batch; or two calls, one after the other, which
-        hold half of the activations at a time.
+      batched: whether both passes are one call on twice the batch, or two calls in
+        sequence, with half of the activations at a time.
     """
     if weight is None:
         return predicted_x0(denoise(z, logsnr, cond), z, logsnr, prediction)
     text, mask = null_text(cond.text, cond.mask)
     null = cond.replace(text=text, mask=mask)
     if batched:
-        # Side by side, so that both rows of a picture lie on its own device.
+        # Interleaved, so that both rows of an image lie on the same device.
         z_twice, logsnr_twice, both = jax.tree.map(
             lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]),
             (z, logsnr, cond),
@@ -50,7 +50,7 @@ def guided_x0(
         conditional, unconditional = output[0::2], output[1::2]
     else:
         conditional = denoise(z, logsnr, cond)
-        # Left alone the compiler may run both at once.
+        # Without the barrier the compiler may run both at once.
         z, conditional = jax.lax.optimization_barrier((z, conditional))
         unconditional = denoise(z, logsnr, null)
     w = expand(weight, z)
@@ -59,10 +59,10 @@ def guided_x0(
 
 
 def threshold(x0: jax.Array, kind: str, percentile: float) -> jax.Array:
-    """Brings each picture back towards [-1, 1], by itself (paper Sec. 2.3).
+    """Brings each image, independently, back towards [-1, 1] (paper Sec. 2.3).
 
-    "static" clips. "dynamic" (Fig. A.31) takes s, the given percentile of the
-    picture's own `|x0|` but at least 1, clips to [-s, s] and divides by s.
+    "static" clips. "dynamic" (Fig. A.31) takes as s the given percentile of the image's
+    `|x0|`, at least 1, clips to [-s, s] and divides by s.
 
     Args:
       x0: `[B, H, W, 3]`.
@@ -79,12 +79,11 @@ def threshold(x0: jax.Array, kind: str, percentile: float) -> jax.Array:
 
 
 def percentile_of_size(x: jax.Array, percentile: float) -> jax.Array:
-    """The percentile of `|x|` of each row, interpolated linearly as numpy's is.
+    """The percentile of `|x|` of each row, interpolated linearly as by numpy.
 
-    Exact, without a sort: floats that are not negative are ordered like their bits, so
-    the value at a rank is found two bits at a time, from the highest, by counting. Each
-    of these passes reads the row once, and sums over a split row need no exchange but
-    of counts.
+    Exact, without a sort: floats that are not negative have the order of their bits, so
+    the value at a rank is found by counting, two bits at a time from the highest. Each
+    pass reads the row once, and devices that share a row exchange only counts.
 
     Args:
       x: `[B, ...]` float32 or float64.
@@ -101,7 +100,7 @@ def percentile_of_size(x: jax.Array, percentile: float) -> jax.Array:
 
     def two_bits(i, found):
         shift = (8 * x.dtype.itemsize - 2 - 2 * i).astype(unsigned)
-        # The value is at least a candidate if no more than `rank` lie below that.
+        # The value is no less than a candidate that at most `rank` values lie below.
         digit = sum(
             (jnp.sum(bits < (found | (unsigned(d) << shift))[:, None], 1) <= rank)
             for d in (1, 2, 3)
@@ -111,7 +110,7 @@ def percentile_of_size(x: jax.Array, percentile: float) -> jax.Array:
     start = jnp.zeros(len(x), unsigned)
     found = jax.lax.fori_loop(0, 4 * x.dtype.itemsize, two_bits, start)
     value = jax.lax.bitcast_convert_type(found, x.dtype)
-    # The next rank holds the same value again, or the smallest that is larger.
+    # The next rank holds the same value again, or the smallest one above.
     above = jnp.where(bits > found[:, None], rows, jnp.inf).min(1)
     repeated = jnp.sum(bits <= found[:, None], 1) > rank + 1
     above = jnp.where(repeated | (above == jnp.inf), value, above)

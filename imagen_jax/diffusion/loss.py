@@ -1,4 +1,4 @@
-"""The one training loss, for base and super-resolution stages alike."""
+"""The training loss of base and super-resolution stages."""
 
 from collections.abc import Callable
 
@@ -13,21 +13,20 @@ from imagen_jax.diffusion.schedule import logsnr_schedule
 
 Denoiser = Callable[[jax.Array, jax.Array, Cond], jax.Array]
 
-# Between these log-SNRs lie the buckets of `loss_by_logsnr`; below the first and above
-# the last are one more each.
+# Borders of the buckets of `loss_by_logsnr`; the outermost buckets have no other end.
 LOGSNR_EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 
 @flax.struct.dataclass
 class NoisedBatch:
-    """A batch as the network sees it.
+    """The network's inputs and targets for a batch.
 
     Attributes:
-      z: `[B, H, W, 3]` float32, the noised picture.
+      z: `[B, H, W, 3]` float32, the noised image.
       logsnr: `[B]` float32, its noise level.
-      cond: the conditioning, captions dropped and low-res augmented.
-      target: `[B, H, W, 3]` float32, what the network should answer.
-      weight: `[B]` float32, of the squared error of its answer.
+      cond: conditioning, with captions dropped and the low-resolution image augmented.
+      target: `[B, H, W, 3]` float32, the network's perfect output.
+      weight: `[B]` float32, weight of the squared error.
     """
 
     z: jax.Array
@@ -40,13 +39,13 @@ class NoisedBatch:
 def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
     """Draws all the randomness of one training step.
 
-    Everything random about an example depends on `key` and on its position in the
-    global batch, so it is the same on any mesh.
+    An example's randomness depends only on `key` and on its position in the global
+    batch, so it is the same on any mesh.
 
     Args:
-      batch: `image` `[B, H, W, 3]` uint8 and text.
-      key: of this step.
-      cfg: schedule, prediction, caption dropout, low-res size.
+      batch: images `[B, H, W, 3]` uint8 and text.
+      key: PRNG key of this step.
+      cfg: schedule, prediction, caption dropout, low-resolution size.
     """
     size = batch.image.shape[0]
     x0 = to_float(batch.image)
@@ -56,8 +55,8 @@ def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
         lambda k: jax.random.split(k, 4), out_axes=1
     )(keys)
 
-    # Uniform in [0, 1) for each example and evenly spread over the batch, which
-    # lowers the variance of the loss. Source: VDM (arXiv 2107.00630) App. I.1.
+    # Uniform in [0, 1) for each example, and evenly spread over the batch to lower the
+    # variance of the loss. Source: VDM (arXiv 2107.00630) App. I.1.
     t = (jax.random.uniform(key_t) + jnp.arange(size) / size) % 1.0
     logsnr, slope = jax.jvp(
         lambda t: logsnr_schedule(t, cfg.diffusion), (t,), (jnp.ones_like(t),)
@@ -85,20 +84,21 @@ def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
 
 
 def loss_weight(logsnr: jax.Array, slope: jax.Array, cfg: DiffusionConfig) -> jax.Array:
-    """The factor on the squared error of a network's answer.
+    """The weight of the squared error of a network's output.
 
-    | weighting | of the squared error of eps                   | source           |
-    |-----------|-----------------------------------------------|------------------|
-    | "plain"   | 1 with "eps"; else that of what is predicted   | the paper, App. A |
-    | "min_snr" | `min(SNR, gamma) / SNR`                        | arXiv 2303.09556 |
-    | "sigmoid" | `sigmoid(bias - logsnr)`, times `-dlogsnr/dt`  | arXiv 2303.00848 |
+    | weighting | weight of the squared error of eps            | source            |
+    |-----------|-----------------------------------------------|-------------------|
+    | "plain"   | 1 for what is predicted, eps or not           | the paper, App. A |
+    | "min_snr" | `min(SNR, gamma) / SNR`                       | arXiv 2303.09556  |
+    | "sigmoid" | `sigmoid(bias - logsnr)` times `-dlogsnr/dt`  | arXiv 2303.00848  |
 
-    With the last factor the expected loss does not depend on the schedule. An error of
-    x0 is that of eps over the SNR, one of v that of eps over `alpha**2`.
+    The factor `-dlogsnr/dt` makes the expected loss independent of the schedule. The
+    squared error of x0 is that of eps over the SNR; that of v is that of eps over
+    `alpha**2`.
 
     Args:
       logsnr: `[B]`.
-      slope: `[B]`, the derivative of the schedule at the times of `logsnr`.
+      slope: `[B]`, the derivative of the schedule at the same times.
       cfg: weighting and prediction.
 
     Returns:
@@ -122,16 +122,16 @@ def augment(
 ) -> Cond:
     """Noise-conditioning augmentation (paper Sec. 2.4, Fig. A.32).
 
-    The picture and the level that is told come from the same line, in training and
-    in sampling.
+    Training and sampling both call it, so the network is always told the level of the
+    noise that its input has.
 
     Args:
-      cond: text.
+      cond: conditioning without `lowres` and `aug_logsnr`.
       lowres: `[B, h, w, 3]` float32 in [-1, 1], clean.
-      level: `[B]` in [0, 1], the time of the stage's forward process.
+      level: `[B]` in [0, 1], a time of the stage's forward process.
       noise: the shape of `lowres`, standard normal.
-      cfg: the stage's schedule; without augmentation the picture stays clean, and
-        no level is told.
+      cfg: the stage. With `lowres_augmentation` off the image stays clean, and no level
+        is told.
     """
     if not cfg.diffusion.lowres_augmentation:
         return cond.replace(lowres=lowres)
@@ -141,16 +141,16 @@ def augment(
 
 
 def losses(denoise: Denoiser, noised: NoisedBatch) -> jax.Array:
-    """Weighted mean squared errors of the network's answers.
+    """Weighted mean squared errors of the network's outputs.
 
     With "eps" and the "plain" weighting this is the paper's loss (Eq. 3, App. A).
 
     Args:
       denoise: `(z [B, H, W, 3], logsnr [B], cond) -> [B, H, W, 3]`.
-      noised: of `noise_batch`.
+      noised: from `noise_batch`.
 
     Returns:
-      `[B]` float32, of the examples.
+      `[B]` float32, one for each example.
     """
     output = denoise(noised.z, noised.logsnr, noised.cond)
     error = jnp.square(output.astype(jnp.float32) - noised.target)
@@ -158,7 +158,7 @@ def losses(denoise: Denoiser, noised: NoisedBatch) -> jax.Array:
 
 
 def loss_by_logsnr(losses: jax.Array, logsnr: jax.Array) -> dict[str, jax.Array]:
-    """Sums and counts of `[B]` losses in the buckets of `[B]` log-SNRs.
+    """Sums and counts of `[B]` losses by bucket of `[B]` log-SNRs (`LOGSNR_EDGES`).
 
     Returns:
       "sum" `[K]` and "count" `[K]`, float32, the noisiest bucket first.

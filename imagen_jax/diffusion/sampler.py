@@ -1,4 +1,4 @@
-"""Samplers: step functions under one `lax.scan`."""
+"""Samplers: DDPM, DDIM and DPM-Solver++ as steps of one `lax.scan`."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ from imagen_jax.diffusion.schedule import sampling_logsnr
 
 
 def guidance_weights(sampler: SamplerConfig) -> np.ndarray:
-    """`[steps]` weights w of the paper's Eq. 2, from the noisiest step on."""
+    """`[steps]` weights w of the paper's Eq. 2, the noisiest step first."""
     return np.array(
         sampler.guidance_schedule or [sampler.guidance] * sampler.steps, np.float32
     )
@@ -32,22 +32,22 @@ def sample(
     recorded_steps: Sequence[int] = (),
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws one picture per key.
+    """Draws one image per key.
 
-    All the noise of a picture comes from its own key: it is the same alone, in any
+    All noise of an image comes from its own key, so the image is the same alone, in any
     batch and on any mesh.
 
     Args:
       denoise: `(z [B, H, W, C], logsnr [B], cond) -> [B, H, W, C]`.
       keys: `[B]` typed PRNG keys.
-      cond: conditioning of `[B]` pictures.
-      shape: `(H, W, C)` of one picture.
+      cond: conditioning of the B images.
+      shape: `(H, W, C)` of one image.
       diffusion: schedule and prediction of the training.
       sampler: name, steps, grid, gamma, guidance, thresholding.
-      weights: `[steps, B]` of each picture instead of the sampler's, which then only
-        say at which steps nothing is guided (1).
+      weights: `[steps, B]`, guidance weights of each image instead of the sampler's,
+        which then only say at which steps no image is guided (those of 1).
       recorded_steps: K steps, from 0, whose estimates of x0 are returned too.
-      on_step: is called on the host with the number of each step that is done.
+      on_step: called on the host with the number of each finished step.
 
     Returns:
       `[B, H, W, C]` float32, in [-1, 1] unless thresholding is "none", and
@@ -64,7 +64,7 @@ def sample(
     guided = own_weights != 1
     if weights is None:
         weights = jnp.broadcast_to(own_weights[:, None], (len(guided), len(keys)))
-    # Where each step's estimate is kept; the last place is for those that are not.
+    # Where each step's estimate is kept; those not recorded overwrite the last place.
     kept = len(recorded_steps)
     places = np.full(sampler.steps, kept)
     places[list(recorded_steps)] = range(kept)
@@ -110,7 +110,7 @@ def sample(
         if kept:
             recorded = recorded.at[jnp.asarray(places)[step]].set(x0)
         if on_step:
-            # Given a pixel, it cannot be called before the step is done.
+            # The pixel makes the call wait until the step is done.
             jax.debug.callback(lambda i, _: on_step(i), step, x0[0, 0, 0, 0])
         return (z, x0, recorded), None
 
@@ -119,5 +119,5 @@ def sample(
     (_, x0, recorded), _ = jax.lax.scan(
         body, (z, jnp.zeros_like(z), recorded), jnp.arange(sampler.steps)
     )
-    # The last estimate rather than the last z: no noise is added to the result.
+    # The last estimate rather than the last z, which may have noise added.
     return x0, recorded[:kept]

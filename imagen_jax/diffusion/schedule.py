@@ -1,7 +1,7 @@
 """Noise schedules: log-SNR as a function of continuous time.
 
-Time runs from 0 (data) to 1 (noise). Every schedule is variance preserving, so the
-log-SNR says everything: `alpha**2 = sigmoid(logsnr)`, `sigma**2 = sigmoid(-logsnr)`.
+Time runs from 0 (data) to 1 (noise). Every schedule preserves variance, so the log-SNR
+determines it: `alpha**2 = sigmoid(logsnr)`, `sigma**2 = sigmoid(-logsnr)`.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ def logsnr_schedule(t: jax.Array, cfg: DiffusionConfig) -> jax.Array:
       cfg: schedule name and clip.
 
     Returns:
-      The shape of `t`, falling from `cfg.logsnr_max` to `cfg.logsnr_min` ("linear" at
-      most to the -10.05 of its own end).
+      The shape of `t`, falling from `cfg.logsnr_max` to `cfg.logsnr_min` ("linear" ends
+      at -10.05 if the clip is lower).
 
     >>> float(logsnr_schedule(jnp.array(0.5), DiffusionConfig(schedule="cosine")))
     0.0
@@ -33,15 +33,15 @@ def logsnr_schedule(t: jax.Array, cfg: DiffusionConfig) -> jax.Array:
 
 
 def _cosine(t, lowest, highest):
-    """`alpha = cos(pi t / 2)`, its ends squeezed to the clip.
+    """`alpha = cos(pi t / 2)`, with its ends squeezed to the clip.
 
-    Source: improved DDPM (arXiv 2102.09672) Eq. 17, continuous and without its
-    offset, as in arXiv 2202.00512 App. A.
+    Source: improved DDPM (arXiv 2102.09672) Eq. 17, continuous and without its offset
+    (arXiv 2202.00512 App. A).
     """
     at_0 = math.atan(math.exp(-highest / 2))
     at_1 = math.atan(math.exp(lowest / 2))
     span = math.pi / 2 - at_0 - at_1
-    # Each half is computed from its own end: tan loses its digits near pi / 2.
+    # Each half is computed from its own end, because tan loses digits near pi / 2.
     return jnp.where(
         t < 0.5,
         -2 * jnp.log(jnp.tan(at_0 + span * t)),
@@ -56,15 +56,15 @@ def _linear(t, lowest, highest):
     Source: paper F.3; arXiv 2006.11239 Sec. 4.
     """
     integral = 0.1 * t + 9.95 * t**2
-    # The clip keeps the logarithm finite at t = 0 in value and in gradient.
+    # Keeps the logarithm and its gradient finite at t = 0.
     tiny = jnp.maximum(integral, math.exp(-highest) / 2)
     return jnp.clip(-jnp.log(jnp.expm1(tiny)), lowest, highest)
 
 
 def sampling_logsnr(diffusion: DiffusionConfig, sampler: SamplerConfig) -> jax.Array:
-    """`[steps + 1]` log-SNRs, rising: where a sampler calls the network, and the end.
+    """`[steps + 1]` rising log-SNRs: one for each call of the network, and the end.
 
-    The network knows the log-SNR and not the time, so it may be sampled along another
+    The network is told the log-SNR and not the time, so it may be sampled along another
     schedule or grid than it was trained with, within the levels that it has seen.
 
     Args:

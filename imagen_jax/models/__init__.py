@@ -1,1 +1,1 @@
-"""The networks: they know no diffusion."""
+"""Networks: functions of arrays that know nothing of diffusion."""

@@ -1,4 +1,4 @@
-"""Softmax attention, by the way that is best on each platform."""
+"""Softmax attention: XLA's, or on TPUs the Pallas kernel that comes with JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,16 @@ from jax.sharding import PartitionSpec
 
 from imagen_jax.sharding import row_shards
 
-# Rows and columns of what the TPU's kernel works on at once.
+# Rows and columns of the tiles that the TPU kernel works on.
 _TILE = 128
 _LARGEST_BLOCK = 512
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention; a query that may attend to nothing gets zero.
+    """Softmax attention; a query without any real key gets zeros.
 
     Logits and softmax are float32. In a program for a TPU (`sharding.on_mesh`) the
-    Pallas kernel that comes with JAX is taken where it fits: logits never reach the
-    memory (benchmarks/README.md).
+    kernel is used where it fits: logits never reach the memory (benchmarks/README.md).
 
     Args:
       q: `[B, T, N, D]`; k, v: `[B, S, N, D]`.
@@ -25,7 +24,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     Returns:
       `[B, T, N * D]`.
     """
-    if _takes_kernel(q.shape, k.shape):
+    if _kernel_fits(q.shape, k.shape):
         out = flash_attention(q, k, v, mask)
     else:
         out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
@@ -33,13 +32,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     return out.reshape(*out.shape[:2], -1)
 
 
-def _takes_kernel(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
+def _kernel_fits(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
     if device is None or device.platform != "tpu":
         return False
     divides = queries[0] % row_shards(mesh) == 0
-    # It takes heads narrower than a tile, or of whole tiles.
+    # Heads are narrower than a tile, or whole tiles.
     width = queries[3] < _TILE or queries[3] % _TILE == 0
     lengths = queries[1] % _TILE == 0 and keys[1] % _TILE == 0
     return divides and width and lengths
@@ -48,10 +47,14 @@ def _takes_kernel(queries: tuple[int, ...], keys: tuple[int, ...]) -> bool:
 def flash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """`attend` by the kernel, `[B, T, N, D]`; each device does its rows and heads.
+    """`attend` by the TPU kernel; each device computes its rows and heads.
 
-    T and S are multiples of 128, B one of `row_shards`. Where there is nothing to
-    attend to the answer is arbitrary.
+    Args:
+      q, k, v, mask: as for `attend`; T and S are multiples of 128, B is a multiple of
+        `row_shards`.
+
+    Returns:
+      `[B, T, N, D]`, arbitrary where a query has no real key.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2:
@@ -59,20 +62,20 @@ def flash_attention(
     rows = ("data", "fsdp")
     heads = "tensor" if q.shape[2] % mesh.shape["tensor"] == 0 else None
     whole = PartitionSpec(rows, None, heads)
-    # Queries are pixels, whose rows may be split; each looks at all keys.
+    # Queries are pixels, whose rows may be split; each attends to all keys.
     divides = q.shape[1] % (_TILE * mesh.shape["spatial"]) == 0
     queries = PartitionSpec(rows, "spatial" if divides else None, heads)
     return jax.shard_map(
         _flash,
         in_specs=(queries, whole, whole, PartitionSpec(rows)),
         out_specs=queries,
-        # A kernel does not say along which axes its answer varies.
+        # A kernel does not declare over which mesh axes its result varies.
         check_vma=False,
     )(q, k, v, mask)
 
 
 def _flash(q, k, v, mask):
-    # Pallas for TPUs is of no use elsewhere.
+    # Imported here because only TPUs need it.
     from jax.experimental.pallas.ops.tpu import flash_attention as pallas
 
     q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))

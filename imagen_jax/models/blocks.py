@@ -1,4 +1,4 @@
-"""The blocks that both U-Nets are made of."""
+"""Blocks of both U-Nets: residual, attention, embeddings."""
 
 import itertools
 
@@ -51,16 +51,15 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention of pixels over themselves, the text, or both at once.
+    """Attention of pixels to themselves, the text, or both at once, with a skip.
 
-    Over both, the text's keys and values are concatenated to the pixels' (paper
-    D.3.1). A residual block.
+    For both, the text's keys and values are concatenated to the pixels' (paper D.3.1).
 
     Attributes:
       head_channels: channels per head.
       dtype: compute type.
       over_pixels, over_text: what is attended to; at least one.
-      expansion: width of queries, keys and values over that of the pixels.
+      expansion: width of queries, keys and values as a multiple of the pixels'.
       skip_scale: factor on the sum with the input.
       text_norm: whether the text is layer-normalised first (paper 2.5).
     """
@@ -108,10 +107,10 @@ class AttentionBlock(nn.Module):
 
 
 class TextPool(nn.Module):
-    """The whole text in one vector, by attention or as the mean of its tokens.
+    """The text pooled into one vector, by attention or as the mean of its tokens.
 
-    Attention has one query, made of the mean (paper 2.5 and D.3.1; how the paper pools
-    by attention is not printed).
+    Attention has one query, a projection of the mean (paper 2.5 and D.3.1, which do not
+    print how attention pools).
 
     Attributes:
       features: width of the result.
@@ -123,7 +122,7 @@ class TextPool(nn.Module):
 
     @nn.compact
     def __call__(self, text: jax.Array, mask: jax.Array) -> jax.Array:
-        """`[B, L, D]` and `[B, L]` to `[B, features]`; the null text gives a bias."""
+        """`[B, L, D]` and `[B, L]` to `[B, features]`; the bias for the null text."""
         dtype = jnp.dtype(self.cfg.dtype)
         if self.cfg.text_norm:
             text = layers.layer_norm(dtype, name="norm")(text)
@@ -143,7 +142,7 @@ class TextPool(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Noise level, pooled text and augmentation level in one vector (paper 2.5).
+    """Sum of the embeddings of noise level, pooled text and augmentation level (2.5).
 
     Attributes:
       features: width of the vector.
@@ -172,11 +171,11 @@ class Embedding(nn.Module):
 
 
 class LevelAttention(nn.Module):
-    """What a level attends to, by `text_conditioning`; maybe nothing.
+    """The attention blocks of a level, by `text_conditioning`; there may be none.
 
     Attributes:
       cfg: the network.
-      level: counted from the finest.
+      level: index of the level, the finest being 0.
       expansion: see `AttentionBlock`.
     """
 
@@ -217,7 +216,7 @@ class Block(nn.Module):
     Attributes:
       features: output channels.
       cfg: the network.
-      level: whose attention follows; None for none.
+      level: level whose attention follows; None for none.
       resample: None, "down" or "up".
     """
 
@@ -233,9 +232,10 @@ class Block(nn.Module):
         """`[B, H, W, C]` to `[B, H', W', features]`.
 
         Args:
-          x: what comes from the block before.
-          skip: `[B, H, W, C']` from the way down, put beside it; None on the way down.
-          emb: `[B, E]`.
+          x: output of the block before.
+          skip: `[B, H, W, C']` from the way down, concatenated to it; None on the way
+            down.
+          emb: `[B, E]`, the embedding.
           cond: text.
         """
         if skip is not None:
@@ -255,7 +255,7 @@ class Block(nn.Module):
 
 
 def checkpointed(module: type[nn.Module], remat: str) -> type[nn.Module]:
-    """The module, recomputing in the backward pass what `ModelConfig.remat` says."""
+    """The module, recomputing in the backward pass as `ModelConfig.remat` says."""
     if remat == "none":
         return module
 
@@ -267,10 +267,11 @@ def checkpointed(module: type[nn.Module], remat: str) -> type[nn.Module]:
 
 
 class Chain(nn.Module):
-    """Equal blocks after one another.
+    """A sequence of equal blocks.
 
     Attributes:
-      count, features, cfg, level: how many, and of what kind; see `Block`.
+      count: number of blocks.
+      features, cfg, level: see `Block`.
     """
 
     count: int
@@ -282,12 +283,12 @@ class Chain(nn.Module):
     def __call__(
         self, x: jax.Array, skips: list[jax.Array], emb: jax.Array, cond: Cond
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """The last block's output, and those of all of them.
+        """The output of the last block, and the list of all outputs.
 
         Args:
           x: `[B, H, W, C]`.
-          skips: a `[B, H, W, C']` for each block, or none at all.
-          emb: `[B, E]`.
+          skips: a `[B, H, W, C']` for each block, or none for all.
+          emb: `[B, E]`, the embedding.
           cond: text.
         """
         outputs = []
@@ -299,7 +300,7 @@ class Chain(nn.Module):
 
 
 def project_text(cond: Cond, cfg: ModelConfig) -> Cond:
-    """The text at the width `cfg.text_features`; inside a module."""
+    """The text projected to `cfg.text_features`; to be called in a compact module."""
     if not cfg.text_features:
         return cond
     project = layers.dense(cfg.text_features, jnp.dtype(cfg.dtype), name="text")
@@ -307,9 +308,9 @@ def project_text(cond: Cond, cfg: ModelConfig) -> Cond:
 
 
 def network_input(z: jax.Array, cond: Cond, cfg: ModelConfig) -> jax.Array:
-    """The noised picture, and beside it the low-resolution one, as channels.
+    """Channels of the noised image and, after them, of the low-resolution image.
 
-    The low-resolution picture is enlarged bicubically (SR3, arXiv 2104.07636).
+    The latter is enlarged bicubically (SR3, arXiv 2104.07636).
 
     Returns:
       `[B, H / p, W / p, p * p * (3 or 6)]` in the compute type, p the patch size.

@@ -1,4 +1,4 @@
-"""Convolution of pictures whose rows may lie on many devices."""
+"""Convolution of images whose rows are split over devices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,21 +8,21 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from imagen_jax.sharding import picture_spec
+from imagen_jax.sharding import image_spec
 
 
 def convolve(
     x: jax.Array, kernel: jax.Array, strides: Sequence[int], *_: Any, **__: Any
 ) -> jax.Array:
-    """A convolution, zero padded as "SAME" pads; what `nn.Conv` calls.
+    """The convolution that `nn.Conv` calls, with zeros as "SAME" padding.
 
-    On a mesh (`sharding.on_mesh`) that has an axis spatial each device convolves its
-    own rows and gets the rows at their borders from its neighbours.
+    Where the mesh (`sharding.on_mesh`) splits rows, each device convolves its own and
+    gets the rows beyond their borders from its neighbours.
 
     Args:
       x: `[B, H, W, C]`.
       kernel: `[h, w, C, features]`.
-      strides: of H and W.
+      strides: strides along H and W.
 
     Returns:
       `[B, ceil(H / stride), ceil(W / stride), features]`.
@@ -41,10 +41,10 @@ def _convolve(x, kernel, strides, pads):
 
 
 def _by_rows(x, kernel, strides, pads, mesh):
-    # By hand, for XLA's partitioner (jaxlib 0.10.2) gets convolutions wrong whose rows
-    # and output channels are both split, and gradients of those whose rows are.
+    # XLA's partitioner (jaxlib 0.10.2) computes wrong convolutions where both rows and
+    # output channels are split, and wrong gradients where rows are.
     (above, below), columns = pads
-    spec = picture_spec(x.shape, mesh, strides[0])
+    spec = image_spec(x.shape, mesh, strides[0])
     shards = mesh.shape["spatial"] if spec[1] else 1
     if x.shape[1] // shards < max(above, below):
         spec, shards = PartitionSpec(spec[0], None, None, None), 1
@@ -57,7 +57,7 @@ def _by_rows(x, kernel, strides, pads, mesh):
         down = [(i, i + 1) for i in range(shards - 1)]
         up = [(i + 1, i) for i in range(shards - 1)]
         parts = [x]
-        # Who has no neighbour gets zeros, which is the padding.
+        # A device without that neighbour gets zeros: the padding.
         if above:
             parts.insert(0, lax.ppermute(x[:, -above:], "spatial", down))
         if below:

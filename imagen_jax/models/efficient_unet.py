@@ -10,13 +10,13 @@ from imagen_jax.models import blocks, layers
 
 
 class EfficientUNet(nn.Module):
-    """`(z, logsnr, cond) -> output`, resolution changed on the cheap side.
+    """`(z, logsnr, cond) -> output`; no residual block runs at full resolution.
 
-    A level is halved before its residual blocks on the way down and doubled after
-    them on the way up, so no residual block runs at the picture's own resolution.
+    The resolution is halved before the residual blocks of a level on the way down, and
+    doubled after them on the way up.
 
-    Without self-attention it may be applied to larger pictures than it was trained on:
-    only the moments of its group normalisations then are of more pixels.
+    Without self-attention the network may be applied to larger images than it was
+    trained on: only its group normalisations then take moments over more pixels.
 
     Attributes:
       cfg: widths, depths, attention and compute type.
@@ -26,25 +26,24 @@ class EfficientUNet(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-        """Predicts `[B, H, W, 3]` float32 from the noised picture of that shape.
+        """Predicts `[B, H, W, 3]` float32 from the noised image of that shape.
 
         Args:
           z: `[B, H, W, 3]` float32.
           logsnr: `[B]` float32.
-          cond: text `[B, L, D]`, and the low-res picture of a super-resolution stage.
+          cond: text and, for a super-resolution stage, the low-resolution image.
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
         cond = blocks.project_text(cond, cfg)
         emb = blocks.Embedding(4 * cfg.channels[0], cfg, name="embedding")(logsnr, cond)
 
-        def chain(x, skips, level, name, left_out=0):
-            count, width = cfg.num_res_blocks[level] - left_out, cfg.channels[level]
-            chain = blocks.Chain(count, width, cfg, name=f"{name}_{level}_chain")
-            return chain(x, skips, emb, cond)
+        def chain(x, skips, level, name, count):
+            width, name = cfg.channels[level], f"{name}_{level}_chain"
+            return blocks.Chain(count, width, cfg, name=name)(x, skips, emb, cond)
 
         def attention(x, level, name):
-            # Twice the channels inside attention: Fig. A.28.
+            # Twice the channels inside attention (Fig. A.28).
             name = f"{name}_{level}_attention"
             return blocks.LevelAttention(cfg, level, expansion=2, name=name)(x, cond)
 
@@ -55,17 +54,18 @@ class EfficientUNet(nn.Module):
         for level in levels:
             channels = cfg.channels[level]
             x = layers.conv(channels, dtype, stride=2, name=f"down_{level}_conv")(x)
-            x, outputs = chain(x, [], level, "down")
+            x, outputs = chain(x, [], level, "down", cfg.num_res_blocks[level])
             x = attention(x, level, "down")
             skips.append(outputs if cfg.skips == "every_block" else [x])
 
         for level in reversed(levels):
+            count = cfg.num_res_blocks[level]
             if cfg.skips == "every_block":
-                x, _ = chain(x, skips[level][::-1], level, "up")
+                x, _ = chain(x, skips[level][::-1], level, "up", count)
             else:
                 first = blocks.Block(cfg.channels[level], cfg, name=f"up_{level}_first")
                 x = first(x, skips[level][0], emb, cond)
-                x, _ = chain(x, [], level, "up", left_out=1)
+                x, _ = chain(x, [], level, "up", count - 1)
             x = attention(x, level, "up")
             channels = cfg.channels[max(0, level - 1)]
             x = layers.upsample(x)

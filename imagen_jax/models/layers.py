@@ -1,7 +1,7 @@
-"""Layers with logically partitioned parameters.
+"""Layers whose parameters carry logical axes, which `sharding.RULES` lays on a mesh.
 
-Parameters are float32 and carry the axis names of `sharding.RULES`; `dtype` is the
-compute type. Normalisation statistics are float32 always.
+Parameters and the statistics of normalisations are float32; `dtype` is the type that
+is computed in.
 """
 
 import math
@@ -23,9 +23,9 @@ def _parameter(init, *axes):
 
 
 def _kernel(init, *axes):
-    """A layer's kernel: how it is made, and how it is brought to where it is used.
+    """Arguments of a flax layer: how its kernel is initialised and how it is gathered.
 
-    It is cast to the compute type before it is gathered, so half as much is sent.
+    It is cast to the compute type first, which halves what devices exchange.
     """
 
     def promote(x, kernel, bias, *, dtype):
@@ -69,15 +69,14 @@ def conv(
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm (arXiv 1803.08494) as a factor and a summand of each picture's channel.
+    """GroupNorm (arXiv 1803.08494), with the scale and shift that condition it.
 
-    `flax.linen.GroupNorm` subtracts, multiplies and adds pixel by pixel; here a pixel
-    sees one product and one sum, in float32, that of `scale` and `shift` included
-    (benchmarks/README.md).
+    Both are folded into one product and one sum per pixel, in float32; flax's GroupNorm
+    has more of them, and no scale and shift (benchmarks/README.md).
 
     Attributes:
-      num_groups: into which the channels are divided.
-      dtype: of the result.
+      num_groups: number of groups that the channels are divided into.
+      dtype: type of the result.
       epsilon: added to the variance.
     """
 
@@ -101,10 +100,8 @@ class GroupNorm(nn.Module):
         factor = gamma * jax.lax.rsqrt(variance + self.epsilon)
         summand = beta - mean * factor
         if scale is not None:
-            factor, summand = (
-                v * (1 + scale.astype(v.dtype)) for v in (factor, summand)
-            )
-            summand += shift.astype(summand.dtype)
+            gain = 1 + scale.astype(jnp.float32)
+            factor, summand = factor * gain, summand * gain + shift.astype(jnp.float32)
         factor, summand = factor[:, None, None], summand[:, None, None]
         return (x.astype(jnp.float32) * factor + summand).astype(self.dtype)
 
@@ -113,20 +110,18 @@ class GroupNorm(nn.Module):
         """Mean and variance of each channel's group, `[B, C]` float32."""
         x = x.astype(jnp.float32)
 
-        def of_groups(means):
-            grouped = means.reshape(len(means), self.num_groups, -1)
-            whole = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
-            return whole.reshape(means.shape)
+        def group_means(values):
+            groups = values.mean((1, 2)).reshape(len(x), self.num_groups, -1)
+            return groups.mean(-1).repeat(groups.shape[-1], axis=-1)
 
-        mean, square = (of_groups(v.mean((1, 2))) for v in (x, jnp.square(x)))
+        mean, square = group_means(x), group_means(jnp.square(x))
         return mean, jnp.maximum(0.0, square - jnp.square(mean))
 
 
 def group_norm(channels: int, dtype, *, name: str | None = None) -> GroupNorm:
-    """GroupNorm with 32 groups, fewer where they would have less than 4 channels.
+    """GroupNorm with 32 groups, or fewer so that each has at least 4 channels.
 
-    With one channel to a group each picture would lose its channels' means, and with
-    them its colours.
+    Groups of one channel would lose the channels' means: the colours of an image.
     """
     most = max(1, min(32, channels // 4))
     groups = next(g for g in range(most, 0, -1) if channels % g == 0)
@@ -158,9 +153,8 @@ def heads(num_heads: int, head_channels: int, dtype, *, name: str):
 def noise_features(logsnr: jax.Array, channels: int) -> jax.Array:
     """`[B]` log-SNR to `[B, channels]` float32 sines and cosines.
 
-    The log-SNR is first mapped to (0, 1) by the inverse of the cosine schedule, then
-    embedded like a time step in [0, 1000] (arXiv 2006.11239; the mapping as in
-    arXiv 2202.00512).
+    The inverse of the cosine schedule maps the log-SNR to (0, 1) (arXiv 2202.00512),
+    which is embedded like a time step in [0, 1000] (arXiv 2006.11239).
     """
     t = jnp.arctan(jnp.exp(-logsnr / 2)) / (math.pi / 2)
     half = channels // 2
@@ -184,10 +178,10 @@ def depth_to_space(x: jax.Array, p: int) -> jax.Array:
 
 
 def upsample(x: jax.Array) -> jax.Array:
-    """Nearest neighbour, twice the height and width."""
+    """Twice the height and width, by nearest neighbours."""
     return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 def downsample(x: jax.Array) -> jax.Array:
-    """Mean of 2 x 2, half the height and width."""
+    """Half the height and width, by means of 2 x 2."""
     return nn.avg_pool(x, (2, 2), strides=(2, 2))

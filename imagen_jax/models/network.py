@@ -1,4 +1,4 @@
-"""From a stage's config to its network."""
+"""A stage's network: its parameters, its inputs and its output."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from imagen_jax.batch import Cond
+from imagen_jax.batch import Cond, text_shape
 from imagen_jax.config import ModelConfig, StageConfig
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
@@ -23,59 +23,50 @@ def apply(
     logsnr: jax.Array,
     cond: Cond,
     dropout_key: jax.Array | None = None,
+    **options,
 ) -> jax.Array:
-    """The network's answer, `[B, H, W, 3]` float32.
+    """The network's output, `[B, H, W, 3]` float32.
 
     Args:
       cfg: architecture and sizes.
-      params: from `init`, unboxed.
-      z: `[B, H, W, 3]` float32, the noised picture.
+      params: parameters as from `init`, unboxed.
+      z: `[B, H, W, 3]` float32, the noised image.
       logsnr: `[B]` float32.
-      cond: text and, for a super-resolution stage, the low-res picture.
-      dropout_key: given in training; without it dropout is off.
+      cond: text and, for a super-resolution stage, the low-resolution image.
+      dropout_key: given in training; without it there is no dropout.
+      **options: of flax's `Module.apply`.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     model = _ARCHITECTURES[cfg.architecture](cfg)
-    return model.apply({"params": params}, z, logsnr, cond, rngs=rngs)
+    return model.apply({"params": params}, z, logsnr, cond, rngs=rngs, **options)
 
 
-def layer_maxima(
-    cfg: ModelConfig,
-    params,
-    z: jax.Array,
-    logsnr: jax.Array,
-    cond: Cond,
-    dropout_key: jax.Array | None = None,
-) -> list[dict[str, jax.Array]]:
-    """The largest absolute value that each layer answers with, NaN if it has one.
+def layer_maxima(*args, **kwargs) -> list[dict[str, jax.Array]]:
+    """The largest absolute value that each layer returns; NaN if it returns one.
 
     Args:
-      cfg, params, z, logsnr, cond, dropout_key: as for `apply`.
+      *args, **kwargs: as for `apply`.
 
     Returns:
       `{"down_0_first/residual/conv_1": maximum}`, float32 scalars, for each layer in
-      the order in which they are done: a block comes after its parts.
+      the order of the forward pass: a block comes after its parts.
     """
     paths = []
 
     def watch(layer, args, kwargs, context):
-        answer = layer(*args, **kwargs)
+        output = layer(*args, **kwargs)
         if context.method_name == "__call__":
-            leaves = jax.tree.leaves(answer)
+            leaves = jax.tree.leaves(output)
             largest = [jnp.abs(leaf).max().astype(jnp.float32) for leaf in leaves]
             paths.append(context.module.path)
             if largest:
-                found = jnp.stack(largest).max()
-                context.module.sow("maxima", "max", found, reduce_fn=lambda _, x: x)
-        return answer
+                maximum = jnp.stack(largest).max()
+                context.module.sow("maxima", "max", maximum, reduce_fn=lambda _, x: x)
+        return output
 
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    model = _ARCHITECTURES[cfg.architecture](cfg)
     with nn.intercept_methods(watch):
-        _, found = model.apply(
-            {"params": params}, z, logsnr, cond, rngs=rngs, mutable=["maxima"]
-        )
-    flat = flatten_dict(found["maxima"])
+        _, variables = apply(*args, **kwargs, mutable=["maxima"])
+    flat = flatten_dict(variables["maxima"])
     paths = [path for path in dict.fromkeys(paths) if path and (*path, "max") in flat]
     return [{"/".join(path): flat[(*path, "max")]} for path in paths]
 
@@ -91,8 +82,8 @@ def _init(cfg: ModelConfig, inputs, key):
 
 
 def abstract_params(cfg: StageConfig):
-    """What `init` returns; no arrays."""
-    # Whatever else differs between settings and runs, it is traced once.
+    """What `init` returns, as abstract arrays."""
+    # Traced once for all stages and settings with the same parameters.
     return _abstract_params(dataclasses.replace(cfg.model, remat="none"), _inputs(cfg))
 
 
@@ -102,7 +93,7 @@ def _abstract_params(cfg: ModelConfig, inputs):
 
 
 def abstract_inputs(cfg: StageConfig):
-    """`params, z, logsnr, cond` of one picture, as `apply` takes them; no arrays."""
+    """`params, z, logsnr, cond` of `apply` for one image, as abstract arrays."""
     return nn.unbox(abstract_params(cfg)), *_inputs(cfg)
 
 
@@ -113,9 +104,10 @@ def _inputs(cfg: StageConfig):
     def spec(dtype, *shape):
         return jax.ShapeDtypeStruct((1, *shape), dtype)
 
+    length, dim = text_shape(cfg.text)
     cond = Cond(
-        text=spec(jnp.bfloat16, cfg.text.length, cfg.text.dim),
-        mask=spec(jnp.bool_, cfg.text.length),
+        text=spec(jnp.bfloat16, length, dim),
+        mask=spec(jnp.bool_, length),
         lowres=spec(jnp.float32, low, low, 3) if low else None,
         aug_logsnr=spec(jnp.float32) if augmented else None,
     )

@@ -10,7 +10,7 @@ from imagen_jax.models import blocks, layers
 
 
 class UNet(nn.Module):
-    """`(z, logsnr, cond) -> output`, all levels convolved at their own resolution.
+    """`(z, logsnr, cond) -> output`; levels are convolved at their own resolution.
 
     Attributes:
       cfg: widths, depths, attention and compute type.
@@ -20,12 +20,12 @@ class UNet(nn.Module):
 
     @nn.compact
     def __call__(self, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-        """Predicts `[B, H, W, 3]` float32 from the noised picture of that shape.
+        """Predicts `[B, H, W, 3]` float32 from the noised image of that shape.
 
         Args:
           z: `[B, H, W, 3]` float32.
           logsnr: `[B]` float32.
-          cond: text `[B, L, D]`, and the low-res picture of a super-resolution stage.
+          cond: text and, for a super-resolution stage, the low-resolution image.
         """
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
@@ -42,7 +42,7 @@ class UNet(nn.Module):
         skips = [x]
         for level, features in enumerate(cfg.channels):
             more = cfg.num_res_blocks[level] - 1
-            # The first takes another width, the others are equal.
+            # The first block's input has another width; the others are equal.
             x = block(x, None, features, f"down_{level}_first", level=level)
             chain = blocks.Chain(more, features, cfg, level, name=f"down_{level}_chain")
             skips.append(x)

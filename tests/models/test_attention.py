@@ -1,4 +1,4 @@
-"""Attention against a closed form in float64 numpy, by each of its ways."""
+"""Attention, XLA's and the kernel's, against a closed form in float64 numpy."""
 
 import functools
 
@@ -54,7 +54,7 @@ def test_logits_and_softmax_are_float32():
 def test_attending_to_nothing_is_zero(kernel, monkeypatch):
     """As the null text is, where a level attends to the text alone."""
     t, s = (128, 128) if kernel else (6, 5)
-    monkeypatch.setattr(attention, "_takes_kernel", lambda *_: kernel)
+    monkeypatch.setattr(attention, "_kernel_fits", lambda *_: kernel)
     q, k, v = _normal(2, t, 2, 8), _normal(2, s, 2, 8), 1e30 * _normal(2, s, 2, 8)
     mask = np.array([[0] * s, [1] * s], bool)
 
@@ -82,10 +82,9 @@ def _gradients(way, q, k, v, mask):
     return jax.grad(loss, (0, 1, 2))(q, k, v)
 
 
-# The base's 16 x 16 pixels and text; text alone.
-@pytest.mark.parametrize(("pixels", "keys"), [(256, 384), (128, 128)])
-def test_the_tpu_kernel_is_a_masked_softmax(pixels, keys):
-    """Interpreted on the CPU."""
+def test_the_tpu_kernel_is_a_masked_softmax():
+    """Interpreted on the CPU, with the base's 16 x 16 pixels and text."""
+    pixels, keys = 256, 384
     q, k, v, mask = _inputs(2, pixels, keys)
     with pltpu.force_tpu_interpret_mode():
         have = flash_attention(q, k, v, mask)

@@ -4,10 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.batch import Cond
-from imagen_jax.config import DiffusionConfig, ModelConfig
+from imagen_jax.config import DiffusionConfig
 from imagen_jax.diffusion.schedule import logsnr_schedule
-from imagen_jax.models import blocks, layers
+from imagen_jax.models import layers
 
 EPS = np.finfo(np.float32).eps
 KEY = np.array([0, 1], np.uint32)
@@ -99,46 +98,3 @@ def test_resampling():
     np.testing.assert_allclose(layers.downsample(up), x, rtol=4 * EPS)
     want = (x[:, ::2, ::2] + x[:, 1::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, 1::2]) / 4
     np.testing.assert_allclose(layers.downsample(x), want, atol=8 * EPS)
-
-
-@pytest.mark.parametrize(("resample", "scale"), [(None, 0.5), ("up", 1), ("down", 1)])
-def test_a_new_residual_block_only_resamples(resample, scale):
-    x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
-    block = blocks.ResBlock(32, jnp.float32, resample=resample, skip_scale=scale)
-    have, _ = block.init_with_output(KEY, x, emb)
-    change = getattr(layers, f"{resample}sample") if resample else lambda x: x
-    np.testing.assert_array_equal(have, change(x) * np.float32(scale))
-
-
-def test_dropout_is_before_the_second_convolution():
-    """With everything dropped, only that convolution's bias is added."""
-    x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
-    block = blocks.ResBlock(32, jnp.float32, dropout=1.0)
-    params = block.init(KEY, x, emb)["params"]
-    params["conv_2"] = {"kernel": jnp.ones((3, 3, 32, 32)), "bias": jnp.full(32, 3.0)}
-    dropped = block.apply({"params": params}, x, emb, rngs={"dropout": KEY})
-    np.testing.assert_array_equal(dropped, x + 3)
-    without = block.apply({"params": params}, x, emb)
-    assert np.abs(without - (x + 3)).max() > 1
-
-
-def test_a_new_attention_block_only_scales():
-    x = _normal(2, 4, 4, 32)
-    cond = Cond(text=_normal(2, 3, 8), mask=np.ones((2, 3), bool))
-    block = blocks.AttentionBlock(16, jnp.float32, True, True, 2, skip_scale=0.5)
-    have, _ = block.init_with_output(KEY, x, cond)
-    np.testing.assert_array_equal(have, x * np.float32(0.5))
-
-
-def test_network_input_puts_the_enlarged_picture_beside_the_noised_one():
-    z = _normal(2, 8, 8, 3)
-    cfg = ModelConfig(dtype="float32", patch_size=2)
-    flat = np.full((2, 4, 4, 3), [1, 2, 3], np.float32)  # stays flat when enlarged
-    cond = Cond(text=np.zeros((2, 1, 1)), mask=np.zeros((2, 1), bool), lowres=flat)
-    folded = blocks.network_input(z, cond, cfg)
-    have = np.asarray(layers.depth_to_space(folded, 2))
-    np.testing.assert_array_equal(have[..., :3], z)
-    want = np.broadcast_to(np.float32([1, 2, 3]), z.shape)
-    np.testing.assert_allclose(have[..., 3:], want, rtol=8 * EPS)
-    alone = blocks.network_input(z, cond.replace(lowres=None), cfg)
-    np.testing.assert_array_equal(layers.depth_to_space(alone, 2), z)

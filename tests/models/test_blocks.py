@@ -1,21 +1,20 @@
-"""The blocks against diffusers' and torch's, on the same weights.
+"""Blocks against diffusers' and torch's on the same weights, and new blocks.
 
-Recorded by tests/references/make_torch.py, in float64.
+The references are recorded in float64 by tests/references/make_torch.py.
 """
 
 import pathlib
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import meta
 
 from imagen_jax.batch import Cond
-from imagen_jax.config import MeshConfig, ModelConfig
-from imagen_jax.models import blocks
-from imagen_jax.sharding import make_mesh, on_mesh
+from imagen_jax.config import ModelConfig
+from imagen_jax.models import blocks, layers
 
+EPS = np.finfo(np.float32).eps
+KEY = np.array([0, 1], np.uint32)
 RECORD = pathlib.Path(__file__).parents[1] / "references" / "torch.npz"
 
 
@@ -74,21 +73,6 @@ def test_residual_block(record, name):
     _near(have, _last(record[f"{name}/out"]))
 
 
-def test_wide_residual_block_on_one_cpu():
-    """Its convolutions are others there than in the tests here, and larger."""
-    rng = np.random.default_rng(0)
-    x, emb = (rng.normal(size=size).astype("f") for size in ((2, 24, 24, 64), (2, 8)))
-    block = blocks.ResBlock(64, jnp.float32)
-    params = meta.unbox(jax.jit(block.init)(jax.random.key(0), x, emb))
-    # None of them at zero.
-    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape), params)
-    params = jax.tree.map(np.float32, params)
-    on_one = on_mesh(block.apply, make_mesh(MeshConfig(), jax.devices()[:1]))
-    program = jax.jit(on_one)
-    assert "size=1x3" in program.lower(params, x, emb).as_text("hlo")
-    _near(program(params, x, emb), jax.jit(block.apply)(params, x, emb))
-
-
 @pytest.mark.parametrize(("name", "expansion"), [("concatenated", 1), ("expanded", 2)])
 def test_attention_with_concatenated_text(record, name, expansion):
     def heads(ours):
@@ -125,3 +109,50 @@ def test_attention_pooling(record):
     pool = blocks.TextPool(24, ModelConfig(head_channels=8, dtype="float32"))
     text, mask = record["pooled/text"], record["pooled/mask"] > 0
     _near(pool.apply({"params": params}, text, mask), record["pooled/out"])
+
+
+def _normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("resample", "scale"), [(None, 0.5), ("up", 1), ("down", 1)])
+def test_a_new_residual_block_only_resamples(resample, scale):
+    x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
+    block = blocks.ResBlock(32, jnp.float32, resample=resample, skip_scale=scale)
+    have, _ = block.init_with_output(KEY, x, emb)
+    change = getattr(layers, f"{resample}sample") if resample else lambda x: x
+    np.testing.assert_array_equal(have, change(x) * np.float32(scale))
+
+
+def test_dropout_is_before_the_second_convolution():
+    """With everything dropped, only that convolution's bias is added."""
+    x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
+    block = blocks.ResBlock(32, jnp.float32, dropout=1.0)
+    params = block.init(KEY, x, emb)["params"]
+    params["conv_2"] = {"kernel": jnp.ones((3, 3, 32, 32)), "bias": jnp.full(32, 3.0)}
+    dropped = block.apply({"params": params}, x, emb, rngs={"dropout": KEY})
+    np.testing.assert_array_equal(dropped, x + 3)
+    without = block.apply({"params": params}, x, emb)
+    assert np.abs(without - (x + 3)).max() > 1
+
+
+def test_a_new_attention_block_only_scales():
+    x = _normal(2, 4, 4, 32)
+    cond = Cond(text=_normal(2, 3, 8), mask=np.ones((2, 3), bool))
+    block = blocks.AttentionBlock(16, jnp.float32, True, True, 2, skip_scale=0.5)
+    have, _ = block.init_with_output(KEY, x, cond)
+    np.testing.assert_array_equal(have, x * np.float32(0.5))
+
+
+def test_network_input_puts_the_enlarged_picture_beside_the_noised_one():
+    z = _normal(2, 8, 8, 3)
+    cfg = ModelConfig(dtype="float32", patch_size=2)
+    flat = np.full((2, 4, 4, 3), [1, 2, 3], np.float32)  # stays flat when enlarged
+    cond = Cond(text=np.zeros((2, 1, 1)), mask=np.zeros((2, 1), bool), lowres=flat)
+    folded = blocks.network_input(z, cond, cfg)
+    have = np.asarray(layers.depth_to_space(folded, 2))
+    np.testing.assert_array_equal(have[..., :3], z)
+    want = np.broadcast_to(np.float32([1, 2, 3]), z.shape)
+    np.testing.assert_allclose(have[..., 3:], want, rtol=8 * EPS)
+    alone = blocks.network_input(z, cond.replace(lowres=None), cfg)
+    np.testing.assert_array_equal(layers.depth_to_space(alone, 2), z)

@@ -4,6 +4,7 @@ The networks start as constants, so their parameters are drawn first.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base64, common, sr256, sr1024
+from configs import base64, common
 from imagen_jax import config
 from imagen_jax.batch import Cond, null_text
 from imagen_jax.models import network
@@ -26,10 +27,11 @@ UNET = {
     "image_size": 8,
     "model": {
         "architecture": "unet",
-        "channels": (48, 48, 96),
-        "num_res_blocks": (1, 1, 1),
-        "self_attention": (False, True, True),
-        "text_attention": (True, False, True),
+        "channels": (48, 96),
+        "num_res_blocks": (1, 2),
+        "self_attention": (False, True),
+        "text_attention": (True, True),
+        "text_features": 8,
     },
 }
 EFFICIENT = {
@@ -39,40 +41,31 @@ EFFICIENT = {
         "architecture": "efficient_unet",
         "channels": (48, 96),
         "num_res_blocks": (1, 2),
-        "self_attention": (False, True),
-        "text_attention": (True, True),
+        "self_attention": (True, True),
+        "text_attention": (False, True),
         "patch_size": 2,
     },
 }
-# Each value of what the paper's ablations change, and loops over blocks.
-CROSS = {
-    **UNET,
-    "model": {
-        **UNET["model"],
-        "num_res_blocks": (1, 1, 2),
-        "text_conditioning": "cross",
-        "text_norm": False,
-        "scan_blocks": True,
-    },
-}
+# The other value of each choice that the paper's networks and ablations make.
 LAST_SKIPS = {
     **EFFICIENT,
     "model": {
         **EFFICIENT["model"],
+        "self_attention": (False, True),
+        "text_attention": (True, True),
+        "text_conditioning": "cross",
+        "text_norm": False,
+        "text_features": 8,
         "skips": "last_block",
         "skip_scale": 0.5**0.5,
-        "text_features": 8,
-        "scan_blocks": True,
     },
 }
-NETWORKS = {
-    "unet": UNET,
-    "efficient": EFFICIENT,
-    "cross": CROSS,
-    "last_skips": LAST_SKIPS,
-    "base64": base64.get_config("tiny").to_dict(),
-    "sr256": sr256.get_config("tiny").to_dict(),
-    "sr1024": sr1024.get_config("tiny").to_dict(),
+NETWORKS = {"unet": UNET, "efficient": EFFICIENT, "last_skips": LAST_SKIPS}
+ONE_LEVEL = {
+    "channels": (24,),
+    "num_res_blocks": (1,),
+    "self_attention": (True,),
+    "text_attention": (True,),
 }
 
 
@@ -127,9 +120,20 @@ class Network:
         return np.asarray(self._run(cfg, params, **inputs, cond=cond))
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@functools.cache
+def _network(name):
+    return Network(NETWORKS[name])
+
+
+@pytest.fixture(params=NETWORKS)
 def net(request):
-    return Network(NETWORKS[request.param])
+    return _network(request.param)
+
+
+@pytest.fixture(params=["unet", "last_skips"])
+def one_of_each(request):
+    """A network of either architecture, for what is the same in all blocks."""
+    return _network(request.param)
 
 
 def _field(net, name):
@@ -167,7 +171,8 @@ def test_what_is_under_the_padding_is_not_seen(net):
     np.testing.assert_array_equal(net(text=text), net())
 
 
-def test_the_length_of_the_padding_changes_only_roundings(net):
+def test_the_length_of_the_padding_changes_only_roundings(one_of_each):
+    net = one_of_each
     cond = net.inputs["cond"]
     more = ((0, 0), (0, 7))
     longer = net(
@@ -199,7 +204,7 @@ def test_the_text_reaches_the_answer_by_every_path(net):
     model = net.cfg.model
     if model.architecture == "efficient_unet":
         assert len(paths) == 2 * sum(model.text_attention)
-    elif not model.scan_blocks:
+    else:
         blocks = zip(model.text_attention, model.num_res_blocks, strict=True)
         in_middle = model.text_attention[-1]
         assert len(paths) == sum(t * (2 * n + 1) for t, n in blocks) + in_middle
@@ -234,7 +239,7 @@ def _unseen(params):
 @pytest.mark.parametrize("kind", ["attention_pool", "mean_pool"])
 def test_text_can_enter_by_pooling_alone(kind):
     """No block attends to the text, and yet it moves the answer."""
-    model = {**UNET["model"], "text_conditioning": kind}
+    model = {**ONE_LEVEL, "text_conditioning": kind}
     net = Network({**UNET, "model": model})
     assert not list(_attentions(net.params))
     assert ("query" in net.params["embedding"]["pool"]) == (kind == "attention_pool")
@@ -247,7 +252,7 @@ def test_text_can_enter_by_pooling_alone(kind):
 
 def test_a_unet_may_enlarge_without_augmentation():
     """The paper's other network for super-resolution; no level is told to it."""
-    values = {"image_size": 16, "lowres_size": 4, "model": UNET["model"]}
+    values = {"image_size": 16, "lowres_size": 4, "model": ONE_LEVEL}
     # A stage whose pictures are never spoilt is not sampled with spoilt ones.
     off = {"diffusion": {"lowres_augmentation": False}, "sampler": {"aug_level": 0.0}}
     net = Network({**values, **off})
@@ -267,33 +272,10 @@ def test_smaller_bases_are_alike_in_their_tiny_form(name):
     assert shrunk.to_dict() == base64.get_config("tiny").to_dict()
 
 
-@pytest.mark.parametrize("values", [CROSS, LAST_SKIPS], ids=["unet", "efficient"])
-def test_a_loop_over_blocks_computes_what_the_blocks_do(values):
-    looped = Network(values)
-    model = {**values["model"], "scan_blocks": False}
-    unrolled = Network({**values, "model": model})
-
-    def unstack(params):
-        """`{blocks: stacked}` as `{block_0: ..., block_1: ...}`."""
-        result = {}
-        for name, value in params.items():
-            if name == "blocks":
-                count = len(jax.tree.leaves(value)[0])
-                for i in range(count):
-                    result[f"block_{i}"] = jax.tree.map(lambda x, i=i: x[i], value)
-            else:
-                result[name] = unstack(value) if isinstance(value, dict) else value
-        return result
-
-    params = unstack(looped.params)
-    assert jax.tree.structure(params) == jax.tree.structure(unrolled.params)
-    # The same sums in programs that fuse differently.
-    assert _moved(looped(), unrolled(params)).max() < 40 * (9 * 192) ** 0.5 * EPS
-
-
-@pytest.mark.parametrize("remat", ["activations", "blocks"])
-def test_recomputing_changes_memory_and_not_gradients(remat):
-    net = Network(LAST_SKIPS)
+@pytest.mark.slow
+def test_recomputing_changes_memory_and_not_gradients():
+    model = {**ONE_LEVEL, "text_attention": (False,)}
+    net = Network({"image_size": 8, "model": model})
 
     def gradient(remat):
         model = dataclasses.replace(net.cfg.model, remat=remat)
@@ -302,17 +284,17 @@ def test_recomputing_changes_memory_and_not_gradients(remat):
             inputs = (net.inputs[name] for name in ("z", "logsnr", "cond"))
             return jnp.sum(jnp.sin(network.apply(model, params, *inputs)))
 
-        return jax.jit(jax.grad(loss)).lower(net.params).compile()
+        program = jax.jit(jax.grad(loss)).lower(net.params).compile()
+        return jax.tree.leaves(program(net.params)), program.cost_analysis()["flops"]
 
-    kept, recomputed = gradient("none"), gradient(remat)
-    leaves = [jax.tree.leaves(program(net.params)) for program in (kept, recomputed)]
+    kept, flops = gradient("none")
     # Some leaves are zero up to roundings, which are those of the largest.
-    largest = max(np.abs(leaf).max() for leaf in leaves[0])
-    for a, b in zip(*leaves, strict=True):
-        bound = 40 * (9 * 192) ** 0.5 * EPS * largest
-        np.testing.assert_allclose(a, b, rtol=0, atol=bound)
-    flops = [c.cost_analysis()["flops"] for c in (kept, recomputed)]
-    assert flops[1] > flops[0]
+    bound = 40 * (9 * 192) ** 0.5 * EPS * max(np.abs(leaf).max() for leaf in kept)
+    for remat in ("activations", "blocks"):
+        recomputed, more = gradient(remat)
+        for a, b in zip(kept, recomputed, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+        assert more > flops, remat
 
 
 def test_every_parameter_is_learned(net):
@@ -352,10 +334,11 @@ def test_the_null_text_gives_a_finite_answer(net):
     assert _moved(net(), out)[:2].min() > 1e-3
 
 
-def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(net):
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(one_of_each):
+    net = one_of_each
     half = dataclasses.replace(net.cfg.model, dtype="bfloat16")
     stage = dataclasses.replace(net.cfg, model=half)
-    shapes = jax.eval_shape(lambda: network.init(stage, jax.random.key(0)))
+    shapes = network.abstract_params(stage)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
     # The text of the data is bfloat16.
     text = net.inputs["cond"].text.astype(jnp.bfloat16)
@@ -367,7 +350,8 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(net):
     assert 1e-5 < error < 3 * 40**0.5 * 2**-9
 
 
-def test_dropout_needs_its_key(net):
+def test_dropout_needs_its_key():
+    net = _network("unet")
     cfg = dataclasses.replace(net.cfg.model, dropout=0.5)
 
     def draws(key):
@@ -380,9 +364,9 @@ def test_dropout_needs_its_key(net):
     assert draws(jax.random.key(0)) and not draws(None)
 
 
-@pytest.mark.parametrize("remat", ["activations", "blocks"])
-def test_the_shapes_without_arrays_are_those_that_are_drawn(net, remat):
-    model = dataclasses.replace(net.cfg.model, remat=remat)
+def test_the_shapes_without_arrays_are_those_that_are_drawn(one_of_each):
+    net = one_of_each
+    model = dataclasses.replace(net.cfg.model, remat="blocks")
     stage = dataclasses.replace(net.cfg, model=model)
     drawn = jax.eval_shape(lambda: network.init(stage, jax.random.key(0)))
     have = network.abstract_params(stage)
