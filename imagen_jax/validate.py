@@ -33,8 +33,6 @@ _POSITIVE = (
     "model.skip_scale",
     "diffusion.min_snr_gamma",
     "data.shuffle_examples",
-    "text.length",
-    "text.dim",
     "optimizer.learning_rate",
     "optimizer.clip_norm",
     "training.batch_size",
@@ -50,6 +48,8 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "lowres_size",
     "crop_size",
+    "text.length",
+    "text.dim",
     "model.text_features",
     "optimizer.warmup_steps",
     "optimizer.decay_steps",

@@ -188,10 +188,11 @@ def run(
         check_share(job, summary["examples"], summary["skipped"])
         done = manifest(job, asked, summary)
         if job.embedder:
-            from imagen_jax.data import tfds_records
+            from imagen_jax.preparing import tfds
 
             examples = [report["examples"] for report in reports]
-            tfds_records.write_info(job.folder, done, examples)
+            for name, text in tfds.info_files(done, examples).items():
+                disk.write_text(job.folder / name, text)
         name = manifests.FILE_NAME if job.embedder else manifests.PICTURES_FILE
         disk.write_text(job.folder / name, manifests.to_json(done))
     # After it: another process that is about to write the same finds it written.

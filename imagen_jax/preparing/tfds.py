@@ -1,42 +1,21 @@
-"""Captioned pictures of TensorFlow Datasets."""
+"""TensorFlow Datasets: captioned images from one, and records as one."""
 
-from collections.abc import Iterator
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
 
+import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from imagen_jax.data.manifest import Manifest
+from imagen_jax.data.tfds import open_builder
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources as originals
 from imagen_jax.preparing.folder import decode_caption
+from imagen_jax.text import embeddings
 
-_SPLIT = "train"
 _CAPTIONS = ("captions", "caption", "text")
-
-
-def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """A data set that is prepared in tfds' folder (TFDS_DATA_DIR), and its split.
-
-    Args:
-      name: as tfds knows it, like "coco_captions" or "coco_captions/2014:1.1.0"; a
-        split other than "train" follows an "@".
-
-    Raises:
-      UserError: for an unknown or unprepared data set or split.
-    """
-    name, _, split = name.partition("@")
-    split = split or _SPLIT
-    try:
-        builder = tfds.builder(name)
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        brief = str(error).strip().splitlines()[0]
-        raise UserError(f"tfds has no data set {name!r}: {brief}") from None
-    splits = builder.info.splits
-    if split not in splits or not splits[split].num_examples:
-        there = f"it has {', '.join(splits)}" if splits else "it is not prepared"
-        raise UserError(
-            f"there is no split {split!r} of {name!r} in {builder.data_dir}: {there}; "
-            f"`tfds build {name}` makes it, TFDS_DATA_DIR says where it lies"
-        )
-    return builder, split
 
 
 def open_tfds(name: str, size: int) -> originals.Originals:
@@ -97,3 +76,62 @@ def _example(name, image, captions, id) -> originals.Example | originals.Problem
     if not caption:
         return originals.Problem(name, originals.EMPTY_CAPTION)
     return originals.Example(id, name, caption, lambda: image)
+
+
+def info_files(done: Manifest, examples: Sequence[int]) -> dict[str, str]:
+    """The files beside records with which `tfds.builder_from_directory` reads them.
+
+    Args:
+      done: the manifest.
+      examples: number of examples in each file, empty files included.
+
+    Returns:
+      text by file name.
+    """
+    int8 = done.embedding_dtype == "int8"
+    features = tfds.features.FeaturesDict(
+        {
+            "id": np.int64,
+            "image": tfds.features.Image(),
+            "caption": tfds.features.Text(),
+            "text": tfds.features.Tensor(
+                shape=(None, embeddings.row_bytes(done.text_dim, "int8"))
+                if int8
+                else (None, done.text_dim),
+                dtype=tf.uint8 if int8 else tf.bfloat16,
+                encoding="bytes",
+            ),
+            "side": np.int64,
+        }
+    )
+    sides = [int(side) for shard in done.shards for side in shard["sides"]]
+    name = "imagen_records"
+    with tempfile.TemporaryDirectory() as temporary:
+        info = tfds.core.DatasetInfo(
+            builder=tfds.core.dataset_info.DatasetIdentity(
+                name=name,
+                version=tfds.core.Version("1.0.0"),
+                data_dir=temporary,
+                module_name="",
+            ),
+            description="Captioned pictures with the embeddings of a frozen text "
+            "encoder.",
+            features=features,
+            metadata=tfds.core.MetadataDict(encoder=done.encoder, min_side=min(sides)),
+        )
+        info.set_file_format("tfrecord")
+        split = tfds.core.SplitInfo(
+            name="train",
+            shard_lengths=list(examples),
+            num_bytes=done.image_bytes + done.text_bytes,
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=temporary,
+                dataset_name=name,
+                filetype_suffix="tfrecord",
+                template="records-{SHARD_INDEX}.{FILEFORMAT}",
+            ),
+        )
+        info.set_splits(tfds.core.splits.SplitDict([split]))
+        info.write_to_directory(temporary)
+        files = sorted(pathlib.Path(temporary).iterdir())
+        return {file.name: file.read_text("utf8") for file in files}
