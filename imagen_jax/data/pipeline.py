@@ -94,7 +94,7 @@ class Stream:
             if type(batches) is not int or not 0 <= batches < _MOST_BATCHES:
                 raise ValueError
             names = self._identity | identity
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             raise UserError(
                 "the checkpoint's data position is damaged; start from an older "
                 "checkpoint"

@@ -16,7 +16,7 @@ start_tensorflow()
 import tensorflow as tf  # noqa: E402
 
 from imagen_jax.data import preprocess  # noqa: E402
-from imagen_jax.data import records as reading
+from imagen_jax.data import records as reading  # noqa: E402
 
 
 @pytest.fixture(scope="module")
