@@ -137,16 +137,11 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
     Raises:
       UserError: when there is none, it is damaged, or files that it names are missing.
     """
-    if not str(records):
-        raise UserError(
-            "config.data.records is empty: give a folder or a .npz file written by "
-            "`python -m imagen_jax.prepare`"
-        )
     path = epath.Path(records)
-    if not path.exists():
+    if not str(records) or not path.exists():
         raise UserError(
-            f"there is no {str(path)!r}; make it with `python -m imagen_jax.prepare "
-            "--source=... --output=...`"
+            f"there is no {str(records)!r}: give config.data.records what `python -m "
+            "imagen_jax.prepare --source=... --output=...` has written"
         )
     if not path.is_dir():
         return _read_npz_manifest(path)

@@ -220,8 +220,8 @@ def queue_bytes(cfg: StageConfig, hosts: int = 1) -> int:
     weights = sum(source.weight for source in sources)
     shuffled = 0.0
     for source in sources:
-        count = source.manifest.examples
-        stored = source.manifest.image_bytes + source.manifest.text_bytes
-        held = min(count, cfg.data.shuffle_examples * source.weight / weights)
-        shuffled += held * stored / count
+        manifest = source.manifest
+        stored = manifest.image_bytes + manifest.text_bytes
+        share = cfg.data.shuffle_examples * source.weight / weights
+        shuffled += min(share / manifest.examples, 1) * stored
     return round(shuffled) + 5 * batch

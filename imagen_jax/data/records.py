@@ -196,15 +196,14 @@ def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
             trim_output_features=False,
             try_in_mem_cache=False,
         )
-        return dataset.map(
-            lambda row: (
-                row | added | {"epoch": epoch, "id": row["id"] * len(sources) + k}
-            )
-        )
+
+        def add(row):
+            return row | added | {"epoch": epoch, "id": row["id"] * len(sources) + k}
+
+        return dataset.map(add)
 
     def open_reader(reader: int, position: int) -> tf.data.Dataset:
-        # Resuming reads at most one epoch of raw records, and decodes none that it
-        # skips.
+        # Resuming passes by at most one epoch of raw records, and decodes none of it.
         epoch, place = order.seek(groups, reader, position)
         epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)
         number = tf.constant(reader, tf.int64)

@@ -109,7 +109,7 @@ def test_files_outside_of_the_folder_are_not_read(copy):
 
 
 def test_no_records():
-    with pytest.raises(UserError, match="config.data.records is empty"):
+    with pytest.raises(UserError, match="there is no '': give config.data.records"):
         read_manifest("")
 
 

@@ -7,12 +7,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from imagen_jax.data.source import open_records
 from PIL import Image
 
 from imagen_jax import prepare
 from imagen_jax.batch import batch_spec, check_batch
 from imagen_jax.data.mixture import read_sources
+from imagen_jax.data.pipeline import open_records
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 from imagen_jax.text import encoders as text
