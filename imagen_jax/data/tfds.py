@@ -107,7 +107,8 @@ def read_manifest(name: str) -> Manifest:
 
 
 def _is_readable(features: tfds.features.FeaturesDict) -> bool:
-    id, image, text = (features.get(key) for key in ("id", "image", "text"))
+    known = dict(features.items())
+    id, image, text = (known.get(name) for name in ("id", "image", "text"))
     return (
         isinstance(image, tfds.features.Image)
         and isinstance(id, tfds.features.FeatureConnector)

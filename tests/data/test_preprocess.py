@@ -33,7 +33,7 @@ def _area_weights(size, side):
     return overlap.clip(0) * size / side
 
 
-@pytest.mark.parametrize("h, w", [(131, 150), (97, 70), (64, 200), (129, 129)])
+@pytest.mark.parametrize("h, w", [(97, 70), (64, 200), (129, 129)])
 def test_picture_is_the_area_mean_then_halvings(h, w):
     """Against the closed form of the area mean in float64, and numpy's halvings."""
     pixels, size = _noise(h, w), 16
