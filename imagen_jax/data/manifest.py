@@ -149,16 +149,16 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
     names = {file.name for file in path.iterdir()}
     if PICTURES_FILE in names:
         raise UserError(
-            f"{str(path)!r} has images without embeddings; add them: `python -m "
+            f"{str(path)!r} has pictures without embeddings; add them: `python -m "
             f"imagen_jax.prepare --source=webdataset:{path}/*.tar --output=...`"
         )
     if FILE_NAME not in names:
         why = (
-            "`prepare` did not finish; run it again"
+            "is half-written: `prepare` did not finish; run it again"
             if JOB_FILE in names
-            else "it was not written by `python -m imagen_jax.prepare`"
+            else f"has no {FILE_NAME}: it was not written by `prepare`"
         )
-        raise UserError(f"{str(path)!r} has no {FILE_NAME}: {why}")
+        raise UserError(f"{str(path)!r} {why}")
     file = path / FILE_NAME
     manifest = _from_values(read_json(file, "the manifest of records"), str(file))
     missing = [s["file"] for s in manifest.shards if s["file"] not in names]

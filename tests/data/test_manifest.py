@@ -72,14 +72,14 @@ def test_round_trip(records):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda f: (f / "manifest.json").unlink(), "did not finish; run it again"),
+        (lambda f: (f / "manifest.json").unlink(), "half-written.*run it again"),
         (
             lambda f: [(f / n).unlink() for n in ("manifest.json", "prepare.json")],
             "has no manifest.json: it was not written by",
         ),
         (
             lambda f: (f / "manifest.json").rename(f / "pictures.json"),
-            "has images without embeddings; add them: .*--source=webdataset",
+            "has pictures without embeddings; add them: .*--source=webdataset",
         ),
         (lambda f: shutil.rmtree(f), "there is no '.*prepare"),
         (lambda f: (f / "records-00002.tfrecord").unlink(), "lacks 1 of its 5 files"),
