@@ -15,7 +15,7 @@ from imagen_jax import cli
 from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
-from imagen_jax.data.source import open_records, queue_bytes
+from imagen_jax.data.pipeline import open_records, queue_bytes
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
 from imagen_jax.diffusion.sampler import guidance_weights
 from imagen_jax.models import network

@@ -28,9 +28,8 @@ from imagen_jax import cli, processes
 from imagen_jax.barrier import wait_for_all
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
-from imagen_jax.data.manifest import with_text
-from imagen_jax.data.mixture import read_parts
-from imagen_jax.data.source import open_records
+from imagen_jax.data.mixture import open_sources
+from imagen_jax.data.pipeline import open_records
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.loop import BatchIterator, train
 from imagen_jax.training.replay import first_not_finite, replay
@@ -49,8 +48,7 @@ def resolve(values: Mapping[str, Any]) -> StageConfig:
     Raises:
       UserError: for values or records that are not right.
     """
-    cfg = from_dict(values)
-    return with_text(cfg, read_parts(cfg.data.records)[0].manifest)
+    return open_sources(from_dict(values))[0]
 
 
 def train_stage(cfg: StageConfig, workdir: str) -> TrainState:

@@ -1,1 +1,1 @@
-"""Captioned pictures: preparing them, and turning them into batches."""
+"""Prepared records, read as training batches."""

@@ -2,21 +2,19 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch, downsample, pad_text
 from imagen_jax.config import StageConfig
-from imagen_jax.data import manifest as manifests
-from imagen_jax.data import stream
-from imagen_jax.data.crop import crop_corner, is_flipped
+from imagen_jax.data.manifest import Manifest, to_json
+from imagen_jax.data.order import crop_corner, is_flipped
 from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 
-# Pictures made smaller at a time when a file is opened: bounds the int32 copies.
+# Images that are downsampled at once when a file is opened: bounds the int32 copies.
 _CHUNK = 256
 
 
@@ -27,9 +25,9 @@ def arrays(
 
     Args:
       images: each `[S, S, 3]` uint8.
-      text: `embeddings.to_bytes` of each.
-      ids: of the examples.
-      row_bytes: of one token of `text`.
+      text: `embeddings.to_bytes` of each caption.
+      ids: example numbers.
+      row_bytes: bytes of one token in `text`.
 
     Returns:
       "image" `[N, S, S, 3]` uint8, "text" `[sum of n, row_bytes]` uint8 (tokens as
@@ -46,7 +44,7 @@ def arrays(
 
 
 def sha256(values: dict[str, np.ndarray]) -> str:
-    """Of the arrays' bytes, in the order of their names."""
+    """Hash of the arrays' bytes, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(values):
         digest.update(np.ascontiguousarray(values[name]).data)
@@ -57,111 +55,85 @@ def write(
     path: os.PathLike,
     values: dict[str, np.ndarray],
     captions: list[str],
-    manifest: manifests.Manifest,
+    manifest: Manifest,
 ) -> None:
     """Writes a .npz file; equal contents make equal bytes."""
+    own = {"caption": np.array(captions), "manifest": np.array(to_json(manifest))}
     with open(path, "wb") as file:
-        np.savez_compressed(
-            file,
-            **values,
-            caption=np.array(captions),
-            manifest=np.array(manifests.to_json(manifest)),
-        )
+        np.savez_compressed(file, **values, **own)
 
 
-def make_memory(
-    cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None
-) -> stream.Stream:
-    """Batches from a .npz file of `prepare`.
+def open_npz(
+    cfg: StageConfig, manifest: Manifest, rows: np.ndarray
+) -> Callable[[int], Iterator[Batch]]:
+    """Loads a .npz file; the result yields batches from any number on.
 
-    Every epoch each example comes once, in a permutation of (data.seed, epoch); the
-    order does not depend on the number of hosts.
+    In every epoch each example comes once, in a permutation of (data.seed, epoch).
 
     Args:
-      cfg: the stage.
-      mesh: over whose data and fsdp axes a batch is spread.
-      rows: of every batch that are wanted here, ascending; by default those that
-        this host's devices hold.
+      cfg: the stage, which the file is large enough for, with its text.
+      manifest: of the file.
+      rows: `[n]` int64, the rows of every batch that are wanted, ascending.
 
     Raises:
-      UserError: when the file is missing, damaged, of another text encoder, or of a
-        picture size that does not halve to the stage's, and for random squares.
+      UserError: for an image size that does not halve to the stage's, and for random
+        squares.
     """
-    manifest = manifests.read_manifest(cfg.data.records)
+    path, size = cfg.data.records, cfg.image_size
     if cfg.data.square != "middle":
         raise UserError(
-            f"config.data.square is {cfg.data.square!r}, but {cfg.data.records!r} has "
-            "the middle squares only: prepare a folder of records"
+            f"config.data.square is {cfg.data.square!r}, but {path!r} has the middle "
+            "squares only: prepare a folder of records"
         )
-    stream.check_text(cfg, manifest)
-    held = stream.rows_here(cfg, mesh) if rows is None else rows
     with (
-        epath.Path(cfg.data.records).open("rb") as opened,
+        epath.Path(path).open("rb") as opened,
         np.load(opened, allow_pickle=False) as file,
     ):
         image, text, offset, ids = (
             file[name] for name in ("image", "text", "offset", "id")
         )
     side = image.shape[1]
-    if (
-        side < cfg.image_size
-        or side % cfg.image_size
-        or not _power_of_two(side // cfg.image_size)
-    ):
+    if side not in (size * 2**k for k in range(16)):
         raise UserError(
-            f"{cfg.data.records!r} has pictures of {side} pixels, config.image_size is "
-            f"{cfg.image_size}: prepare with --image_size={cfg.image_size}, or with a "
-            "power of two times it"
+            f"{path!r} has images of {side} pixels, config.image_size is {size}: "
+            f"prepare with --image_size={size}, or with a power of two times it"
         )
-    image = np.concatenate(
-        [
-            downsample(image[i : i + _CHUNK], cfg.image_size)
-            for i in range(0, len(image), _CHUNK)
-        ]
-    )
+    chunks = range(0, len(image), _CHUNK)
+    image = np.concatenate([downsample(image[i : i + _CHUNK], size) for i in chunks])
 
     def batch_at(number: int) -> Batch:
-        numbers = number * cfg.training.batch_size + held
-        epoch, place = np.divmod(numbers, len(ids))
-        rows = np.empty(len(held), np.int64)
-        for e in np.unique(epoch):
-            order = np.random.default_rng((cfg.data.seed % 2**32, int(e))).permutation(
-                len(ids)
-            )
-            rows[epoch == e] = order[place[epoch == e]]
-        pictures = image[rows]
+        epochs, places = np.divmod(number * cfg.training.batch_size + rows, len(ids))
+        own = np.empty(len(rows), np.int64)
+        for epoch in np.unique(epochs):
+            random = np.random.default_rng((cfg.data.seed % 2**32, int(epoch)))
+            here = epochs == epoch
+            own[here] = random.permutation(len(ids))[places[here]]
+        images = image[own]
         if cfg.crop_size:
-            corners = crop_corner(cfg, ids[rows], epoch)
-            pictures = np.stack(
+            corners = zip(*crop_corner(cfg, ids[own], epochs))
+            images = np.stack(
                 [
                     whole[top : top + cfg.crop_size, left : left + cfg.crop_size]
-                    for whole, top, left in zip(pictures, *corners)
+                    for whole, (top, left) in zip(images, corners)
                 ]
             )
         if cfg.data.flip:
-            mirrored = is_flipped(cfg, ids[rows], epoch)
-            pictures = np.where(
-                mirrored[:, None, None, None], pictures[:, :, ::-1], pictures
-            )
+            flipped = is_flipped(cfg, ids[own], epochs)[:, None, None, None]
+            images = np.where(flipped, images[:, :, ::-1], images)
         ragged = [
             embeddings.from_bytes(
-                text[offset[row] : offset[row + 1]].tobytes(),
+                text[offset[i] : offset[i + 1]].tobytes(),
                 cfg.text.dim,
                 manifest.embedding_dtype,
             )
-            for row in rows
+            for i in own
         ]
         padded, mask = pad_text(ragged, cfg.text.length, cfg.text.dim)
-        return Batch(pictures, padded, mask, ids[rows].astype(np.int32))
+        return Batch(images, padded, mask, ids[own].astype(np.int32))
 
     def batches_from(start: int) -> Iterator[Batch]:
         while True:
             yield batch_at(start)
             start += 1
 
-    identity = stream.identity(cfg, manifest.content_sha256, len(ids))
-    return stream.Stream(batches_from, mesh, identity)
-
-
-def _power_of_two(n: int) -> bool:
-    return n & (n - 1) == 0
+    return batches_from

@@ -1,201 +1,227 @@
-"""The tf.data pipeline from a folder of records to the batches of a host."""
+"""From a config to batches on the devices, whatever its records are."""
 
-import functools
+import json
 import logging
-import os
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jax
 import numpy as np
-import seqio
-import tensorflow as tf
 from jax.sharding import Mesh
 
-from imagen_jax.batch import Batch
+from imagen_jax import sharding
+from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.config import StageConfig
-from imagen_jax.data import mixture, readers, stream
-from imagen_jax.data import records as tasks
+from imagen_jax.data import order
+from imagen_jax.data.mixture import Source, open_sources
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Beyond it decoding is not what limits a host, and other work wants its cores.
-_MAX_THREADS = 32
+# Examples are counted in 64 bits.
+_MOST_BATCHES = 2**40
 
 
-def make_pipeline(
+class Stream:
+    """An endless iterator of training batches.
+
+    Two streams of equal arguments yield equal batches, and one that is set to another's
+    state yields what the other would have.
+    """
+
+    def __init__(
+        self,
+        batches_from: Callable[[int], Iterator[Batch]],
+        mesh: Mesh,
+        identity: dict[str, Any],
+    ):
+        """Starts at the first batch; reads nothing yet.
+
+        Args:
+          batches_from: given n, yields this host's rows of batch n and of all that
+            follow, as numpy arrays.
+          mesh: batches are spread over its data and fsdp axes.
+          identity: what the order depends on; a state with another is refused.
+        """
+        self._batches_from = batches_from
+        self._sharding = sharding.batch_sharding(mesh)
+        self._identity = identity
+        self._seek(0)
+
+    def _seek(self, batches: int) -> None:
+        self._consumed = batches
+        self._host = None
+        self._ahead = None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch: fields as in `batch_spec`, global arrays."""
+        if self._host is None:
+            self._host = self._batches_from(self._consumed)
+            self._ahead = self._to_devices(next(self._host))
+        batch = self._ahead
+        # Copied while the devices work on `batch`; not counted until it is handed out.
+        self._ahead = self._to_devices(next(self._host))
+        self._consumed += 1
+        return batch
+
+    def _to_devices(self, batch: Batch) -> Batch:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(self._sharding, x), batch
+        )
+
+    def get_state(self) -> bytes:
+        """The position after the last batch handed out, some 200 bytes of JSON.
+
+        It is the same on all hosts, and valid for any number of them.
+        """
+        state = {"batches": self._consumed, "identity": self._identity}
+        return json.dumps(state).encode()
+
+    def set_state(self, state: bytes) -> None:
+        """Goes to the position of `get_state`.
+
+        Raises:
+          UserError: when the state is damaged, or of other records or settings.
+        """
+        try:
+            values = json.loads(state)
+            batches, identity = values["batches"], values["identity"]
+            if type(batches) is not int or not 0 <= batches < _MOST_BATCHES:
+                raise ValueError
+            names = self._identity | identity
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                "the checkpoint's data position is damaged; start from an older "
+                "checkpoint"
+            ) from None
+        for name in names:
+            have, saved = self._identity.get(name), identity.get(name)
+            if have != saved:
+                raise UserError(
+                    f"the checkpoint's data position has {name} {saved!r}, this run "
+                    f"has {have!r}: continue with the same data, or start in a new "
+                    "workdir"
+                )
+        self._seek(batches)
+
+
+def open_records(
     cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None
-) -> stream.Stream:
-    """Batches from a folder of records, or from several that are mixed.
+) -> Stream:
+    """The batches of `config.data.records` on this host.
 
-    Their order is a function of the config and the records (`readers`): any number of
-    hosts has together the same batches. Every share of the files is shuffled, files
-    and then records within data.shuffle_examples, by (data.seed, epoch).
-
-    Of K mixed folders the k-th has ids that are k modulo K.
+    Their order (`imagen_jax.data.order`) is a function of the config and the records.
+    Of K mixed sources, the k-th has the example numbers that are k modulo K. A .npz
+    file is read without TensorFlow.
 
     Args:
-      cfg: the stage.
-      mesh: over whose data and fsdp axes a batch is spread.
-      rows: of every batch that are wanted here, ascending; by default those that
-        this host's devices hold.
+      cfg: the stage; its text is completed from the records.
+      mesh: batches are spread over its data and fsdp axes.
+      rows: `[n]` int64, the rows of every batch that are wanted here, ascending; by
+        default those that this host's devices hold.
 
     Raises:
-      UserError: when the records are missing, incomplete, of another text encoder,
-        or too small, and when data.readers does not divide the batch.
+      UserError: when the records are missing, damaged, of other text than the config
+        or too small, and when the batch does not divide over data.readers or the mesh.
     """
+    cfg, sources = open_sources(cfg)
+    size = cfg.training.batch_size
+    sharding.check_batch_size(size, mesh, "training.batch_size")
+    if rows is None:
+        rows = sharding.rows_of_process(size, mesh, jax.process_index())
+    usable = [_usable(cfg, source) for source in sources]
+    contents = [source.manifest.content_sha256 for source in sources]
+    examples = [sum(shards) for shards in usable]
+    mixed = len(sources) > 1
+    # Names and order of the entries are in checkpoints.
+    identity = {
+        "records": contents if mixed else contents[0],
+        "examples": examples if mixed else examples[0],
+        "data.seed": cfg.data.seed,
+        "training.batch_size": size,
+    }
+    if cfg.data.flip:
+        identity["data.flip"] = True
+    if sources[0].is_npz:
+        from imagen_jax.data import memory
+
+        batches_from = memory.open_npz(cfg, sources[0].manifest, rows)
+        return Stream(batches_from, mesh, identity)
+
     start_tensorflow()
-    parts = mixture.read_parts(cfg.data.records)
-    for part in parts:
-        stream.check_text(cfg, part.manifest)
-    files = [check_sizes(cfg, part) for part in parts]
-    held = stream.rows_here(cfg, mesh) if rows is None else rows
-    count = readers.count_readers(cfg, files)
-    streams = [readers.count_streams(usable, count) for usable in files]
-    weights = [part.weight for part in parts]
+    from imagen_jax.data import records
 
-    def enter(start):
-        return readers.enter(cfg, weights, count, streams, held, start)
-
-    openers = [_opener(cfg, parts, k, n) for k, n in enumerate(streams)]
-    _, choices = enter(0)
-    _log_waste(len(next(choices)[0]), len(held))
-
-    def batches_from(start: int) -> Iterator[Batch]:
-        opened, choices = enter(start)
-        raw = [openers[k](stream, position) for k, stream, position in opened]
-        if len(parts) == 1:
-            numbers = tf.data.Dataset.from_tensors(next(choices)).repeat()
-        else:
-            numbers = tf.data.Dataset.from_generator(
-                lambda: enter(start)[1],
-                output_signature=(
-                    tf.TensorSpec([None], tf.int64),
-                    tf.TensorSpec([None], tf.bool),
-                ),
-            )
-        numbers = numbers.unbatch()
-        sources, own = numbers.map(_first), numbers.map(_second)
-        dataset = tf.data.Dataset.choose_from_datasets(raw, sources)
-        # Several hosts that hold rows of one reader each leave out the others'.
-        dataset = tf.data.Dataset.zip(dataset, own).filter(_second).map(_first)
-        dataset = tasks.StageFeatureConverter(cfg)(
-            dataset,
-            {
-                "image": cfg.train_size,
-                "text": cfg.text.length,
-                "id": 1,
-                "epoch": 1,
-                "int8": 1,
-            },
-        )
-        dataset = dataset.batch(len(held), drop_remainder=True).prefetch(2)
-        options = tf.data.Options()
-        options.deterministic = True
-        options.threading.private_threadpool_size = min(
-            os.cpu_count() or 1, _MAX_THREADS
-        )
-        try:
-            for fields in dataset.with_options(options).as_numpy_iterator():
-                yield Batch(**fields)
-        except (tf.errors.InvalidArgumentError, tf.errors.DataLossError) as error:
-            raise UserError(
-                f"{cfg.data.records!r} has a record that is not what it was prepared "
-                f"to be: {error.message.splitlines()[0]}\nCopy or prepare them again; "
-                "the same command then goes on from the last checkpoint"
-            ) from None
-        except tf.errors.OpError as error:
-            raise UserError(
-                f"{cfg.data.records!r} cannot be read any more: "
-                f"{error.message.splitlines()[0]}\nThe same command goes on from the "
-                "last checkpoint when it can be"
-            ) from None
-
-    contents = [part.manifest.content_sha256 for part in parts]
-    usable = [sum(counts) for counts in files]
-    if len(parts) == 1:
-        identity = stream.identity(cfg, contents[0], usable[0])
-    else:
-        identity = stream.identity(cfg, contents, usable)
+    blocks = order.count_blocks(cfg, usable)
+    groups = [order.group_sizes(shards, blocks) for shards in usable]
+    weights = [source.weight for source in sources]
+    if mixed:
         identity["data.records' weights"] = weights
     identity["data.shuffle_examples"] = cfg.data.shuffle_examples
-    identity["data.readers"] = count
+    identity["data.readers"] = blocks
     identity["data.square"] = cfg.data.square
-    return stream.Stream(batches_from, mesh, identity)
+
+    def host_reads(start):
+        readers = [len(sizes) for sizes in groups]
+        return order.host_reads(cfg, weights, blocks, readers, rows, start)
+
+    read = len(next(host_reads(0)[1])[0])
+    if read > 2 * len(rows):
+        log.warning(
+            "this host reads %.3g times as many records as it keeps, as several hosts "
+            "share a reader: set config.data.readers to the number of hosts, and "
+            "prepare at least as many files (a smaller --shard_examples)",
+            read / len(rows),
+        )
+    batches_from = records.batch_reader(cfg, sources, groups, host_reads, len(rows))
+    return Stream(batches_from, mesh, identity)
 
 
-def check_sizes(cfg: StageConfig, part: mixture.Part) -> list[int]:
-    """Of each shard the number of pictures that the stage can use.
-
-    Raises:
-      UserError: when that is none; a share that is too small is logged.
-    """
-    manifest = part.manifest
+def _usable(cfg: StageConfig, source: Source) -> list[int]:
+    """Number of images in each shard that are large enough for the stage."""
+    manifest = source.manifest
     usable = manifest.large_enough(cfg.image_size)
     if not sum(usable):
         largest = max(int(side) for shard in manifest.shards for side in shard["sides"])
         raise UserError(
-            f"all {manifest.examples} pictures in {part.path!r} are too small: "
+            f"all {manifest.examples} images in {source.path!r} are too small: "
             f"config.image_size is {cfg.image_size}, the shorter side of the largest "
             f"has {largest} pixels"
         )
     if sum(usable) < manifest.examples:
         log.warning(
-            "%d of %d pictures in %r are smaller than config.image_size %d and are "
-            "left out",
+            "%d of %d images in %r are smaller than config.image_size %d and are left "
+            "out",
             manifest.examples - sum(usable),
             manifest.examples,
-            part.path,
+            source.path,
             cfg.image_size,
         )
     return usable
 
 
-def _log_waste(read: int, kept: int) -> None:
-    if read > 2 * kept:
-        log.warning(
-            "this host reads %.3g times as many records as it keeps, as several hosts "
-            "share a reader: set config.data.readers to the number of hosts, and "
-            "prepare at least as many files (a smaller --shard_examples)",
-            read / kept,
-        )
+def queue_bytes(cfg: StageConfig, hosts: int = 1) -> int:
+    """About how many bytes the queues of one of `hosts` hosts hold.
 
-
-def _opener(cfg, parts, k, count):
-    """How a stream of a folder is opened: of `count`, the g-th at a position."""
-    part = parts[k]
-    task = tasks.make_task(part.path, part.manifest, cfg.image_size)
-    # A buffer for each stream, together as large as the config says.
-    share = part.weight / sum(other.weight for other in parts) / count
-    shares = readers.shares(part.manifest.large_enough(cfg.image_size), count)
-
-    # Traced once, not for every stream: that takes a fifth of a second.
-    @functools.partial(tf.function, autograph=False)
-    def one_epoch(stream, epoch):
-        dataset = task.get_dataset(
-            shuffle_buffer_size=max(1, round(cfg.data.shuffle_examples * share)),
-            seed=k * 2**53 + cfg.data.seed % 2**32 * 1_000_003 + epoch,
-            shard_info=seqio.ShardInfo((stream + epoch) % count, count),
-            trim_output_features=False,
-            try_in_mem_cache=False,
-        )
-        added = {"epoch": epoch, "int8": part.manifest.embedding_dtype == "int8"}
-        return dataset.map(lambda row: row | added | {"id": row["id"] * len(parts) + k})
-
-    def open_stream(stream: int, position: int) -> tf.data.Dataset:
-        # A position is an epoch and a place in it, so resuming reads at most one epoch
-        # of raw records and decodes none of what it skips.
-        epoch, place = readers.seek(shares, stream, position)
-        epochs = tf.data.Dataset.range(epoch, np.iinfo(np.int64).max)
-        number = tf.constant(stream, tf.int64)
-        return epochs.flat_map(lambda epoch: one_epoch(number, epoch)).skip(place)
-
-    return open_stream
-
-
-def _first(one, other):
-    return one
-
-
-def _second(one, other):
-    return other
+    data.shuffle_examples encoded records of mean size, or all if they are fewer; and
+    five batches: one on the devices, two that wait, two in the making. Some hundred
+    encoded records that are read ahead are not counted. Of a .npz file, which is in
+    memory as a whole, it is the batch on the devices.
+    """
+    cfg, sources = open_sources(cfg)
+    leaves = jax.tree.leaves(batch_spec(cfg))
+    batch = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) // hosts
+    if sources[0].is_npz:
+        return batch
+    weights = sum(source.weight for source in sources)
+    shuffled = 0.0
+    for source in sources:
+        manifest = source.manifest
+        stored = manifest.image_bytes + manifest.text_bytes
+        share = cfg.data.shuffle_examples * source.weight / weights
+        shuffled += min(share / manifest.examples, 1) * stored
+    return round(shuffled) + 5 * batch

@@ -1,17 +1,48 @@
-"""Encoded pictures to the pixels of a stage, in TensorFlow.
+"""Encoded records to the examples of a stage, in TensorFlow.
 
-All stages see the same picture: it is brought once to the largest size that is a
-power of two times the stage's, and from there down by exact halvings. As the sizes
-of a cascade's stages are powers of two apart, they share that first size.
+All stages of a cascade see the same image: it is resized once to the largest size that
+is a power of two times the stage's, and from there by exact halvings. As the sizes of
+stages are powers of two apart, they share that first size.
 """
 
+import functools
 from collections.abc import Callable
 
 import tensorflow as tf
 
 from imagen_jax.config import StageConfig
-from imagen_jax.data.crop import crop_corner
+from imagen_jax.data.order import crop_corner, is_flipped, square_start
 from imagen_jax.text import embeddings
+
+
+def example(cfg: StageConfig, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """A record to the fields of a `Batch`, without the batch axis.
+
+    Args:
+      cfg: the stage.
+      row: "image" and "text" bytes, "id" and "epoch" int64, "int8" bool: whether the
+        text is stored as int8. All `[]`.
+    """
+    number = row["id"], row["epoch"]
+    image = picture(
+        row["image"], cfg.image_size, functools.partial(square_start, cfg, *number)
+    )
+    if cfg.crop_size:
+        top, left = crop_corner(cfg, *number)
+        image = image[top : top + cfg.crop_size, left : left + cfg.crop_size]
+    if cfg.data.flip:
+        image = tf.where(is_flipped(cfg, *number), image[:, ::-1], image)
+    text, mask = tf.cond(
+        row["int8"],
+        lambda: padded_text(row["text"], cfg.text.length, cfg.text.dim, "int8"),
+        lambda: padded_text(row["text"], cfg.text.length, cfg.text.dim),
+    )
+    return {
+        "image": tf.ensure_shape(image, [cfg.train_size, cfg.train_size, 3]),
+        "text": text,
+        "mask": mask,
+        "id": tf.cast(row["id"], tf.int32),
+    }
 
 
 def decode(data: tf.Tensor) -> tf.Tensor:
@@ -23,18 +54,18 @@ def decode(data: tf.Tensor) -> tf.Tensor:
 def picture(
     data: tf.Tensor,
     image_size: int,
-    corner: Callable[[tf.Tensor], tf.Tensor] = lambda extra: extra // 2,
+    start: Callable[[tf.Tensor], tf.Tensor] = lambda extra: extra // 2,
 ) -> tf.Tensor:
-    """The picture of a stage: the middle square, or another, at `image_size`.
+    """A square of an image, at the size of a stage.
 
-    The one resize that is no halving has a ratio below 2 and averages over areas: no
+    The one resize that is not a halving has a ratio below 2 and averages over areas: no
     ringing, no aliasing, the mean is kept, and it is the filter of the halvings.
 
     Args:
       data: `[]` string, JPEG or PNG, its shorter side at least `image_size`.
       image_size: pixels of the result's sides.
-      corner: given by how many pixels the longer side is longer, the first of them
-        that the square has.
+      start: given the pixels by which the longer side is longer, the first pixel of
+        the square along it; the middle square by default.
 
     Returns:
       `[image_size, image_size, 3]` uint8.
@@ -43,50 +74,38 @@ def picture(
     shape = tf.shape(image, out_type=tf.int64)
     side = tf.minimum(shape[0], shape[1])
     tf.debugging.assert_greater_equal(
-        side, tf.constant(image_size, tf.int64), "a picture is too small for the stage"
+        side, tf.constant(image_size, tf.int64), "an image is too small for the stage"
     )
-    top, left = corner(shape[0] - side), corner(shape[1] - side)
+    top, left = start(shape[0] - side), start(shape[1] - side)
     image = image[top : top + side, left : left + side]
     side = tf.cast(side, tf.int32)
-    # The shift count: how many of image_size * 2, * 4, ... fit into the side.
+    # How many of image_size * 2, * 4, ... fit into the side.
     doubled = tf.constant([image_size * 2**k for k in range(1, 16)])
     halvings = tf.reduce_sum(tf.cast(doubled <= side, tf.int32))
     size = tf.bitwise.left_shift(image_size, halvings)
-    image = tf.image.resize(image, [size, size], method="area")
-    image = tf.round(image)
+    image = tf.round(tf.image.resize(image, [size, size], method="area"))
+    # The integers of `imagen_jax.batch.downsample`: a float32 holds the sum of four
+    # bytes and its quarter exactly, and tf.round is half to even. Twelve times faster
+    # than integer operations.
     image = tf.while_loop(
         lambda image: tf.shape(image)[0] > image_size,
-        lambda image: [_halve(image)],
+        lambda image: [tf.round(tf.nn.avg_pool2d(image[None], 2, 2, "VALID")[0])],
         [image],
         shape_invariants=[tf.TensorShape([None, None, 3])],
     )[0]
     return tf.ensure_shape(tf.cast(image, tf.uint8), [image_size, image_size, 3])
 
 
-def _halve(image):
-    # The integers of `imagen_jax.batch.downsample`: a float32 holds the sum of four
-    # bytes and its quarter exactly, and tf.round is half to even. Twelve times
-    # faster than integer operations.
-    return tf.round(tf.nn.avg_pool2d(image[None], 2, 2, "VALID")[0])
-
-
-def crop(image: tf.Tensor, cfg: StageConfig, id: tf.Tensor, epoch: tf.Tensor):
-    """`[S, S, 3]` to the training crop `[crop_size, crop_size, 3]` of (id, epoch)."""
-    top, left = crop_corner(cfg, id, epoch)
-    size = cfg.crop_size
-    return tf.ensure_shape(image[top : top + size, left : left + size], [size, size, 3])
-
-
 def padded_text(
     data: tf.Tensor, length: int, dim: int, dtype: str = "bfloat16"
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The bytes of `embeddings.to_bytes` to what `imagen_jax.batch.pad_text` makes.
+    """`imagen_jax.batch.pad_text` of the bytes of one caption.
 
     Args:
-      data: `[]` string.
+      data: `[]` string, of `embeddings.to_bytes`.
       length: tokens after padding or cutting.
       dim: width of a token.
-      dtype: in which `data` holds it, one of `embeddings.DTYPES`.
+      dtype: of the stored embeddings, one of `embeddings.DTYPES`.
 
     Returns:
       `[length, dim]` bfloat16 and `[length]` bool.
@@ -99,8 +118,7 @@ def padded_text(
         raw = tf.reshape(raw, [-1, embeddings.SCALE_BYTES + dim])[:length]
         scale = tf.bitcast(raw[:, : embeddings.SCALE_BYTES], tf.float32)
         values = tf.bitcast(raw[:, embeddings.SCALE_BYTES :], tf.int8)
-        rows = tf.cast(values, tf.float32) * scale[:, None]
-        rows = tf.cast(rows, tf.bfloat16)
+        rows = tf.cast(tf.cast(values, tf.float32) * scale[:, None], tf.bfloat16)
     n = tf.shape(rows)[0]
     text = tf.pad(rows, [[0, length - n], [0, 0]])
     return tf.ensure_shape(text, [length, dim]), tf.range(length) < n

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.data.tfds_records import open_builder
+from imagen_jax.data.tfds import open_builder
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources
 from imagen_jax.preparing.sources import Example, Problem, Source

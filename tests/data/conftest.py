@@ -1,4 +1,4 @@
-"""A small folder of captioned pictures, prepared both ways."""
+"""A small folder of captioned images, prepared both ways."""
 
 import json
 
@@ -8,16 +8,16 @@ import pytest
 from PIL import Image
 
 from imagen_jax import config, prepare, sharding
-from imagen_jax.data.manifest import with_text
-from imagen_jax.data.mixture import read_parts
+from imagen_jax.data.mixture import open_sources
 
 # (height, width): odd, wide, tall, square; two are smaller than 32.
 SIZES = [(131, 150), (64, 64), (33, 90), (70, 35), (20, 40), (47, 47), (31, 31)]
+OPTIONS = {"text_length": 8, "progress": False}
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """21 pictures, every third a JPEG, with metadata.jsonl."""
+    """21 images, every third a JPEG, with metadata.jsonl."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     lines = []
@@ -35,30 +35,46 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def records(pictures, tmp_path_factory):
-    """A folder of five files with all of the pictures."""
+    """A folder of five files with all of the images."""
     path = str(tmp_path_factory.mktemp("records") / "out")
-    prepare.prepare(f"folder:{pictures}", path, shard_examples=5, progress=False)
+    prepare.prepare(f"folder:{pictures}", path, shard_examples=5, **OPTIONS)
     return path
 
 
 @pytest.fixture(scope="session")
 def npz(pictures, tmp_path_factory):
-    """A .npz file of 32 pixel pictures, without the six that are smaller."""
+    """A .npz file of images of 32 pixels, without the six that are smaller."""
     path = str(tmp_path_factory.mktemp("npz") / "out.npz")
-    prepare.prepare(f"folder:{pictures}", path, image_size=32, progress=False)
+    prepare.prepare(f"folder:{pictures}", path, image_size=32, **OPTIONS)
     return path
 
 
 @pytest.fixture(scope="session")
-def stage():
-    """Makes the config of a stage on records, with their text."""
+def even(tmp_path_factory):
+    """24 scenes in eight files of three, with int8 embeddings."""
+    path = str(tmp_path_factory.mktemp("even") / "out")
+    options = {"image_size": 32, "shard_examples": 3, "embedding_dtype": "int8"}
+    prepare.prepare("shapes:24", path, **OPTIONS, **options)
+    return path
 
-    def make(records, image_size=16, batch_size=4, **fields):
-        data = {"records": records, "shuffle_examples": 4, **fields.pop("data", {})}
+
+@pytest.fixture(scope="session")
+def one_file(tmp_path_factory):
+    """Nine scenes in one file."""
+    path = str(tmp_path_factory.mktemp("one_file") / "out")
+    prepare.prepare("shapes:9", path, image_size=16, **OPTIONS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def unresolved():
+    """Makes the config of a stage, as a user writes it."""
+
+    def make(records="", image_size=16, batch_size=4, data=(), **fields):
         values = {
             "image_size": image_size,
-            "data": data,
-            "text": {"length": 8, "dim": 64},
+            "data": {"records": records, "shuffle_examples": 4, **dict(data)},
+            "text": {"length": 0, "dim": 0},
             "training": {"batch_size": batch_size},
             "model": {
                 "channels": (8,),
@@ -67,8 +83,17 @@ def stage():
                 "text_attention": (False,),
             },
         }
-        cfg = config.from_dict(values | fields)
-        return with_text(cfg, read_parts(records)[0].manifest)
+        return config.from_dict(values | fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stage(unresolved):
+    """Makes the config of a stage, with the text of its records."""
+
+    def make(*arguments, **fields):
+        return open_sources(unresolved(*arguments, **fields))[0]
 
     return make
 

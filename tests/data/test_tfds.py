@@ -11,8 +11,8 @@ from PIL import Image
 
 from imagen_jax import prepare
 from imagen_jax.batch import batch_spec, check_batch
-from imagen_jax.data.mixture import read_parts
-from imagen_jax.data.source import open_records
+from imagen_jax.data.mixture import read_sources
+from imagen_jax.data.pipeline import open_records
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 from imagen_jax.text import encoders as text
@@ -21,8 +21,7 @@ start_tensorflow()
 import tensorflow as tf  # noqa: E402
 import tensorflow_datasets as tfds  # noqa: E402
 
-from imagen_jax.data.pipeline import make_pipeline  # noqa: E402
-from imagen_jax.preparing import tfds as tfds_source  # noqa: E402
+from imagen_jax.data.tfds import open_builder  # noqa: E402
 
 COUNT = 6
 
@@ -73,7 +72,7 @@ def coco(tmp_path):
 def test_coco_captions_into_a_training_batch(coco, tmp_path, stage, mesh):
     output = str(tmp_path / "records")
     manifest = prepare.prepare(
-        "tfds:coco_captions", output, shard_examples=4, progress=False
+        "tfds:coco_captions", output, shard_examples=4, text_length=8, progress=False
     )
     assert [shard["examples"] for shard in manifest.shards] == [4, 2]
     cfg = stage(output, batch_size=COUNT)
@@ -90,60 +89,12 @@ def test_coco_captions_into_a_training_batch(coco, tmp_path, stage, mesh):
         assert np.abs(image.mean((0, 1)) - pixels.mean((0, 1))).max() < 2
 
 
-class Noted(tfds.core.GeneratorBasedBuilder):
-    """Pictures with one caption, some unusable, in three files."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    # Beside it tfds would look for checksums, with a package that it does not require.
-    code_path = None
-
-    def _info(self):
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(
-                {"image": tfds.features.Image(), "text": tfds.features.Text()}
-            )
-        )
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(), "test": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(COUNT):
-            caption = {2: "", 3: b"caf\xe9"}.get(i, f"picture {i}")
-            yield i, {"image": io.BytesIO(_picture(i)), "text": caption}
-
-
-def test_a_data_set_on_the_disk(tmp_path, monkeypatch):
-    builder = Noted(data_dir=str(tmp_path))
-    config = tfds.download.DownloadConfig(num_shards=3)
-    builder.download_and_prepare(download_config=config)
-    assert len(builder.info.splits["train"].filenames) == 3
-    monkeypatch.setattr(tfds, "builder", lambda name: builder)
-    for size in (2, 4, 100):
-        opened = tfds_source.open_tfds("noted@test", size)
-        assert opened.count == COUNT and opened.shards == -(-COUNT // size)
-        items = [item for k in range(opened.shards) for item in opened.read(k)]
-        names = [f"test[{i}]" for i in range(COUNT)]
-        assert [item.name for item in items] == names
-        reasons = [item.reason for item in items if hasattr(item, "reason")]
-        assert sorted(reasons) == [
-            "the caption is empty",
-            "the caption is not UTF-8 text",
-        ]
-        good = [item for item in items if not hasattr(item, "reason")]
-        by_caption = {item.caption: item.read() for item in good}
-        # tfds shuffles when it writes; the file's own bytes are kept.
-        assert by_caption == {
-            f"picture {i}": _picture(i) for i in range(COUNT) if i not in (2, 3)
-        }
-
-
 def test_wrong_names(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(UserError, match="tfds has no data set 'coco_caption'"):
-        tfds_source.open_tfds("coco_caption", 10)
+        open_builder("coco_caption")
     with pytest.raises(UserError, match="'train' of 'coco_captions' .*not prepared"):
-        tfds_source.open_tfds("coco_captions", 10)
+        open_builder("coco_captions")
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +126,10 @@ def test_records_are_a_data_set_for_everybody(kept, pictures):
 def test_training_from_a_data_set(kept, records, stage, mesh):
     """By seqio.TfdsDataSource: the folder's batches, on one host and on two."""
     data = {"readers": 2}
-    folder = make_pipeline(stage(records, batch_size=4, data=data), mesh)
+    folder = open_records(stage(records, batch_size=4, data=data), mesh)
     cfg = stage(f"tfds:{kept}", batch_size=4, data=data)
     rows = np.arange(4).reshape(2, 2)
-    streams = [open_records(cfg, mesh), *(make_pipeline(cfg, mesh, r) for r in rows)]
+    streams = [open_records(cfg, mesh), *(open_records(cfg, mesh, r) for r in rows)]
     seen = []
     for _ in range(13):
         want, whole, *halves = (
@@ -228,23 +179,28 @@ def test_training_from_somebody_elses_data_set(tmp_path, stage, mesh, monkeypatc
     options = tfds.download.DownloadConfig(num_shards=3)
     builder.download_and_prepare(download_config=options)
     monkeypatch.setattr(tfds, "builder", lambda name: builder)
-    cfg = stage("tfds:embedded", batch_size=COUNT)
+    with pytest.raises(UserError, match="does not say how many tokens .*text.length"):
+        stage("tfds:embedded")
+    own = {"length": 4, "dim": 0}
+    cfg = stage("tfds:embedded", batch_size=COUNT, text=own)
     assert (cfg.text.encoder, cfg.text.dim) == ("theirs@v1", 8)
     batch = jax.tree.map(np.asarray, next(open_records(cfg, mesh)))
     check_batch(batch, batch_spec(cfg))
     assert sorted(batch.id) == list(range(COUNT))
     for image, row, mask, id in zip(batch.image, batch.text, batch.mask, batch.id):
-        assert mask.sum() == id + 1 and (row[mask] == id + 0.5).all()
+        assert mask.sum() == min(id + 1, 4) and (row[mask] == id + 0.5).all()
         pixels = np.asarray(Image.open(io.BytesIO(_picture(id))), float)[:, 5:35]
         assert np.abs(image.mean((0, 1)) - pixels.mean((0, 1))).max() < 2
     with pytest.raises(UserError, match="largest has 30 pixels"):
-        open_records(stage("tfds:embedded", 32), mesh)
+        open_records(stage("tfds:embedded", 32, text=own), mesh)
     # It promises more than it holds.
     monkeypatch.setitem(builder.info.metadata, "min_side", 64)
-    with pytest.raises(UserError, match="a picture is too small for the stage"):
-        next(open_records(stage("tfds:embedded", 32), mesh))
+    with pytest.raises(UserError, match="an image is too small for the stage"):
+        next(open_records(stage("tfds:embedded", 32, text=own), mesh))
     monkeypatch.delitem(builder.info.metadata, "min_side")
-    with pytest.raises(UserError, match="metadata has no 'min_side'"):
+    with pytest.raises(
+        UserError, match="cannot be trained on: .*metadata encoder and min_side"
+    ):
         stage("tfds:embedded")
 
 
@@ -253,9 +209,9 @@ def test_a_data_set_in_a_mixture(kept, records):
     with pytest.raises(
         UserError, match=f"'tfds:{kept}:1.0.0' and '{records}' hold the"
     ):
-        read_parts(f"tfds:{kept}:1.0.0:2,{records}:1")
+        read_sources(f"tfds:{kept}:1.0.0:2,{records}:1")
 
 
 def test_a_data_set_without_embeddings(coco):
-    with pytest.raises(UserError, match="lacks the features .*text; `prepare --sou"):
-        read_parts("tfds:coco_captions")
+    with pytest.raises(UserError, match="needs the features .*`prepare --source"):
+        read_sources("tfds:coco_captions")

@@ -8,8 +8,8 @@ import pytest
 
 from imagen_jax import prepare
 from imagen_jax.config import MeshConfig
-from imagen_jax.data.manifest import read_manifest, with_text
-from imagen_jax.data.memory import make_memory
+from imagen_jax.data.mixture import open_sources
+from imagen_jax.data.pipeline import open_records
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
@@ -30,7 +30,7 @@ def cfg(tmp_path_factory):
         data={"records": path},
         text={"length": 4, "dim": 64, "encoder": ""},
     )
-    return tiny.with_steps(with_text(cfg, read_manifest(path)), STEPS)
+    return tiny.with_steps(open_sources(cfg)[0], STEPS)
 
 
 class Noted:
@@ -66,7 +66,7 @@ def _compiled_once(cfg):
 
 def train(cfg, workdir, devices, steps, ids):
     cfg = tiny.with_steps(cfg, steps)
-    batches = Noted(make_memory(cfg, mesh(devices)), ids)
+    batches = Noted(open_records(cfg, mesh(devices)), ids)
     return jax.device_get(loop.train(cfg, str(workdir), batches, mesh(devices)))
 
 

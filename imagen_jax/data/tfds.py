@@ -1,14 +1,14 @@
-"""Records as a data set of TensorFlow Datasets: what `prepare` writes, and others'.
+"""Data sets of TensorFlow Datasets as records: those of `prepare`, and others'.
 
 A data set can be trained on when its features are
 
   id: an integer, unique in the split.
   image: an Image, stored as JPEG or PNG.
   text: a Tensor `[None, D]` of bfloat16, encoding="bytes": the caption's embeddings
-    without padding; or `[None, 4 + D]` of uint8, the bytes of `embeddings`' int8.
+    without padding; or `[None, 4 + D]` of uint8, the bytes of int8 `embeddings`.
 
 and its metadata has "encoder", the identity of the text encoder, and "min_side", the
-pixels that the shorter side of every picture has at least.
+least pixels of an image's shorter side.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from imagen_jax.data import manifest, readers
+from imagen_jax.data import manifest, order
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
@@ -55,10 +55,10 @@ def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
 
 
 def read_manifest(name: str) -> Manifest:
-    """What a data set holds; of one that `prepare` wrote, its own manifest.
+    """The manifest of a data set; one is made up unless `prepare` wrote it.
 
     Args:
-      name: a data set, as `open_builder` takes it.
+      name: as in `open_builder`.
 
     Raises:
       UserError: when there is no such data set, or its features are others.
@@ -67,58 +67,71 @@ def read_manifest(name: str) -> Manifest:
     folder = epath.Path(builder.data_dir)
     if (folder / manifest.FILE_NAME).is_file():
         return manifest.read_manifest(folder)
-    info = builder.info
-    wrong = _fault(info)
-    if wrong:
+    info, metadata = builder.info, builder.info.metadata or {}
+    if not (
+        _is_readable(info.features)
+        and isinstance(metadata.get("encoder"), str)
+        and isinstance(metadata.get("min_side"), int)
+    ):
         raise UserError(
-            f"'tfds:{name}' is not for training as it is: {wrong}; `prepare "
-            f"--source=tfds:{name}` makes records of pictures with captions"
+            f"'tfds:{name}' cannot be trained on: it needs the features id (an "
+            "integer), image (an Image) and text (a Tensor [None, D] of bfloat16 with "
+            'encoding="bytes", the embeddings) and the metadata encoder and min_side; '
+            f"`prepare --source=tfds:{name}` makes records of images with captions"
         )
     text = info.features["text"]
     width, int8 = text.shape[-1], text.tf_dtype == tf.uint8
     found = info.splits[split]
+
+    def shard(file: str, examples: int) -> dict:
+        # The content is known by the data set's name and version only.
+        content = json.dumps([info.full_name, split, file, examples])
+        return {
+            "file": file,
+            "examples": examples,
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
+            "sides": {str(metadata["min_side"]): examples},
+            "lengths": {},
+        }
+
+    files = zip(found.filenames, found.shard_lengths)
     return Manifest(
         settings={"source": f"tfds:{name}"},
-        source_sha256="",
-        encoder=info.metadata["encoder"],
+        encoder=metadata["encoder"],
         text_dim=width - embeddings.SCALE_BYTES if int8 else width,
         embedding_dtype="int8" if int8 else "bfloat16",
-        cosine_error={},
         examples=found.num_examples,
-        text_bytes=0,
         image_bytes=found.num_bytes,
-        tokens_max=0,
-        tokens_mean=0.0,
-        cut_captions=0,
-        reencoded=0,
-        skipped=0,
-        skipped_files=[],
-        shards=[
-            {
-                "file": file,
-                "examples": examples,
-                # Its content is known by the data set's name and version only.
-                "sha256": _sha256(info.full_name, split, file, examples),
-                "sides": {str(info.metadata["min_side"]): examples},
-                "lengths": {},
-            }
-            for file, examples in zip(found.filenames, found.shard_lengths)
-            if examples
-        ],
+        shards=[shard(file, examples) for file, examples in files if examples],
+    )
+
+
+def _is_readable(features: tfds.features.FeaturesDict) -> bool:
+    known = dict(features.items())
+    id, image, text = (known.get(name) for name in ("id", "image", "text"))
+    return (
+        isinstance(image, tfds.features.Image)
+        and isinstance(id, tfds.features.FeatureConnector)
+        and not id.shape
+        and id.tf_dtype.is_integer
+        and isinstance(text, tfds.features.Tensor)
+        and len(text.shape) == 2
+        and text.tf_dtype in (tf.bfloat16, tf.uint8)
+        and text.get_serialized_info().tf_dtype == tf.string
     )
 
 
 def make_source(name: str, split: str) -> seqio.TfdsDataSource:
-    """The data set as `read_manifest` takes it; seqio knows its split as `split`.
+    """The data set as `read_manifest` describes it; seqio knows its split as `split`.
 
-    Pictures and embeddings stay the bytes that are stored.
+    Images and embeddings stay the bytes that are stored.
     """
     builder, own = open_builder(name)
     return _Source(str(builder.data_dir), split, own)
 
 
 class _Source(seqio.TfdsDataSource):
-    """One whose shards can be tensors, and that reads ahead as a folder's."""
+    """A source whose shard number can be a tensor, and that reads ahead as a folder."""
 
     supports_arbitrary_sharding = True
 
@@ -129,7 +142,7 @@ class _Source(seqio.TfdsDataSource):
     def get_dataset(
         self, split=_SPLIT, shuffle=True, seed=None, shard_info=None, **_
     ) -> tf.data.Dataset:
-        """Rows as they are stored; of n shards the i-th has the files i::n."""
+        """Rows as they are stored; shard i of n has the files i::n."""
         shard = shard_info or seqio.ShardInfo(0, 1)
         return self.tfds_dataset.builder.as_dataset(
             split=self._own,
@@ -137,7 +150,7 @@ class _Source(seqio.TfdsDataSource):
             decoders={key: tfds.decode.SkipDecoding() for key in ("image", "text")},
             read_config=tfds.ReadConfig(
                 shuffle_seed=seed,
-                interleave_cycle_length=readers.open_files(shard.num_shards),
+                interleave_cycle_length=order.open_files(shard.num_shards),
                 interleave_block_length=1,
                 num_parallel_calls_for_decode=1,
                 skip_prefetch=True,
@@ -145,34 +158,3 @@ class _Source(seqio.TfdsDataSource):
                 input_context=tf.distribute.InputContext(shard.num_shards, shard.index),
             ),
         )
-
-
-def _fault(info) -> str:
-    features, metadata = info.features, info.metadata or {}
-    missing = [key for key in ("id", "image", "text") if key not in features]
-    if missing:
-        return f"it lacks the features {', '.join(missing)}"
-    if not isinstance(features["image"], tfds.features.Image):
-        return "its feature image is no Image"
-    if features["id"].shape or not features["id"].tf_dtype.is_integer:
-        return "its feature id is no integer"
-    text = features["text"]
-    if (
-        not isinstance(text, tfds.features.Tensor)
-        or len(text.shape) != 2
-        or text.tf_dtype not in (tf.bfloat16, tf.uint8)
-        or text.get_serialized_info().tf_dtype != tf.string
-    ):
-        return (
-            "its feature text is no Tensor [None, D] of bfloat16 with "
-            'encoding="bytes" (the embeddings of a caption)'
-        )
-    if not isinstance(metadata.get("encoder"), str):
-        return "its metadata has no 'encoder', the identity of its text encoder"
-    if not isinstance(metadata.get("min_side"), int):
-        return "its metadata has no 'min_side', the pixels that all sides have at least"
-    return ""
-
-
-def _sha256(*values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
