@@ -190,6 +190,8 @@ class TrainingConfig:
         done making up for one; 0 never.
       on_spent_budget: "stop", or "rollback": go on from the newest checkpoint with the
         data and noise that come next; both leave a bundle for --replay.
+      hang_seconds: a step that takes longer has the stacks of all threads printed to
+        stderr; 0 never prints.
     """
 
     batch_size: int = 2048
@@ -208,6 +210,7 @@ class TrainingConfig:
     spike_factor: float = 0.0
     skip_budget_steps: int = 20
     on_spent_budget: str = "stop"
+    hang_seconds: int = 600
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,6 +57,7 @@ _NOT_NEGATIVE = (
     "training.keep_every_steps",
     "training.keep_best_checkpoints",
     "training.skip_budget_steps",
+    "training.hang_seconds",
 )
 # Far more than any network has, so that a file of a stranger cannot ask for one that
 # takes for ever to trace.

@@ -17,7 +17,7 @@ from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
 from imagen_jax.training import checksums, loop
 from imagen_jax.training.metrics import MetricWriter
-from imagen_jax.training.stopwatch import Stopwatch
+from imagen_jax.training.goodput import Stopwatch
 from tests import tiny
 
 
