@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from tests.fake_cloud import QUICK, ROOT, TRAIN, Cloud, needs_tools
+from tests.fake_cloud import QUICK, ROOT, TRAIN, Cloud, MetadataServer, needs_tools
 
 pytestmark = needs_tools
 
@@ -218,6 +218,37 @@ def test_a_worker_that_ssh_does_not_reach_is_named(cloud):
     assert "Connection refused" in done.stdout
     assert "worker 0: status" not in done.stdout
     assert len(cloud.calls("ssh", "--worker=1")) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("preempted", "TRUE"), ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")],
+)
+def test_a_notice_that_the_machine_goes_is_a_sigterm(cloud, tmp_path, key, value):
+    """Only that: a machine that is moved elsewhere goes on."""
+    cloud.train('trap "echo saved; exit 3" TERM; echo up; while :; do sleep 0.1; done')
+    env = {"HOME": str(tmp_path)}
+    worker = ("worker.sh", "start", "a", cloud.bin / "python3.13", "-m")
+    with MetadataServer() as server:
+        env |= {"GCE_METADATA_HOST": server.host, "FAKE_CLOUD": str(cloud.folder)}
+        cloud.run(*worker, "imagen_jax.train", env=env)
+        server.wait_until_asked("preempted?", "maintenance-event?")
+        server.asked.clear()
+        server.set("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")
+        server.wait_until_asked("maintenance-event?")
+        assert "running" in cloud.run("worker.sh", "status", "a", env=env).stdout
+        server.set(key, value)
+        ended = cloud.run("worker.sh", "follow", "a", env=env).stdout
+        assert ended.splitlines()[-1].startswith("exited 3 ")
+        log = cloud.run("worker.sh", "log", "a", env=env).stdout
+        assert re.search(f"notice: {key} is {value}\nsaved$", log, re.M)
+        # The training that is started again on this machine goes on.
+        server.asked.clear()
+        cloud.run(*worker, "imagen_jax.train", env=env)
+        server.wait_until_asked("preempted?", "maintenance-event?")
+        assert "running" in cloud.run("worker.sh", "status", "a", env=env).stdout
+        cloud.run("worker.sh", "stop", "a", env=env)
+        server.shutdown()
 
 
 def render(cloud, *words):
