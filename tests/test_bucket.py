@@ -16,8 +16,8 @@ from imagen_jax import images as pictures
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
 from imagen_jax.training import checksums, loop
-from imagen_jax.training.metrics import MetricWriter
 from imagen_jax.training.goodput import Stopwatch
+from imagen_jax.training.metrics import MetricWriter
 from tests import tiny
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from imagen_jax import goodput as metrics
 from imagen_jax.errors import UserError
-from imagen_jax.training.metrics import MetricWriter
 from imagen_jax.training.goodput import Stopwatch
+from imagen_jax.training.metrics import MetricWriter
 from tests.clock import Clock
 
 ROOT = Path(__file__).parents[1]
