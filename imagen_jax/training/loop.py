@@ -28,7 +28,6 @@ from imagen_jax.training.step import compile_train_step
 from imagen_jax.training.stopping import stopping
 from imagen_jax.training.stopwatch import Stopwatch
 from imagen_jax.training.watchdog import Watchdog
-from imagen_jax.training.writing import writing
 
 # What a resumed run may change: how long, how often, where; not what is learned.
 _FREE = (
@@ -145,7 +144,7 @@ def train(
     )
     stopwatch = stopwatch or Stopwatch()
     _check_best_metric(cfg)
-    with writing(workdir):
+    try:
         check_workdir(cfg, workdir)
         checkpointer = Checkpointer(workdir, cfg.training)
         writer = MetricWriter(workdir, stopwatch)
@@ -159,6 +158,12 @@ def train(
             stopwatch.close()
             checkpointer.close()
             writer.close()
+    except OSError as error:
+        raise UserError(
+            f"the workdir {workdir} cannot be written: {error}\nIts checkpoints stay "
+            "as they are. To go on from the newest, make room or repair what is wrong, "
+            "and start the same command again"
+        ) from None
 
 
 def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
