@@ -10,10 +10,8 @@ from imagen_jax import prepare
 from imagen_jax.config import MeshConfig
 from imagen_jax.data.manifest import read_manifest, with_text
 from imagen_jax.data.memory import make_memory
-from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
-from imagen_jax.training.checkpoint import Checkpointer
 from tests import tiny
 
 STEPS = 8
@@ -92,16 +90,3 @@ def test_other_devices_midway(cfg, tmp_path):
     assert same == whole
     for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-def test_positions_of_another_number_of_processes(tmp_path, monkeypatch):
-    """They are one position if all processes stood there."""
-    checkpointer = Checkpointer(str(tmp_path))
-    at = {"0": "YQ==", "1": "YQ=="}
-    assert checkpointer._position(3, at) == b"a"
-    with pytest.raises(UserError, match="different places, there are 1 now: start 2"):
-        checkpointer._position(3, at | {"1": "Yg=="})
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert checkpointer._position(3, at | {"1": "Yg=="}) == b"b"
-    assert checkpointer._position(3, {"0": "YQ=="}) == b"a"
