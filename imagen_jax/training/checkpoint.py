@@ -54,8 +54,7 @@ class Checkpointer:
         """
         self.workdir = workdir
         self.damaged: dict[int, str] = {}
-        self._root = epath.Path(workdir).expanduser().resolve()
-        self._folder = self._root / "checkpoints"
+        self._folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
         self._training = training
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)
         if training:
@@ -152,7 +151,7 @@ class Checkpointer:
     def restore(
         self, cfg: StageConfig, mesh: Mesh, step: int | None = None
     ) -> tuple[TrainState, bytes]:
-        """A state (default: the newest undamaged), on `mesh`, and its data position.
+        """A state (default: the newest undamaged) on `mesh`, and its data position.
 
         Raises:
           UserError: as `required`, and when it is a state of another stage.
@@ -166,10 +165,8 @@ class Checkpointer:
         try:
             found = self.manager.restore(step, args=args)
         except ValueError as error:  # Orbax has no error of its own for another tree.
-            raise UserError(
-                f"checkpoint {step} of {self.workdir} is not one of this stage: "
-                f"{_line(error)}"
-            ) from None
+            what = f"checkpoint {step} of {self.workdir}"
+            raise UserError(f"{what} is not one of this stage: {error}") from None
         train, positions = dict(found.train), self._json(step, "iterator")
         state = TrainState(ema=found.ema, opt_state=train.pop("opt"), **train)
         return state, base64.b64decode(positions["0"])
@@ -185,33 +182,25 @@ class Checkpointer:
         return described_stage(self._json(step, "config"), where)
 
     def ema(self, like: Any, step: int) -> Any:
-        """The averaged parameters of a step, as the abstract arrays of `like`."""
+        """The averaged parameters of a step, placed like the arrays of `like`."""
         args = ocp.args.Composite(ema=ocp.args.StandardRestore(like))
         return self.manager.restore(step, args=args).ema
 
     def wait(self) -> None:
-        """Waits until the last save is complete.
-
-        Raises:
-          UserError: when it could not be written.
-        """
+        """Waits for the last save; `UserError` when it could not be written."""
         try:
             self.manager.wait_until_finished()
         except (OSError, ValueError) as error:  # TensorStore raises ValueErrors.
             # It would print a traceback for every array.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise UserError(
-                f"a checkpoint of {self.workdir} cannot be written: {_line(error)}\n"
+                f"a checkpoint of {self.workdir} cannot be written: {error}\n"
                 "Older checkpoints stay as they are. To go on from the newest, make "
                 "room or repair what is wrong, and start the same command again"
             ) from None
 
     def close(self) -> None:
-        """Waits for the last save and frees the folder.
-
-        Raises:
-          UserError: as `wait`.
-        """
+        """Frees the folder, after `wait`."""
         self.wait()
         self.manager.close()
 
@@ -234,7 +223,7 @@ class Checkpointer:
     def _set_aside(self, steps: Collection[int]) -> None:
         """Moves damaged checkpoints away: their steps are going to be saved again."""
         if jax.process_index() == 0:
-            folder = self._root / "damaged"
+            folder = self._folder.parent / "damaged"
             folder.mkdir(parents=True, exist_ok=True)
             for step in steps:
                 place = folder / str(step)
@@ -277,10 +266,6 @@ def _train_item(state: TrainState) -> dict[str, Any]:
         "opt": state.opt_state,
         "guard": state.guard,
     }
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def _preservation(training: TrainingConfig):

@@ -1,7 +1,6 @@
 """CRC-32 of a checkpoint's files, stored in the checkpoint itself.
 
-TensorStore does not check the chunks of arrays: it reads a flipped byte as another
-number (docs/checkpoints.md).
+TensorStore does not check array chunks: it reads a flipped byte as another number.
 """
 
 import concurrent.futures
@@ -22,8 +21,7 @@ class _Handler(ocp.CheckpointHandler):
     def save(self, directory: epath.Path, args: "Checksums") -> None:
         """Does nothing: the other items are still being written."""
 
-    def restore(self, directory: epath.Path, args: "Checksums") -> None:
-        """Does nothing: `faults` reads the file."""
+    restore = save  # `faults` reads the file.
 
     def finalize(self, directory: epath.Path) -> None:
         """Writes the checksums; all other items are final by now."""
@@ -50,11 +48,10 @@ def faults(
     names = [name for name in sorted(listed) if name.split("/")[0] in items]
     if not names:
         return [f"{ITEM}/{_FILE} is missing or damaged"]
-    found = _sums(folder, names[part::parts])
     return [
-        f"{name} {'has changed since it was written' if found[name] else 'is missing'}"
-        for name in found
-        if found[name] != listed[name]
+        f"{name} {'has changed since it was written' if found else 'is missing'}"
+        for name, found in _sums(folder, names[part::parts]).items()
+        if found != listed[name]
     ]
 
 

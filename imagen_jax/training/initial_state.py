@@ -19,9 +19,6 @@ from imagen_jax.training.checkpoint import SAMPLED, Checkpointer
 from imagen_jax.training.state import TrainState, abstract_state, create_state
 from imagen_jax.training.weights import Exported, is_exported
 
-# Parameters named in an error, of each kind.
-_SHOWN = 3
-
 
 class Workdir:
     """The averaged parameters in the newest undamaged checkpoint of a workdir.
@@ -90,9 +87,10 @@ def first_state(
     if step is not None:
         state, position = checkpointer.restore(cfg, mesh, step)
         set_position(position)
-        damaged = {str(step): fault for step, fault in checkpointer.damaged.items()}
         origin = {"source": "checkpoint"}
-        return state, origin | ({"damaged": damaged} if damaged else {})
+        if checkpointer.damaged:
+            origin["damaged"] = {str(n): why for n, why in checkpointer.damaged.items()}
+        return state, origin
     if not cfg.training.init_from:
         return create_state(cfg, mesh), {"source": "scratch"}
     weights = open_weights(cfg.training.init_from)
@@ -109,10 +107,7 @@ def first_state(
 
 
 def check_fit(weights: Workdir | Exported, cfg: StageConfig, what: str) -> None:
-    """Raises `UserError` unless `weights` have the parameters of the network of `cfg`.
-
-    `what` names the weights in the message.
-    """
+    """Raises `UserError` unless `weights`, given as `what`, fit the stage `cfg`."""
     want, have = _shapes(cfg), weights.shapes
     kinds = {
         "missing there": [f"{n} {want[n]}" for n in want if n not in have],
@@ -126,16 +121,15 @@ def check_fit(weights: Workdir | Exported, cfg: StageConfig, what: str) -> None:
     if not any(kinds.values()):
         return
     lines = [
-        f"\n  {len(names)} {kind}: {', '.join(names[:_SHOWN])}"
-        + (", ..." if names[_SHOWN:] else "")
+        f"\n  {len(names)} {kind}: {', '.join(names[:3])}{', ...' if names[3:] else ''}"
         for kind, names in kinds.items()
         if names
     ]
     different = _differences(weights.cfg, cfg, ("model.", "text.", "lowres_size"))
     hint = "give weights of this network, or change config.model to theirs"
     if different:
-        hint = "to have their network, change (there -> here):"
-        hint += "".join(f"\n  config.{line}" for line in different)
+        changes = "".join(f"\n  config.{line}" for line in different)
+        hint = f"to have their network, change (there -> here):{changes}"
     raise UserError(
         f"{what}: the parameters of {weights.path} do not fit this stage; "
         f"{hint}\nThey differ in{''.join(lines)}"

@@ -33,9 +33,8 @@ class Recovery:
     rolled_back_to: int | None = None
 
     def __post_init__(self):
-        self.positions = collections.deque(
-            maxlen=2 * self.cfg.training.log_every_steps + 1
-        )
+        kept = 2 * self.cfg.training.log_every_steps + 1
+        self.positions = collections.deque(maxlen=kept)
 
     def note(self, step: int) -> None:
         """Remembers where the data source stands before the batch of `step`."""
@@ -59,12 +58,11 @@ class Recovery:
         folder, cause = write_bundle(
             self.workdir, state, batch, position, self.cfg, self.mesh, recorded
         )
-        newest = self.checkpointer.newest()
-        again = newest is None or newest == self.rolled_back_to
-        stops = again or self.cfg.training.on_spent_budget == "stop"
-        action = "stop" if stops else "rollback"
+        newest, action = self.checkpointer.newest(), self.cfg.training.on_spent_budget
+        if newest in (None, self.rolled_back_to):
+            action = "stop"
         self.writer.event("budget_spent", step, bundle=str(folder), action=action)
-        if stops:
+        if action == "stop":
             raise UserError(self._message(step, recorded, cause, folder, newest))
 
         skipped_to = state.step
@@ -80,19 +78,17 @@ class Recovery:
     def _message(self, step, recorded, cause, folder, newest) -> str:
         where = f"first not finite was {cause}" if cause else "all numbers are finite"
         going_on = (
-            f"The same command does the same from the checkpoint of step {newest}; "
-            "with --config.training.on_spent_budget=rollback the run goes on from "
-            "there with the data that follow"
+            f"The same command repeats this from the checkpoint of step {newest}; with "
+            "--config.training.on_spent_budget=rollback it goes on with the next data"
         )
         if newest is None:
             going_on = "There is no checkpoint to go on from"
         elif newest == self.rolled_back_to:
             going_on = f"No checkpoint was saved since it was rolled back to {newest}"
         return (
-            f"stopped at step {step} of {self.workdir}: the budget of "
-            f"{self.cfg.training.skip_budget_steps} skipped updates "
-            "(training.skip_budget_steps) is spent. The last one had a loss of "
-            f"{recorded['loss']:.6g} and a gradient norm of "
-            f"{recorded['gradient_norm']:.6g}; {where}. {going_on}\n"
+            f"stopped at step {step} of {self.workdir}: the budget of skipped updates, "
+            f"training.skip_budget_steps={self.cfg.training.skip_budget_steps}, is "
+            f"spent. The last one had a loss of {recorded['loss']:.6g} and a gradient "
+            f"norm of {recorded['gradient_norm']:.6g}; {where}. {going_on}\n"
             f"  See why: python -m imagen_jax.train --replay={folder}"
         )

@@ -58,13 +58,7 @@ class Replay:
 def examine(
     state: TrainState, batch: Batch, cfg: StageConfig, mesh: Mesh
 ) -> dict[str, Any]:
-    """Numbers of one step that show where they first go bad.
-
-    Args:
-      state: the state before the step.
-      batch: the batch of the step; both are on `mesh`.
-      cfg: the stage.
-      mesh: the mesh of the state.
+    """Numbers of the step after `state` that show where they first go bad.
 
     Returns:
       "loss" and "gradient_norm"; "examples", a list with each one's "id", "logsnr",
@@ -76,24 +70,22 @@ def examine(
     found = jax.device_get(run(state.params, state.step, batch))
     layers = {k: float(v) for layer in found["layers"] for k, v in layer.items()}
     order = {name.split("[")[0]: place for place, name in enumerate(layers)}
-    parameters, gradients = (
-        {"/".join(path): float(v) for path, v in flatten_dict(found[tree]).items()}
-        for tree in ("parameters", "gradients")
-    )
+
+    def by_name(tree):
+        return {name: float(v) for name, v in flatten_dict(tree, sep="/").items()}
 
     def place(parameter):
-        return order.get(parameter.rpartition("/")[0], len(order))
+        return order.get(parameter[0].rpartition("/")[0], len(order))
 
-    columns = found["examples"]
-    rows = range(cfg.training.batch_size)
-    backward = sorted(gradients, key=place, reverse=True)
+    columns, rows = found["examples"], range(cfg.training.batch_size)
+    gradients = by_name(found["gradients"]).items()
     return {
         "loss": float(found["loss"]),
         "gradient_norm": float(found["gradient_norm"]),
         "examples": [{n: columns[n][row].item() for n in columns} for row in rows],
-        "parameters": parameters,
+        "parameters": by_name(found["parameters"]),
         "layers": layers,
-        "gradients": {name: gradients[name] for name in backward},
+        "gradients": dict(sorted(gradients, key=place, reverse=True)),
     }
 
 
@@ -169,14 +161,14 @@ def write_bundle(
     Args:
       workdir: the run's workdir.
       state: the state after the step, whose update was skipped.
-      batch: the batch of the step, on `mesh`.
+      batch: the batch of the step.
       position: where the data source stood before the batch.
       cfg: the stage.
       mesh: the run's mesh.
       recorded: "loss" and "gradient_norm" as the step computed them.
 
     Returns:
-      The folder, and what `first_not_finite` says ("" for a spike).
+      The folder, and what `first_not_finite` says.
     """
     step = int(state.step)
     folder = epath.Path(workdir) / "bundles" / str(step)
@@ -189,27 +181,25 @@ def write_bundle(
     if jax.process_index() == 0:
         (folder / "config.json").write_text(config_lib.to_json(cfg))
         arrays = {"image": whole.image, "mask": whole.mask, "id": whole.id}
+        arrays[_TEXT_BITS] = whole.text.view(np.uint16)
         file = io.BytesIO()
-        text = {_TEXT_BITS: whole.text.view(np.uint16)}
-        np.savez_compressed(file, **arrays, **text)
+        np.savez_compressed(file, **arrays)
         (folder / "batch.npz").write_bytes(file.getvalue())
+        guard = state.guard
         record = {
             "schema_version": _VERSION,
             "step": step,
             "recorded": recorded,
-            "averages": {
-                "loss": float(state.guard.loss),
-                "gradient_norm": float(state.guard.gradient_norm),
-            },
-            "skipped_updates": int(state.guard.skipped),
+            "averages": {n: float(getattr(guard, n)) for n in recorded},
+            "skipped_updates": int(guard.skipped),
             "mesh": dict(mesh.shape),
             "row_shards": sharding.row_shards(mesh),
             "first_not_finite": cause,
             "found": found,
         }
-        text = json.dumps(_with_words(record), indent=1, allow_nan=False) + "\n"
         # The last file, so that a folder with it is complete.
-        (folder / "bundle.json").write_text(text)
+        text = json.dumps(_with_words(record), indent=1, allow_nan=False)
+        (folder / "bundle.json").write_text(text + "\n")
     return folder, cause
 
 
@@ -225,8 +215,8 @@ def _with_words(value: Any) -> Any:
 def replay(bundle: str) -> Replay:
     """Repeats the step of a bundle on the first device.
 
-    It works through the rows of the run's devices one after the other, as microbatches;
-    with dropout, whose masks depend on the microbatches, through all rows at once.
+    Each microbatch holds the rows of one device of the run, unless there is dropout:
+    its masks depend on the microbatches.
 
     Raises:
       UserError: for a folder that is no bundle, or a damaged one.
@@ -234,11 +224,9 @@ def replay(bundle: str) -> Replay:
     folder = epath.Path(bundle)
     path = folder / "bundle.json"
     record = read_json(path, "the record of a bundle (--replay=WORKDIR/bundles/STEP)")
-    if record.get("schema_version") != _VERSION:
-        raise UserError(
-            f"{path} has schema version {record.get('schema_version')}, this program "
-            f"reads {_VERSION}: use the release that wrote it"
-        )
+    if (version := record.get("schema_version")) != _VERSION:
+        what = f"{path} has schema version {version}, not {_VERSION}"
+        raise UserError(f"{what}: use the release that wrote it")
     with contextlib.closing(Checkpointer(bundle)) as checkpointer:
         before = checkpointer.required()
         cfg = checkpointer.stage(before)
@@ -249,22 +237,19 @@ def replay(bundle: str) -> Replay:
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(), training=training)
         mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
         state, _ = checkpointer.restore(cfg, mesh, before)
-    batch = jax.device_put(_read_batch(folder, cfg), sharding.batch_sharding(mesh))
+    batch = jax.device_put(
+        _read_batch(folder / "batch.npz", cfg), sharding.batch_sharding(mesh)
+    )
     recorded = {name: float(value) for name, value in record["recorded"].items()}
     return Replay(record["step"], recorded, examine(state, batch, cfg, mesh))
 
 
-def _read_batch(folder: epath.Path, cfg: StageConfig) -> Batch:
-    path = folder / "batch.npz"
+def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
     try:
-        file = io.BytesIO(path.read_bytes())
-        arrays = dict(np.load(file, allow_pickle=False))
+        arrays = dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
         text = arrays.pop(_TEXT_BITS).view(jnp.bfloat16)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
-        raise UserError(
-            f"{path} is missing or damaged: copy the whole bundle again from where it "
-            "was written"
-        ) from None
+        raise UserError(f"{path} is missing or damaged: copy it again") from None
     batch = Batch(text=text, **arrays)
     check_batch(batch, batch_spec(cfg))
     return batch
