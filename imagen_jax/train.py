@@ -84,9 +84,6 @@ def join(start_seconds: int, heartbeat_seconds: int) -> None:
 
     When one does not come in time, or gives no sign of life for so long, JAX ends all
     others with status 134, and names it where it can.
-
-    Raises:
-      UserError: when JAX sees no other processes.
     """
     print(f"waiting for the other processes, at most {start_seconds} s", flush=True)
     try:
@@ -103,11 +100,7 @@ def join(start_seconds: int, heartbeat_seconds: int) -> None:
 
 
 def print_replay(bundle: str) -> None:
-    """Does the step of a bundle again and prints its numbers beside the run's.
-
-    Raises:
-      UserError: for a folder that is no bundle, or a damaged one.
-    """
+    """Does the step of a bundle again and prints its numbers beside the run's."""
     done = replay(bundle)
     print(f"step {done.step}, done again on one device\n")
     print(f"{'':16}{'in the run':>16}{'here':>16}")
@@ -115,11 +108,8 @@ def print_replay(bundle: str) -> None:
     for name, was in done.recorded.items():
         now = done.here[name]
         print(f"{name.replace('_', ' '):16}{was:16.8g}{now:16.8g}")
-        same &= (
-            math.isclose(now, was, rel_tol=_TOLERANCE)
-            if math.isfinite(was)
-            else not math.isfinite(now)
-        )
+        both_bad = not math.isfinite(now) and not math.isfinite(was)
+        same &= both_bad or math.isclose(now, was, rel_tol=_TOLERANCE)
     print(f"\nthe numbers {'agree' if same else 'DO NOT AGREE'} (to {_TOLERANCE:.0%})")
     cause = first_not_finite(done.here)
     print(f"first not finite: {cause or 'nothing, all numbers are finite'}")

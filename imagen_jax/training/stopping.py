@@ -17,10 +17,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def stopping() -> Iterator[Callable[[int], bool]]:
     """Takes SIGINT and SIGTERM, and yields a function that is asked after each step.
 
-    It says whether to save now and stop. With several processes all of them get the
-    same answer at the same step, whichever was sent the signal: JAX takes SIGTERM, and
-    Ctrl-C is handed on to it. A second signal (with several processes, a second Ctrl-C)
-    ends the process at once, with status 128 + its number.
+    It says whether to save now and stop. Several processes get the same answer at the
+    same step, whichever was sent the signal: JAX takes SIGTERM, and is handed Ctrl-C.
+    A second signal (of several processes: a second Ctrl-C) ends the process at once,
+    with status 128 + its number.
     """
     alone = jax.process_count() == 1
     received: list[int] = []
@@ -30,13 +30,12 @@ def stopping() -> Iterator[Callable[[int], bool]]:
         if not alone:
             signal.raise_signal(signal.SIGTERM)
 
-    # Python runs handlers only between two operations of the main thread, which may be
-    # in a long compilation. So a thread counts the signals.
+    # Handlers wait for the main thread, which may compile for long; a thread does not.
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     threading.Thread(target=_leave_on_the_second, args=(reads,), daemon=True).start()
-    numbers = _SIGNALS if alone else _SIGNALS[:1]
-    before = {number: signal.signal(number, handle) for number in numbers}
+    taken = _SIGNALS if alone else _SIGNALS[:1]
+    before = {number: signal.signal(number, handle) for number in taken}
     wakeup = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
     try:
         if alone:
@@ -56,7 +55,6 @@ def _leave_on_the_second(reads: int) -> None:
     while byte := os.read(reads, 1):
         count += byte[0] in _SIGNALS
         if count == 2:
-            message = "error: a second signal: left at once, without saving"
-            print(f"\n{message}", file=sys.stderr, flush=True)
+            sys.stderr.write("\nerror: a second signal: left at once, unsaved\n")
             os._exit(128 + byte[0])
     os.close(reads)
