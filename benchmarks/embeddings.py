@@ -12,10 +12,10 @@ import pathlib
 
 import jax
 import numpy as np
-from imagen_jax.api.run import resolve, train_stage
 
 from configs import tiny
 from imagen_jax.api.cascade import open_stages
+from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.batch import pad_text
 from imagen_jax.config import MeshConfig
 from imagen_jax.diffusion.cascade import sample_cascade

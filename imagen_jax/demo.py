@@ -20,6 +20,7 @@ from absl import flags
 from imagen_jax import cli, page
 from imagen_jax import images as pictures
 from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
+from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.errors import UserError
 from imagen_jax.prepare import prepare
@@ -27,7 +28,6 @@ from imagen_jax.sample import write
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes.judge import Verdict, judge
 from imagen_jax.sharding import make_mesh
-from imagen_jax.train import resolve, train_stage
 
 # What configs/tiny.py trains in about this time on two CPU cores.
 _SECONDS = 400

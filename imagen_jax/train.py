@@ -15,109 +15,20 @@ launch/README.md).
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from imagen_jax import cli, processes
-from imagen_jax.barrier import wait_for_all
-from imagen_jax.batch import Batch
-from imagen_jax.config import StageConfig, from_dict
-from imagen_jax.data.mixture import open_sources
-from imagen_jax.data.pipeline import open_records
-from imagen_jax.sharding import make_mesh
-from imagen_jax.training.loop import BatchIterator, train
+from imagen_jax import cli
+from imagen_jax.api.run import resolve, train_stage
+from imagen_jax.errors import UserError
 from imagen_jax.training.replay import first_not_finite, replay
-from imagen_jax.training.state import TrainState
-from imagen_jax.training.stopwatch import Stopwatch
 
-# To which the numbers of a replay agree: other devices sum in another order.
-_SAME = 0.01
-# Lines of each of its tables.
+# Other devices sum in another order, so a replay's numbers agree to this share.
+_TOLERANCE = 0.01
+# Lines of each of a replay's tables.
 _SHOWN = 8
-
-
-def resolve(values: Mapping[str, Any]) -> StageConfig:
-    """A config's values, completed by what its records say of their text.
-
-    Raises:
-      UserError: for values or records that are not right.
-    """
-    return open_sources(from_dict(values))[0]
-
-
-def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
-    """Trains the stage `cfg` in `workdir`, from its newest checkpoint or from scratch.
-
-    Raises:
-      UserError: for records, a mesh or a workdir that do not fit.
-      Stopped: on SIGINT or SIGTERM, after saving.
-    """
-    stopwatch = Stopwatch()
-    mesh = make_mesh(cfg.mesh)
-    batches = open_records(cfg, mesh)
-    preview = None
-    if cfg.training.sample_every_steps:
-        preview = _peek(batches, cfg.training.preview_images)
-    return train(cfg, workdir, batches, mesh, preview, stopwatch)
-
-
-def _peek(batches: BatchIterator, count: int) -> Batch:
-    """The first examples, on every host; the iterator stays where it is."""
-    state = batches.get_state()
-    batch = next(batches)
-    batches.set_state(state)
-    wait_for_all("collect the examples of the preview")
-    return jax.tree.map(
-        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))[:count],
-        batch,
-    )
-
-
-def print_replay(bundle: str) -> None:
-    """Does the step of a bundle again, and prints what it shows.
-
-    Raises:
-      UserError: for a folder that is no bundle, or a damaged one.
-    """
-    done = replay(bundle)
-    print(f"step {done.step}, done again on one device\n")
-    print(f"{'':16}{'in the run':>16}{'here':>16}")
-    same = True
-    for name, was in done.recorded.items():
-        now = done.here[name]
-        print(f"{name.replace('_', ' '):16}{was:16.8g}{now:16.8g}")
-        same &= (
-            math.isclose(now, was, rel_tol=_SAME)
-            if math.isfinite(was)
-            else not math.isfinite(now)
-        )
-    print(f"\nthe numbers {'agree' if same else 'DO NOT AGREE'} (to {_SAME:.0%})")
-    cause = first_not_finite(done.here)
-    print(f"first not finite: {cause or 'nothing, all numbers are finite'}")
-    examples = sorted(
-        done.here["examples"],
-        key=lambda e: e["loss"] if math.isfinite(e["loss"]) else math.inf,
-        reverse=True,
-    )
-    print(f"\n{'largest losses':>16}{'example':>12}{'log-SNR':>12}{'text up to':>12}")
-    for example in examples[:_SHOWN]:
-        print(
-            f"{example['loss']:16.6g}{example['id']:12d}"
-            f"{example['logsnr']:12.4g}{example['text']:12.4g}"
-        )
-    for kind in ("parameters", "layers", "gradients"):
-        # The largest that are finite, beside the first that is not.
-        finite = {n: v for n, v in done.here[kind].items() if math.isfinite(v)}
-        bad = len(done.here[kind]) - len(finite)
-        print(f"\n{kind}: {bad} of {len(done.here[kind])} not finite; the largest are")
-        for name in sorted(finite, key=finite.get, reverse=True)[:_SHOWN]:
-            print(f"{finite[name]:16.6g}  {name}")
 
 
 def define_flags() -> None:
@@ -162,11 +73,63 @@ def main() -> None:
         print_replay(args.replay)
         return
     if args.distributed:
-        processes.join(args.start_timeout_seconds, args.heartbeat_timeout_seconds)
-        # Orbax's own flag: its barriers end after 300 s, and not never.
+        join(args.start_timeout_seconds, args.heartbeat_timeout_seconds)
+        # Orbax's own flag: its barriers then end after 300 s instead of never.
         args.experimental_orbax_use_distributed_barrier = True
-    with processes.losses_named():
-        train_stage(resolve(cli.config_values()), args.workdir)
+    train_stage(resolve(cli.config_values()), args.workdir)
+
+
+def join(start_seconds: int, heartbeat_seconds: int) -> None:
+    """Joins the processes that a TPU slice, GKE or Slurm has started.
+
+    When one does not come in time, or gives no sign of life for so long, JAX ends all
+    others with status 134, and names it where it can.
+    """
+    print(f"waiting for the other processes, at most {start_seconds} s", flush=True)
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=start_seconds,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
+    except ValueError:
+        raise UserError(
+            "--distributed: JAX does not see other processes here: it knows those of "
+            "TPU VMs, GKE and Slurm (see launch/README.md). On one host leave "
+            "--distributed out"
+        ) from None
+
+
+def print_replay(bundle: str) -> None:
+    """Does the step of a bundle again and prints its numbers beside the run's."""
+    done = replay(bundle)
+    print(f"step {done.step}, done again on one device\n")
+    print(f"{'':16}{'in the run':>16}{'here':>16}")
+    same = True
+    for name, was in done.recorded.items():
+        now = done.here[name]
+        print(f"{name.replace('_', ' '):16}{was:16.8g}{now:16.8g}")
+        both_bad = not math.isfinite(now) and not math.isfinite(was)
+        same &= both_bad or math.isclose(now, was, rel_tol=_TOLERANCE)
+    print(f"\nthe numbers {'agree' if same else 'DO NOT AGREE'} (to {_TOLERANCE:.0%})")
+    cause = first_not_finite(done.here)
+    print(f"first not finite: {cause or 'nothing, all numbers are finite'}")
+    examples = sorted(
+        done.here["examples"],
+        key=lambda e: e["loss"] if math.isfinite(e["loss"]) else math.inf,
+        reverse=True,
+    )
+    print(f"\n{'largest losses':>16}{'example':>12}{'log-SNR':>12}{'text up to':>12}")
+    for example in examples[:_SHOWN]:
+        print(
+            f"{example['loss']:16.6g}{example['id']:12d}"
+            f"{example['logsnr']:12.4g}{example['text']:12.4g}"
+        )
+    for kind in ("parameters", "layers", "gradients"):
+        finite = {n: v for n, v in done.here[kind].items() if math.isfinite(v)}
+        bad = len(done.here[kind]) - len(finite)
+        print(f"\n{kind}: {bad} of {len(done.here[kind])} not finite; the largest are")
+        for name in sorted(finite, key=finite.get, reverse=True)[:_SHOWN]:
+            print(f"{finite[name]:16.6g}  {name}")
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ supervise() {
   "$@" >>"$folder/log" 2>&1 &
   child=$!
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+  heed_notices "$child" 9>&- &
   echo "$$" >"$folder/group.new"
   mv "$folder/group.new" "$folder/group"
   while :; do
@@ -77,6 +78,35 @@ supervise() {
   echo "=== $(date -u +%FT%TZ) exit status $status" >>"$folder/log"
   echo "$status $(date +%s.%N)" >"$folder/status.new"
   mv "$folder/status.new" "$folder/status"
+}
+
+# heed_notices PID: SIGTERM to it when Google is about to take the machine away: half a
+# minute ahead at a preemption, up to an hour before maintenance that ends the machine.
+heed_notices() {
+  local product=/sys/class/dmi/id/product_name
+  [[ -n ${GCE_METADATA_HOST:-} || $(cat "$product" 2>/dev/null) == Google* ]] || return 0
+  heed "$1" preempted TRUE &
+  heed "$1" maintenance-event TERMINATE_ON_HOST_MAINTENANCE &
+}
+
+# heed PID KEY VALUE: waits for the metadata server's KEY to become VALUE. If it was so
+# from the start it has stopped a training already, and this one may go on.
+heed() {
+  local url=http://${GCE_METADATA_HOST:-metadata.google.internal}
+  local before="" now
+  url+=/computeMetadata/v1/instance/$2
+  while kill -0 "$1" 2>/dev/null; do
+    if ! now=$(curl --silent --fail --noproxy '*' --header 'Metadata-Flavor: Google' \
+      "$url${before:+?wait_for_change=true&timeout_sec=60}"); then
+      sleep "${NOTICE_RETRY_SECONDS:-10}"
+    elif [[ -n $before && $before != "$3" && $now == "$3" ]]; then
+      echo "=== $(date -u +%FT%TZ) notice: $2 is $3" >>"$folder/log"
+      kill -TERM "$1" 2>/dev/null || true
+      return
+    else
+      before=$now
+    fi
+  done
 }
 
 status() {

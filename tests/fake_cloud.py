@@ -5,12 +5,15 @@ home of what ssh runs there; that is really run. A test says how requests are an
 (`answers`) and what a training does (`train`).
 """
 
+import contextlib
+import http.server
 import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -18,8 +21,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = ("--name=a", "--config=configs/base64.py", "--workdir=gs://b/base")
 
 needs_tools = pytest.mark.skipif(
-    not all(map(shutil.which, ("git", "flock", "setsid"))),
-    reason="needs git and util-linux",
+    not all(map(shutil.which, ("git", "flock", "setsid", "curl"))),
+    reason="needs git, util-linux and curl",
 )
 
 GCLOUD = r"""
@@ -219,3 +222,63 @@ class Cloud:
     def slices(self) -> list[str]:
         """Slices that exist, and cost."""
         return sorted(p.name for p in (self.folder / "slices").glob("*"))
+
+
+class MetadataServer(http.server.ThreadingHTTPServer):
+    """Answers as Compute Engine's metadata server does, on this machine.
+
+    Attributes:
+      asked: the keys that were asked for, in order; with a "?" where the answer has to
+        wait for a change.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.values = {"preempted": "FALSE", "maintenance-event": "NONE"}
+        self.asked: list[str] = []
+        self._changed = threading.Condition()
+        super().__init__(("localhost", 0), _Answer)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def host(self) -> str:
+        """For GCE_METADATA_HOST."""
+        return f"localhost:{self.server_port}"
+
+    def set(self, key: str, value: str) -> None:
+        """The machine's owner decides."""
+        with self._changed:
+            self.values[key] = value
+            self._changed.notify_all()
+
+    def answer(self, key: str, waits: bool) -> str:
+        """The value of a key, or what it changes to."""
+        with self._changed:
+            self.asked.append(key + "?" * waits)
+            self._changed.notify_all()
+            before = self.values[key]
+            if waits:
+                self._changed.wait_for(lambda: self.values[key] != before, 60)
+            return self.values[key]
+
+    def wait_until_asked(self, *keys: str) -> None:
+        """Returns when all of `keys` were asked for."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: {*keys} <= {*self.asked}, 60)
+
+
+class _Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        waits = "wait_for_change=true" in query
+        allowed = self.headers["Metadata-Flavor"] == "Google"
+        key = path.removeprefix("/computeMetadata/v1/instance/")
+        value = self.server.answer(key, waits)
+        self.send_response(200 if allowed else 403)
+        self.end_headers()
+        with contextlib.suppress(OSError):  # the one that asked may be gone
+            self.wfile.write(value.encode())
+
+    def log_message(self, *args):
+        pass

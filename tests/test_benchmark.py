@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import base64, sr256
-from imagen_jax import config, prepare, timings, train
+from imagen_jax import config, prepare, timings
+from imagen_jax.api import run
 from imagen_jax.models import network
 from imagen_jax.planning import compile as compiled
 from imagen_jax.planning import flops
@@ -158,7 +159,7 @@ def test_a_timed_pipeline_agrees_with_itself(tmp_path):
         text={"dim": 64, "encoder": ""},
         data={"records": records},
     )
-    cfg = train.resolve(dataclasses.asdict(cfg))
+    cfg = run.resolve(dataclasses.asdict(cfg))
     report = timings.time_data(cfg, make_mesh(cfg.mesh, jax.devices()[:1]), seconds=0)
     assert report["batch_size"] == 8
     assert report["batches"] >= 3 and report["training_steps"] >= 3

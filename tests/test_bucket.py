@@ -1,6 +1,6 @@
 """A workdir and records in a bucket: etils' own code on a bucket in memory.
 
-Nothing here reaches Google Cloud; checkpoints in a bucket are Orbax's own business.
+Nothing here reaches Google Cloud, which Orbax would need to save a checkpoint there.
 """
 
 import json
@@ -11,13 +11,13 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from imagen_jax import goodput as metrics
-from imagen_jax import images as pictures
+from imagen_jax import images
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
+from imagen_jax.goodput import read_goodput
 from imagen_jax.training import checksums, loop
+from imagen_jax.training.goodput import Stopwatch
 from imagen_jax.training.metrics import MetricWriter
-from imagen_jax.training.stopwatch import Stopwatch
 from tests import tiny
 
 
@@ -99,13 +99,12 @@ def test_lines_of_steps_are_not_each_sent_to_the_bucket(bucket):
     writer.event("steps", 1)
     assert (bucket / "run/events.jsonl").read_text().count("\n") == 1
     writer.event("checkpoint", 1)
-    report = metrics.read_goodput("gs://b/run")
+    report = read_goodput("gs://b/run")
     assert (report.runs, report.steps, report.last_event) == (1, 1, "checkpoint")
     writer.close()
 
 
 def test_a_checkpoint_in_a_bucket_is_checked(bucket):
-    """Its checksums; Orbax's own part is not ours, and needs Google's."""
     step = bucket / "run/checkpoints/5"
     for name, content in {
         "ema/d/a": b"abc",
@@ -129,7 +128,7 @@ def test_a_checkpoint_in_a_bucket_is_checked(bucket):
 
 
 def test_a_picture_in_a_bucket(bucket):
-    pictures.save("gs://b/a.png", np.zeros((2, 2, 3), np.uint8))
+    images.save("gs://b/a.png", np.zeros((2, 2, 3), np.uint8))
     assert (bucket / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

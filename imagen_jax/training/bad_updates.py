@@ -1,4 +1,4 @@
-"""Which updates are not done: those of bad numbers. Decided on the devices."""
+"""Updates that are skipped because their numbers are bad; decided on the devices."""
 
 import flax.struct
 import jax
@@ -6,21 +6,21 @@ import jax.numpy as jnp
 
 from imagen_jax.config import TrainingConfig
 
-# Of the running averages that spikes are measured by.
+# Span of the running averages by which spikes are recognised.
 AVERAGED_STEPS = 100
-# So many updates that are done make up for one that is skipped.
+# How many updates make up for a skipped one.
 _REDEEMED_BY = 10
 
 
 @flax.struct.dataclass
 class Guard:
-    """What is remembered of the steps so far; scalars, replicated.
+    """A run's memory of its updates; scalars, replicated.
 
     Attributes:
-      skipped: int32, updates not done since the start of the run.
-      debt: int32, grows by 10 with a skipped update and falls by 1 with one that is
-        done, down to 0.
-      spent: bool, the debt has reached the budget: the state stands still.
+      skipped: int32, updates skipped since the start of the run.
+      debt: int32, grows by 10 with a skipped update and falls by 1 with each other one,
+        down to 0.
+      spent: bool, whether the debt has reached the budget; the state then stands still.
       averaged: int32, updates in the averages.
       loss: float32, its running average.
       gradient_norm: float32, its running average.
@@ -35,7 +35,7 @@ class Guard:
 
 
 def new_guard() -> Guard:
-    """Of a run that has done nothing."""
+    """The guard at the start of a run."""
     return Guard(
         skipped=jnp.zeros((), jnp.int32),
         debt=jnp.zeros((), jnp.int32),
@@ -49,16 +49,16 @@ def new_guard() -> Guard:
 def judge(
     guard: Guard, loss: jax.Array, gradient_norm: jax.Array, cfg: TrainingConfig
 ) -> tuple[jax.Array, Guard]:
-    """Whether a step's update is skipped, and the guard after the step.
+    """Whether to skip the update of a step, and the guard after the step.
 
-    It is when the loss or the gradient norm is not finite, when one of them is a spike,
-    and always once the budget is spent; then the guard does not change any more.
+    An update is skipped when the loss or the gradient norm is not finite or a spike,
+    and always once the budget is spent; then the guard no longer changes.
 
     Args:
       guard: before the step.
       loss: float32 scalar.
       gradient_norm: float32 scalar, before clipping.
-      cfg: what a spike is, and the budget.
+      cfg: the budget, and how far above its average a spike is.
     """
     skip = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
     if cfg.spike_factor:
@@ -68,15 +68,13 @@ def judge(
         skip |= spike & (guard.averaged >= AVERAGED_STEPS)
 
     # A plain mean at first, so that it needs no start value.
-    share = 1.0 / jnp.minimum(guard.averaged + 1, AVERAGED_STEPS)
-    done = Guard(
-        skipped=guard.skipped,
+    weight = 1.0 / jnp.minimum(guard.averaged + 1, AVERAGED_STEPS)
+    done = guard.replace(
         debt=jnp.maximum(guard.debt - 1, 0),
-        spent=guard.spent,
         averaged=guard.averaged + 1,
-        loss=guard.loss + share * (loss - guard.loss),
+        loss=guard.loss + weight * (loss - guard.loss),
         gradient_norm=guard.gradient_norm
-        + share * (gradient_norm - guard.gradient_norm),
+        + weight * (gradient_norm - guard.gradient_norm),
     )
     debt = guard.debt + _REDEEMED_BY
     budget = _REDEEMED_BY * cfg.skip_budget_steps
@@ -98,7 +96,7 @@ def before_the_last_skip(guard: Guard) -> Guard:
 
 
 def after_rollback(guard: Guard, lost: jax.Array) -> Guard:
-    """The guard of a checkpoint from which a run goes on `lost` steps later."""
+    """A checkpoint's guard, for a run that goes on from it `lost` steps later."""
     return guard.replace(skipped=guard.skipped + lost, debt=guard.debt * 0)
 
 

@@ -1,19 +1,18 @@
-"""Checkpoints: asynchronous, atomic, and knowing what they are.
+"""Checkpoints: asynchronous, atomic, and self-describing.
 
-A step's folder has five items: `ema` (all that sampling needs), `train` (the rest of
-the state), `config` (the resolved stage), `iterator` (bytes of the data source that
-this file does not understand, one entry per process) and the checksums of all.
+The folder of a step has five items: `ema` (all that sampling needs), `train` (the rest
+of the state), `config` (the resolved stage), `iterator` (the position in the data) and
+`verification` (checksums of the other four).
 """
 
 import base64
-import concurrent.futures
-import contextlib
 import dataclasses
-import functools
 import json
+import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,229 +24,123 @@ from orbax.checkpoint import checkpoint_managers
 
 from imagen_jax import __version__
 from imagen_jax import config as config_lib
-from imagen_jax.barrier import wait_for_all
 from imagen_jax.config import StageConfig, TrainingConfig
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, read_json
 from imagen_jax.training import checksums
-from imagen_jax.training.copying import copied, fits_twice
 from imagen_jax.training.state import TrainState, abstract_state
 
 SCHEMA_VERSION = 2
 
-# What the two uses of a checkpoint read, and so what must be whole.
+# The items that resuming and sampling read.
 RESUMED = ("config", "ema", "iterator", "train")
 SAMPLED = ("config", "ema")
+
+_FAULT_BYTES = 256
 
 
 class Checkpointer:
     """The `checkpoints` folder of one training workdir.
 
     Attributes:
-      damaged: of the steps that were passed over, what is wrong with each.
+      damaged: what is wrong with each step that was passed over.
     """
 
     def __init__(self, workdir: str, training: TrainingConfig | None = None):
-        """Opens (and makes, when `training` is given) `workdir/checkpoints`.
+        """Opens `workdir/checkpoints`.
 
         Args:
-          workdir: of a training run, local or gs://.
-          training: which checkpoints stay; None to read only.
+          workdir: folder of a training run, local or gs://.
+          training: which checkpoints to keep; None to read only.
         """
         self.workdir = workdir
         self.damaged: dict[int, str] = {}
-        self._whole: set[tuple[int, Sequence[str]]] = set()
-        self._root = epath.Path(workdir).expanduser().resolve()
+        self._folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
         self._training = training
         options = ocp.CheckpointManagerOptions(create=False, read_only=True)
         if training:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation(training),
-                # What killed processes have not finished.
+                # Removes what killed processes left unfinished.
                 cleanup_tmp_directories=True,
-                # Else, where none can be made, all that waits for a folder does so for
-                # ten minutes, Python's end too.
+                # If the folder cannot be made, fail at once instead of after minutes.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-                # Without it Orbax does not keep metrics.
+                # Orbax stores metrics only if there is a `best_fn`.
                 best_fn=_metric(training) if training.keep_best_checkpoints else None,
             )
         self.manager = ocp.CheckpointManager(self._folder, options=options)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._handed: concurrent.futures.Future | None = None
-
-    @property
-    def _folder(self) -> epath.Path:
-        return self._root / "checkpoints"
 
     def save(
         self,
         state: TrainState,
         cfg: StageConfig,
-        iterator: bytes,
+        position: bytes,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing `state`; returns once it may be donated.
-
-        Orbax takes longer than a short step to be handed a thousand arrays, so where
-        there is room the devices copy the state, and a thread hands over the copy. Of
-        several processes each hands it over itself: Orbax has the devices exchange
-        something, which all must do in the order of their steps.
+        """Starts writing `state`; returns once its arrays may be donated.
 
         Args:
-          state: after its step.
-          cfg: of the stage.
-          iterator: where this process's data source stands.
-          metrics: numbers of this state, by which the best are kept.
+          state: the state after its step.
+          cfg: the stage.
+          position: where the data source stands, the same in all processes.
+          metrics: numbers by which the best checkpoints are kept.
+
+        Raises:
+          UserError: when the save before this one could not be written.
         """
         step = int(state.step)
-        self._settle()
+        self.wait()
         if step in self.manager.all_steps():
             return
-        apart = jax.process_count() == 1 and fits_twice(state)
-        if apart:
-            state = copied(state)
-        train = {
-            "step": state.step,
-            "params": state.params,
-            "opt": state.opt_state,
-            "guard": state.guard,
-        }
-        positions = {
-            str(process): base64.b64encode(position).decode()
-            for process, position in enumerate(_gather(iterator))
-        }
+        processes = map(str, range(jax.process_count()))
+        positions = dict.fromkeys(processes, base64.b64encode(position).decode())
         items = {
             "ema": ocp.args.StandardSave(state.ema),
-            "train": ocp.args.StandardSave(train),
+            "train": ocp.args.StandardSave(_train_item(state)),
             "config": ocp.args.JsonSave(description(cfg, step)),
             "iterator": ocp.args.JsonSave(positions),
             checksums.ITEM: checksums.Checksums(),
         }
-        args = ocp.args.Composite(**items)
-        save = functools.partial(self.manager.save, step, args=args, metrics=metrics)
-        if apart:
-            self._handed = self._thread.submit(save)
-        else:
-            save()
+        self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def latest_step(self) -> int | None:
-        """The newest complete step, whole or damaged; None when there is none."""
-        self._settle()
-        return self.manager.latest_step()
+    def newest(self, items: Collection[str] = RESUMED) -> int | None:
+        """The newest undamaged step, None when nothing has been saved.
 
-    def newest(self, items: Sequence[str] = RESUMED) -> int | None:
-        """The newest step that is whole, None when nothing has been saved.
-
-        Each damaged one that is newer is named on stderr; when checkpoints are going to
-        be written here, it is moved to `workdir/damaged`. All processes call this.
+        Newer damaged checkpoints are named on stderr and, unless this is read-only,
+        moved to `workdir/damaged`. All processes must call this together.
 
         Args:
-          items: that are going to be read.
+          items: the items that are going to be read.
 
         Raises:
-          UserError: when all are damaged, or the newest is of another version.
+          UserError: when all are damaged, or the newest has another schema version.
         """
         self.wait()
         steps = sorted(self.manager.all_steps(), reverse=True)
-        found = []
-        for step in steps:
-            faults = [] if (step, items) in self._whole else self._faults(step, items)
-            if not faults:
-                self._whole.add((step, items))
-                if found and self._training:
-                    self._set_aside(found)
+        for place, step in enumerate(steps):
+            fault = self._fault(step, items)
+            if not fault:
+                self.stage(step)  # Of another schema version nothing is read.
+                if place and self._training:
+                    self._set_aside(steps[:place])
                 return step
-            more = f" (and {len(faults) - 1} more)" if faults[1:] else ""
-            self.damaged[step] = faults[0] + more
-            found.append(step)
-            older = [s for s in steps if s < step]
-            if older and jax.process_index() == 0:
+            self.damaged[step] = fault
+            if step != steps[-1] and jax.process_index() == 0:
                 print(
-                    f"warning: checkpoint {step} of {self.workdir} is damaged: "
-                    f"{self.damaged[step]}; it is passed over for {older[0]}",
+                    f"warning: checkpoint {step} of {self.workdir} is damaged: {fault};"
+                    f" it is passed over for {steps[place + 1]}",
                     file=sys.stderr,
                 )
-        if not found:
+        if not steps:
             return None
-        lines = "".join(f"\n  {step}: {self.damaged[step]}" for step in found)
+        lines = "".join(f"\n  {step}: {self.damaged[step]}" for step in steps)
         raise UserError(
-            f"no checkpoint of {self.workdir} is whole:{lines}\nCopy one of them again "
-            "from where there is a copy, or give a new --workdir to start over (with "
+            f"all checkpoints of {self.workdir} are damaged:{lines}\nCopy one of them "
+            "again if there is a copy, or give a new --workdir to start over (with "
             "--config.training.init_from, from other weights)"
         )
 
-    def restore(self, cfg: StageConfig, mesh: Mesh) -> tuple[TrainState, bytes]:
-        """The newest whole state, placed on `mesh`, and this process's iterator bytes.
-
-        Raises:
-          UserError: as `newest`, and when there is none.
-        """
-        step = self._required(RESUMED)
-        like = abstract_state(cfg, mesh)
-        train = {
-            "step": like.step,
-            "params": like.params,
-            "opt": like.opt_state,
-            "guard": like.guard,
-        }
-        with _readable(f"the checkpoint {step} of {self.workdir}"):
-            found = self.manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    ema=ocp.args.StandardRestore(like.ema),
-                    train=ocp.args.StandardRestore(train),
-                    iterator=ocp.args.JsonRestore(),
-                ),
-            )
-            position = self._position(step, found.iterator)
-        state = TrainState(
-            step=found.train["step"],
-            params=found.train["params"],
-            ema=found.ema,
-            opt_state=found.train["opt"],
-            guard=found.train["guard"],
-        )
-        return state, position
-
-    def stage(self, step: int | None = None) -> StageConfig:
-        """The resolved config that a checkpoint (default: the newest) was trained with.
-
-        Raises:
-          UserError: as `newest`, and when there is none.
-        """
-        step = self._required(SAMPLED) if step is None else step
-        where = f"the config of checkpoint {step} of {self.workdir}"
-        with _readable(where):
-            text = json.dumps(self._description(step)["stage"])
-        return config_lib.from_json(text, where)
-
-    def ema(self, like, step: int):
-        """The averaged parameters at a saved step, as the abstract arrays of `like`."""
-        with _readable(f"the checkpoint {step} of {self.workdir}"):
-            found = self.manager.restore(
-                step, args=ocp.args.Composite(ema=ocp.args.StandardRestore(like))
-            )
-        return found.ema
-
-    def wait(self) -> None:
-        """Waits until the last save is complete."""
-        self._settle()
-        self.manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits for the last save and frees the folder."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-            self.manager.close()
-
-    def _settle(self) -> None:
-        """Waits until Orbax has what it is to write; raises what it raised."""
-        if self._handed is not None:
-            handed, self._handed = self._handed, None
-            handed.result()
-
-    def _required(self, items: Sequence[str]) -> int:
+    def required(self, items: Collection[str] = RESUMED) -> int:
+        """As `newest`, but a `UserError` when nothing has been saved."""
         step = self.newest(items)
         if step is None:
             raise UserError(
@@ -255,60 +148,94 @@ class Checkpointer:
             )
         return step
 
-    def _position(self, step: int, saved: Mapping[str, str]) -> bytes:
-        """This process's iterator bytes; on another number of them, those of all."""
-        count = jax.process_count()
-        if len(saved) == count:
-            return base64.b64decode(saved[str(jax.process_index())])
-        if len(set(saved.values())) == 1:
-            return base64.b64decode(saved["0"])
-        raise UserError(
-            f"the checkpoint {step} of {self.workdir} was written by {len(saved)} "
-            f"processes whose data stood at different places, there are {count} now: "
-            f"start {len(saved)}"
+    def restore(
+        self, cfg: StageConfig, mesh: Mesh, step: int | None = None
+    ) -> tuple[TrainState, bytes]:
+        """A state (default: the newest undamaged) on `mesh`, and its data position.
+
+        Raises:
+          UserError: as `required`, and when it is a state of another stage.
+        """
+        step = self.required() if step is None else step
+        like = abstract_state(cfg, mesh)
+        args = ocp.args.Composite(
+            ema=ocp.args.StandardRestore(like.ema),
+            train=ocp.args.StandardRestore(_train_item(like)),
         )
+        try:
+            found = self.manager.restore(step, args=args)
+        except ValueError as error:  # Orbax has no error of its own for another tree.
+            what = f"checkpoint {step} of {self.workdir}"
+            raise UserError(f"{what} is not one of this stage: {error}") from None
+        train, positions = dict(found.train), self._json(step, "iterator")
+        state = TrainState(ema=found.ema, opt_state=train.pop("opt"), **train)
+        return state, base64.b64decode(positions["0"])
 
-    def _description(self, step: int) -> dict:
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return self.manager.restore(step, args=args).config
+    def stage(self, step: int | None = None) -> StageConfig:
+        """The config of a checkpoint (default: the newest whose average is undamaged).
 
-    def _faults(self, step: int, items: Sequence[str]) -> list[str]:
-        """What is wrong with the files of a step, as all processes together find it."""
-        mine = checksums.faults(
+        Raises:
+          UserError: as `required`.
+        """
+        step = self.required(SAMPLED) if step is None else step
+        where = f"the config of checkpoint {step} of {self.workdir}"
+        return described_stage(self._json(step, "config"), where)
+
+    def ema(self, like: Any, step: int) -> Any:
+        """The averaged parameters of a step, placed like the arrays of `like`."""
+        args = ocp.args.Composite(ema=ocp.args.StandardRestore(like))
+        return self.manager.restore(step, args=args).ema
+
+    def wait(self) -> None:
+        """Waits for the last save; `UserError` when it could not be written."""
+        try:
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:  # TensorStore raises ValueErrors.
+            # It would print a traceback for every array.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            raise UserError(
+                f"a checkpoint of {self.workdir} cannot be written: {error}\n"
+                "Older checkpoints stay as they are. To go on from the newest, make "
+                "room or repair what is wrong, and start the same command again"
+            ) from None
+
+    def close(self) -> None:
+        """Frees the folder, after `wait`."""
+        self.wait()
+        self.manager.close()
+
+    def _json(self, step: int, item: str) -> dict[str, Any]:
+        path = self._folder / str(step) / item / "metadata"
+        return read_json(path, f"the {item} of a checkpoint")
+
+    def _fault(self, step: int, items: Collection[str]) -> str:
+        """What is wrong with the files of a step; each process checks its share."""
+        found = checksums.faults(
             self._folder / str(step), items, jax.process_index(), jax.process_count()
         )
-        everyones = [json.loads(each) for each in _gather(json.dumps(mine).encode())]
-        faults = list(dict.fromkeys(fault for each in everyones for fault in each))
-        if any(fault.startswith("config/") for fault in faults):
-            return faults
-        # A release that wrote no checksums is told from a file that went missing.
-        try:
-            file = self._folder / str(step) / "config/metadata"
-            found = self._description(step) if file.stat().length else None
-        except Exception:  # Whatever Orbax comes upon in a file that is damaged.
-            found = None
-        if isinstance(found, dict):
-            version = found.get("schema_version")
-            check_version(version, f"checkpoint {step} of {self.workdir}")
-        return faults
+        more = f" (and {len(found) - 1} more)" if found[1:] else ""
+        own = (found[0] + more if found else "").encode()[:_FAULT_BYTES]
+        padded = np.frombuffer(own.ljust(_FAULT_BYTES), np.uint8)
+        rows = multihost_utils.process_allgather(padded)
+        faults = [row.tobytes().decode("utf8", "replace").strip() for row in rows]
+        return next(filter(None, faults), "")
 
-    def _set_aside(self, steps: Sequence[int]) -> None:
-        """Out of the way of the same steps, which are going to be saved again."""
+    def _set_aside(self, steps: Collection[int]) -> None:
+        """Moves damaged checkpoints away: their steps are going to be saved again."""
         if jax.process_index() == 0:
-            folder = self._root / "damaged"
+            folder = self._folder.parent / "damaged"
             folder.mkdir(parents=True, exist_ok=True)
             for step in steps:
-                name, number = str(step), 1
-                while (folder / name).exists():
-                    number += 1
-                    name = f"{step}_{number}"
-                (self._folder / str(step)).rename(folder / name)
-        wait_for_all("go on when damaged checkpoints are set aside")
+                place = folder / str(step)
+                while place.exists():
+                    place = folder / f"{place.name}_again"
+                (self._folder / str(step)).rename(place)
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self.manager.reload()
 
 
-def description(cfg: StageConfig, step: int) -> dict:
-    """What weights on disk say of themselves: version, stage (with encoder), step."""
+def description(cfg: StageConfig, step: int) -> dict[str, Any]:
+    """What stored weights say about themselves: version, stage (with encoder), step."""
     return {
         "schema_version": SCHEMA_VERSION,
         "written_by": {"imagen_jax": __version__, "jax": jax.__version__},
@@ -317,42 +244,32 @@ def description(cfg: StageConfig, step: int) -> dict:
     }
 
 
-def check_version(version, what: str) -> None:
-    """Raises `UserError` unless this program reads that version of `description`."""
+def described_stage(values: Mapping[str, Any], where: str) -> StageConfig:
+    """The stage in a `description`.
+
+    Raises:
+      UserError: for another schema version, or values that no stage has.
+    """
+    version = values.get("schema_version")
     if version != SCHEMA_VERSION:
-        has = "no schema version"
-        if version is not None:
-            has = f"schema version {version!s:.40}"
         raise UserError(
-            f"{what} has {has}, this program reads {SCHEMA_VERSION}: use the release "
-            "that wrote it"
+            f"{where} has schema version {version}, this program reads "
+            f"{SCHEMA_VERSION}: use the release that wrote it"
         )
+    return config_lib.from_json(json.dumps(values.get("stage")), where)
 
 
-@contextlib.contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Whoever wrote it may have given it checksums that are right."""
-    try:
-        yield
-    except (UserError, OSError):
-        raise
-    # Orbax has no error of its own; JAX's are RuntimeErrors.
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"{what} is not what this program writes of this stage ({reason}): use the "
-            "release that wrote it, or copy it again"
-        ) from None
+def _train_item(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "params": state.params,
+        "opt": state.opt_state,
+        "guard": state.guard,
+    }
 
 
 def _preservation(training: TrainingConfig):
-    """The newest, every so-manieth step, and the best."""
+    """Keeps the newest checkpoints, every N-th step, and the best ones."""
     policies = [checkpoint_managers.LatestN(training.keep_checkpoints)]
     if training.keep_every_steps:
         policies.append(checkpoint_managers.EveryNSteps(training.keep_every_steps))
@@ -369,22 +286,10 @@ def _preservation(training: TrainingConfig):
 
 
 def _metric(training: TrainingConfig):
-    """A function of a checkpoint's metrics; what was not finite is the worst."""
+    """A function of a checkpoint's metrics; values that are not finite are worst."""
 
     def value(metrics: Mapping[str, float]) -> float:
         found = metrics.get(training.best_metric, math.inf)
         return found if math.isfinite(found) else math.inf
 
     return value
-
-
-def _gather(mine: bytes) -> list[bytes]:
-    """Every process's bytes."""
-    if jax.process_count() == 1:
-        return [mine]
-    wait_for_all("exchange what a checkpoint needs")
-    sizes = multihost_utils.process_allgather(np.asarray(len(mine)))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]

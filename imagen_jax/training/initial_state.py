@@ -1,5 +1,6 @@
-"""What a run starts from: its newest checkpoint, named weights, or random numbers."""
+"""The state a run starts from: its own checkpoint, named weights, or random numbers."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,58 +19,41 @@ from imagen_jax.training.checkpoint import SAMPLED, Checkpointer
 from imagen_jax.training.state import TrainState, abstract_state, create_state
 from imagen_jax.training.weights import Exported, is_exported
 
-_SHOWN = 3
-
 
 class Workdir:
-    """The averaged parameters of a training.
+    """The averaged parameters in the newest undamaged checkpoint of a workdir.
 
     Attributes:
-      path: as it was given.
-      cfg: of the stage.
-      step: of the checkpoint, the newest that is whole.
-      shapes: of every parameter by its dotted name.
+      path: the workdir.
+      cfg: the stage.
+      step: the checkpoint's step.
     """
 
     def __init__(self, path: str):
-        """Opens the newest whole checkpoint of a workdir.
-
-        Raises:
-          UserError: when there is none, or it is of another version.
-        """
+        """Finds the checkpoint; `UserError` when there is none that can be read."""
         self.path = path
-        checkpointer = Checkpointer(path)
-        try:
-            self.step = checkpointer.newest(SAMPLED)
-            if self.step is None:
-                raise UserError(
-                    f"{path} has no complete checkpoint: train this stage first"
-                )
+        with contextlib.closing(Checkpointer(path)) as checkpointer:
+            self.step = checkpointer.required(SAMPLED)
             self.cfg = checkpointer.stage(self.step)
-        finally:
-            checkpointer.close()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Computes nothing."""
+        """The shape of every parameter by its dotted name."""
         return _shapes(self.cfg)
 
-    def load(self, like):
-        """The parameters, where the abstract arrays of `like` say."""
-        checkpointer = Checkpointer(self.path)
-        try:
+    def load(self, like: Any) -> Any:
+        """The parameters, placed like the abstract arrays of `like`."""
+        with contextlib.closing(Checkpointer(self.path)) as checkpointer:
             return checkpointer.ema(like, self.step)
-        finally:
-            checkpointer.close()
 
 
 def open_weights(path: str) -> Workdir | Exported:
-    """Averaged parameters: of a workdir, or as `export` writes them.
+    """The averaged parameters in a workdir, or in what `export` wrote.
 
     Both have `path`, `cfg`, `step`, `shapes` and `load(like)`.
 
     Raises:
-      UserError: when there are none at `path`.
+      UserError: when `path` is neither.
     """
     if "://" not in path and is_exported(path):
         return Exported(path)
@@ -88,31 +72,32 @@ def first_state(
     checkpointer: Checkpointer,
     set_position: Callable[[bytes], None],
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state that a run goes on from, and words for its log on where it is from.
+    """The state that a run goes on from, and where it comes from, for the run's log.
 
     Args:
-      cfg: of the stage.
-      mesh: of all devices.
-      checkpointer: of the run's workdir.
-      set_position: of the data source.
+      cfg: the stage.
+      mesh: all devices.
+      checkpointer: the checkpoints of the run's workdir.
+      set_position: takes the data source to where it stood at a checkpoint.
 
     Raises:
-      UserError: when no checkpoint is whole, or the named weights do not fit.
+      UserError: when all checkpoints are damaged, or the named weights do not fit.
     """
-    if checkpointer.newest() is not None:
-        state, position = checkpointer.restore(cfg, mesh)
+    step = checkpointer.newest()
+    if step is not None:
+        state, position = checkpointer.restore(cfg, mesh, step)
         set_position(position)
-        damaged = {str(step): what for step, what in checkpointer.damaged.items()}
         origin = {"source": "checkpoint"}
-        return state, origin | ({"damaged": damaged} if damaged else {})
+        if checkpointer.damaged:
+            origin["damaged"] = {str(n): why for n, why in checkpointer.damaged.items()}
+        return state, origin
     if not cfg.training.init_from:
         return create_state(cfg, mesh), {"source": "scratch"}
     weights = open_weights(cfg.training.init_from)
-    like = abstract_state(cfg, mesh)
     check_fit(weights, cfg, "config.training.init_from")
     state = create_state(cfg, mesh)
-    params = weights.load(like.ema)
-    # A copy of its own: both are donated to the step.
+    params = weights.load(abstract_state(cfg, mesh).ema)
+    # Two copies: the step donates both.
     state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
     return state, {
         "source": weights.path,
@@ -122,39 +107,38 @@ def first_state(
 
 
 def check_fit(weights: Workdir | Exported, cfg: StageConfig, what: str) -> None:
-    """Raises `UserError` unless `weights` are parameters of the network of `cfg`."""
+    """Raises `UserError` unless `weights`, given as `what`, fit the stage `cfg`."""
     want, have = _shapes(cfg), weights.shapes
-    missing = [f"{name} {want[name]}" for name in want if name not in have]
-    unexpected = [f"{name} {have[name]}" for name in have if name not in want]
-    other = [
-        f"{name}: {have[name]} there, {want[name]} here"
-        for name in want
-        if name in have and have[name] != want[name]
-    ]
-    if not missing + unexpected + other:
+    kinds = {
+        "missing there": [f"{n} {want[n]}" for n in want if n not in have],
+        "only there": [f"{n} {have[n]}" for n in have if n not in want],
+        "of another shape": [
+            f"{n}: {have[n]} there, {want[n]} here"
+            for n in want
+            if n in have and have[n] != want[n]
+        ],
+    }
+    if not any(kinds.values()):
         return
     lines = [
-        f"\n  {len(found)} {kind}: {', '.join(found[:_SHOWN])}"
-        + (", ..." if found[_SHOWN:] else "")
-        for kind, found in (
-            ("missing there", missing),
-            ("only there", unexpected),
-            ("of another shape", other),
-        )
-        if found
+        f"\n  {len(names)} {kind}: {', '.join(names[:3])}{', ...' if names[3:] else ''}"
+        for kind, names in kinds.items()
+        if names
     ]
-    set_these = _differences(weights.cfg, cfg, ("model.", "text.", "lowres_size"))
+    different = _differences(weights.cfg, cfg, ("model.", "text.", "lowres_size"))
     hint = "give weights of this network, or change config.model to theirs"
-    if set_these:
-        hint = "to have their network, change (there -> here):\n  "
-        hint += "\n  ".join(f"config.{line}" for line in set_these)
+    if different:
+        changes = "".join(f"\n  config.{line}" for line in different)
+        hint = f"to have their network, change (there -> here):{changes}"
     raise UserError(
         f"{what}: the parameters of {weights.path} do not fit this stage; "
         f"{hint}\nThey differ in{''.join(lines)}"
     )
 
 
-def _differences(old: StageConfig | None, new: StageConfig, groups) -> list[str]:
+def _differences(
+    old: StageConfig | None, new: StageConfig, groups: tuple[str, ...]
+) -> list[str]:
     lines = config_lib.difference(old, new) if old else []
     return [line for line in lines if line.startswith(groups)]
 

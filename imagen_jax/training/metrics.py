@@ -1,120 +1,195 @@
-"""Numbers of a run, in files: metrics.jsonl, tensorboard/, events.jsonl."""
+"""Metrics and events of a run: metrics.jsonl, tensorboard/, events.jsonl."""
 
+import itertools
 import json
 import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from tqdm import tqdm
 
-from imagen_jax.training.stopwatch import Stopwatch
+from imagen_jax.config import StageConfig
+from imagen_jax.diffusion.loss import LOGSNR_EDGES
+from imagen_jax.training.goodput import EVENTS, Stopwatch
 
 METRICS = "metrics.jsonl"
-EVENTS = "events.jsonl"
-# A run that is killed loses as much of its logs as a bucket does not have yet.
+# Metrics averaged over the steps of a line.
+MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
+# Files in a bucket are replaced as a whole; a kill loses at most this much of them.
 _COPY_SECONDS = 60.0
 
 
 class MetricWriter:
     """Appends to the logs of a workdir; only process 0 writes.
 
-    An object of a bucket cannot be appended to: the logs of a gs:// workdir are kept in
-    a temporary folder and copied, with every event and once a minute.
-
-    TensorBoard files are written when the `tensorboardX` package is installed.
+    Files in a bucket cannot be appended to: those of a gs:// workdir are kept in a
+    temporary folder, and copied at every event and once a minute.
     """
 
     def __init__(self, workdir: str, stopwatch: Stopwatch):
+        """Opens the logs of `workdir`, which earlier runs may have begun."""
         self.stopwatch = stopwatch
         self.active = jax.process_index() == 0
-        self.folder = pathlib.Path(workdir)
-        self.bucket = None
-        self.tensorboard = None
+        self.folder, self.bucket = pathlib.Path(workdir), None
         if not self.active:
             return
-        if "://" in str(workdir):
+        # Imported only by the process that writes: the import is slow.
+        from tensorboardX import SummaryWriter
+
+        if "://" in workdir:
             self.bucket = epath.Path(workdir)
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="imagen-logs-"))
-            self._fetch()
+            self._copied: dict[pathlib.Path, int] = {}
+            self._copied_at = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVENTS):
+            if self.bucket and (self.bucket / name).exists():
+                (self.folder / name).write_bytes((self.bucket / name).read_bytes())
             _end_line(self.folder / name)
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            return
-        self.tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and a point on each TensorBoard curve."""
-        self._append(METRICS, {"step": step, **values})
-        if self.tensorboard:
+        if self.active:
+            self._append(METRICS, {"step": step, **values})
             for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, step)
-        self._copy(_COPY_SECONDS)
+                self._tensorboard.add_scalar(name, value, step)
 
-    def image(self, step: int, name: str, picture) -> None:
-        """A `[H, W, 3]` uint8 picture for TensorBoard."""
-        if self.tensorboard:
-            self.tensorboard.add_image(name, picture, step, dataformats="HWC")
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """A `[H, W, 3]` uint8 image for TensorBoard."""
+        if self.active:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
-    def event(self, kind: str, step: int, **details) -> None:
-        """One line of events.jsonl: what happened, when, and where the time went.
+    def event(self, kind: str, step: int, **details: Any) -> None:
+        """One line of events.jsonl: what happened, and where the time went.
 
         Args:
-          kind: of event; docs/goodput.md lists them.
-          step: that the devices have finished.
-          details: more values of the line.
+          kind: the event; docs/goodput.md lists them.
+          step: the last step that the devices have finished.
+          details: further values of the line.
         """
-        self._append(
-            EVENTS, {"event": kind, "step": step, **self.stopwatch.lap(), **details}
-        )
-        # A bucket gets whole files: they are not sent with each of these lines.
-        self._copy(_COPY_SECONDS if kind == "steps" else 0.0)
+        lap = self.stopwatch.lap()
+        if self.active:
+            self._append(EVENTS, {"event": kind, "step": step, **lap, **details})
+            self._copy(_COPY_SECONDS if kind == "steps" else 0.0)
 
     def close(self) -> None:
-        """Flushes what is left."""
-        if self.tensorboard:
-            self.tensorboard.close()
-        self._copy(0.0)
+        """Writes what is left."""
+        if self.active:
+            self._tensorboard.close()
+            self._copy(0.0)
         if self.bucket:
             shutil.rmtree(self.folder)
 
-    def _append(self, name: str, line: Mapping) -> None:
-        if self.active:
-            with open(self.folder / name, "a") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def _fetch(self) -> None:
-        """What earlier runs have logged, to be appended to."""
-        self.copied = {}
-        self.copied_at = time.monotonic()
-        for name in (METRICS, EVENTS):
-            if (self.bucket / name).exists():
-                content = (self.bucket / name).read_bytes()
-                (self.folder / name).write_bytes(content)
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _copy(self, interval: float) -> None:
-        """Copies the files that have grown, if the last time is `interval` s ago."""
-        if not self.bucket or time.monotonic() - self.copied_at < interval:
+        """Copies the files that have grown, unless that was done `interval` s ago."""
+        if not self.bucket or time.monotonic() - self._copied_at < interval:
             return
-        for path in sorted(self.folder.rglob("*")):
+        for path in filter(pathlib.Path.is_file, sorted(self.folder.rglob("*"))):
             size = path.stat().st_size
-            if path.is_file() and self.copied.get(path) != size:
+            if self._copied.get(path) != size:
                 place = self.bucket / path.relative_to(self.folder).as_posix()
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(path.read_bytes())
-                self.copied[path] = size
-        self.copied_at = time.monotonic()
+                self._copied[path] = size
+        self._copied_at = time.monotonic()
 
 
 def _end_line(path: pathlib.Path) -> None:
     """Ends a line that a kill has cut, so that the next one is whole."""
-    if path.exists() and path.stat().st_size:
-        with open(path, "rb+") as file:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+    text = path.read_bytes() if path.exists() else b""
+    if text and not text.endswith(b"\n"):
+        path.write_bytes(text + b"\n")
+
+
+class IntervalMeans:
+    """Writes the means of every `training.log_every_steps` steps.
+
+    They are fetched when the step after them has been handed to the devices, so that
+    these have work while the host writes. Skipped updates do not enter the means.
+
+    Attributes:
+      spent: "loss" and "gradient_norm" of the step that spent the budget of skipped
+        updates; None while there is budget left.
+    """
+
+    def __init__(self, cfg: StageConfig, writer: MetricWriter, bar: tqdm):
+        """Starts the first interval; `bar` shows the loss."""
+        self.cfg, self.writer, self.bar = cfg, writer, bar
+        self.spent: dict[str, float] | None = None
+        self._rows: list[Mapping[str, Any]] = []  # on the devices, not written yet
+        self._unsaved: list[Mapping[str, Any]] = []  # on the host, not in a checkpoint
+        self._clock: float | None = None
+
+    def add(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of a step that has been handed to the devices."""
+        if (step - 1) % self.cfg.training.log_every_steps == 0:
+            self.flush(step - 1)
+        self._rows.append(metrics)
+
+    def flush(self, step: int) -> None:
+        """Writes what is left up to `step`, once the devices have done it."""
+        if not self._rows or self.spent:
+            return
+        rows, self._rows = jax.device_get(self._rows), []
+        seconds = self.restart_clock()
+        spent = [bool(row["budget_spent"]) for row in rows]
+        if any(spent):
+            # The steps after the one that spent the budget changed nothing.
+            count = spent.index(True) + 1
+            step, rows = step - len(rows) + count, rows[:count]
+            self.spent = {name: float(rows[-1][name]) for name in MEANS[:2]}
+        skipped = int(rows[-1]["skipped_updates"])
+        line = {"skipped_updates": skipped, **_means(rows)}
+        if seconds is not None:
+            line["steps_per_second"] = len(rows) / seconds
+            line["images_per_second"] = (
+                line["steps_per_second"] * self.cfg.training.batch_size
+            )
+        self.writer.scalars(step, line)
+        self.writer.event("steps", step)
+        shown = {"loss": f"{line['loss']:.4f}"} if "loss" in line else {}
+        shown |= {"skipped": skipped} if skipped else {}
+        self.bar.set_postfix(shown, refresh=False)
+        if self.cfg.training.keep_best_checkpoints:
+            self._unsaved += rows
+
+    def restart_clock(self) -> float | None:
+        """The seconds since the last call; the rate of steps is measured from now."""
+        before, self._clock = self._clock, time.perf_counter()
+        return None if before is None else self._clock - before
+
+    def since_checkpoint(self) -> dict[str, float]:
+        """Means of the written steps since the last call, to choose the best by."""
+        rows, self._unsaved = self._unsaved, []
+        return _means(rows)
+
+
+def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of steps; a range of log-SNR that no example fell into has none."""
+    rows = [row for row in rows if not row["skipped"]]
+    if not rows:
+        return {}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in MEANS}
+    total = sum(row["loss_by_logsnr"]["sum"] for row in rows)
+    count = sum(row["loss_by_logsnr"]["count"] for row in rows)
+    ranges = zip(bucket_names(), total, count, strict=True)
+    return means | {name: float(s / n) for name, s, n in ranges if n}
+
+
+def bucket_names() -> list[str]:
+    """Names of the mean losses in ranges of log-SNR, the lowest range first."""
+    edges = [f"{edge:g}" for edge in LOGSNR_EDGES]
+    between = ["_to_".join(pair) for pair in itertools.pairwise(edges)]
+    ranges = [f"to_{edges[0]}", *between, f"from_{edges[-1]}"]
+    return [f"loss_by_logsnr/{name}" for name in ranges]

@@ -1,65 +1,52 @@
 """Averaged parameters as safetensors: a folder to publish, and to start from.
 
-It holds model.safetensors (or several files and an index, as Hugging Face names them),
-config.json (the stage) and README.md (the model card). A folder that others made may
-hold anything: what is read is JSON and safetensors, from regular files in that folder.
+It holds model.safetensors (or several files and an index, named as Hugging Face does),
+config.json (the stage) and README.md (the model card).
 """
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
-import re
-import stat
 from collections.abc import Mapping
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig
-from imagen_jax.errors import UserError
-from imagen_jax.training.checkpoint import check_version, description
+from imagen_jax.errors import UserError, read_json
+from imagen_jax.training.checkpoint import described_stage, description
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 CARD = "README.md"
 
-_FLOATS = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
-# Far more than any network needs, and soon read.
-_CONFIG_BYTES = 2**20
-_INDEX_BYTES = 2**26
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def is_exported(path: str | os.PathLike) -> bool:
-    """Whether `path` is a .safetensors file or a folder of `write`."""
+    """Whether `path` is a .safetensors file or a folder that `write` made."""
     place = pathlib.Path(path)
     return place.suffix == ".safetensors" or any(
-        os.path.lexists(place / name) for name in (SINGLE, INDEX)
+        (place / name).exists() for name in (SINGLE, INDEX)
     )
 
 
 def write(
-    folder: str, params, cfg: StageConfig, step: int, card: str, shard_bytes: int
+    folder: str, params: Any, cfg: StageConfig, step: int, card: str, shard_bytes: int
 ) -> list[str]:
-    """Writes parameters that other programs can read, too; all of it or nothing.
+    """Writes parameters so that other programs can read them; everything or nothing.
 
     Args:
-      folder: made by this; on a disk.
+      folder: a new or empty folder on a disk.
       params: averaged parameters.
-      cfg: of the stage. Where its records and first weights lay is left out.
-      step: of the checkpoint.
+      cfg: the stage, stored without the paths of its records and first weights.
+      step: the checkpoint's step.
       card: text of README.md.
-      shard_bytes: of the parameters in one file, at most (but for a single larger one).
+      shard_bytes: most bytes of parameters in one file, if it holds several.
 
     Returns:
       The names of the files that hold parameters.
@@ -73,34 +60,30 @@ def write(
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise UserError(f"{folder} exists and is not empty: give a new folder")
     flat = traverse_util.flatten_dict(params, sep=".")
-    shards = _shards(
-        {k: v.size * v.dtype.itemsize for k, v in flat.items()}, shard_bytes
-    )
-    count = len(shards)
-    files = [SINGLE]
-    if count > 1:
-        files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    sizes = {name: leaf.nbytes for name, leaf in flat.items()}
+    shards = _shards(sizes, shard_bytes)
     partial = place.with_name(place.name + ".partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        for file, names in zip(files, shards, strict=True):
+        for file, names in shards.items():
             arrays = {name: np.asarray(flat[name]) for name in names}
             safetensors.numpy.save_file(arrays, partial / file, {"format": "flax"})
-        if count > 1:
-            pairs = zip(files, shards, strict=True)
-            where = {name: file for file, names in pairs for name in names}
-            total = sum(leaf.size * leaf.dtype.itemsize for leaf in flat.values())
-            index = {"metadata": {"total_size": total}, "weight_map": where}
-            (partial / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        described = json.dumps(description(_published(cfg), step), indent=2)
-        (partial / CONFIG).write_text(described + "\n")
+        if len(shards) > 1:
+            where = {name: file for file, names in shards.items() for name in names}
+            total = {"total_size": sum(sizes.values())}
+            _write_json(partial / INDEX, {"metadata": total, "weight_map": where})
+        _write_json(partial / CONFIG, description(_published(cfg), step))
         (partial / CARD).write_text(card)
         if place.exists():
             place.rmdir()
         partial.rename(place)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
-    return files
+    return list(shards)
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _published(cfg: StageConfig) -> StageConfig:
@@ -111,8 +94,8 @@ def _published(cfg: StageConfig) -> StageConfig:
     )
 
 
-def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in their order, cut where a file would become larger than `most`."""
+def _shards(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+    """Names by file, in their order, cut where a file would exceed `most` bytes."""
     shards, held = [[]], 0
     for name, size in sizes.items():
         if shards[-1] and held + size > most:
@@ -120,54 +103,59 @@ def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
             held = 0
         shards[-1].append(name)
         held += size
-    return shards
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names
+        for i, names in enumerate(shards, 1)
+    }
 
 
 class Exported:
     """Parameters in safetensors files.
 
     Attributes:
-      path: as it was given.
-      cfg: of the stage; None for a single file, which does not say.
-      step: of the checkpoint that was exported; None for a single file.
-      shapes: of every parameter by its dotted name.
+      path: the folder, or the single file.
+      cfg: the stage; None for a single file.
+      step: the step of the exported checkpoint; None for a single file.
+      shapes: the shape of every parameter by its dotted name.
     """
 
     def __init__(self, path: str):
-        """Opens a folder of `write`, or a single .safetensors file.
+        """Opens a folder that `write` made, or a single .safetensors file.
 
         Raises:
-          UserError: when it is neither, is damaged, or leads out of its folder.
+          UserError: when it is neither, or damaged.
         """
         self.path, self.cfg, self.step = path, None, None
         place = pathlib.Path(path)
         if place.suffix == ".safetensors":
-            place, files = place.parent, [place.name]
+            files = [place]
         else:
-            self.cfg, self.step = _read_config(place)
-            files = [SINGLE]
-            if not os.path.lexists(place / SINGLE):
-                files = _indexed(place)
-        self._files, self.shapes = {}, {}
-        for name in files:
-            file = _regular(place, name)
+            described = read_json(place / CONFIG, "the config.json of an export")
+            self.cfg = described_stage(described, str(place / CONFIG))
+            self.step = described.get("step")
+            files = [place / SINGLE]
+            if not files[0].exists():
+                index = read_json(place / INDEX, "the index of an export")
+                names = index.get("weight_map", {}).values()
+                files = [place / name for name in sorted(set(names))]
+        self._files: dict[str, pathlib.Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
             with _opened(file) as opened:
-                for tensor in opened.keys():
-                    part = opened.get_slice(tensor)
-                    if part.get_dtype() not in _FLOATS:
+                for name in opened.keys():
+                    tensor = opened.get_slice(name)
+                    if tensor.get_dtype() not in _FLOATS:
                         raise UserError(
-                            f"{tensor!r} in {file} is stored as {part.get_dtype()}; "
-                            f"parameters are read as {', '.join(_FLOATS)} only"
+                            f"{name!r} in {file} is stored as {tensor.get_dtype()}; "
+                            f"parameters must be one of {', '.join(_FLOATS)}"
                         )
-                    self._files[tensor] = file
-                    self.shapes[tensor] = tuple(part.get_shape())
+                    self._files[name] = file
+                    self.shapes[name] = tuple(tensor.get_shape())
 
-    def load(self, like):
-        """The parameters as float32, where the abstract arrays of `like` say.
-
-        Raises:
-          UserError: for values that are not finite.
-        """
+    def load(self, like: Any) -> Any:
+        """The parameters, cast and placed like the abstract arrays of `like`."""
         flat = traverse_util.flatten_dict(like, sep=".")
         placed = {name: self._read(name, leaf) for name, leaf in flat.items()}
         return traverse_util.unflatten_dict(placed, sep=".")
@@ -175,65 +163,9 @@ class Exported:
     def _read(self, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         with _opened(self._files[name]) as file:
             array = file.get_tensor(name).astype(leaf.dtype, copy=False)
-        if not np.isfinite(array).all():
-            raise UserError(
-                f"{name!r} in {self._files[name]} holds values that are inf or NaN: "
-                "take another copy"
-            )
         return jax.make_array_from_callback(
             leaf.shape, leaf.sharding, lambda index: array[index]
         )
-
-
-def _read_config(folder: pathlib.Path) -> tuple[StageConfig, int]:
-    path = _regular(folder, CONFIG, _CONFIG_BYTES)
-    found = _json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not what `export` writes")
-    check_version(found.get("schema_version"), str(path))
-    stage, step = found.get("stage"), found.get("step")
-    if type(step) is not int or not isinstance(stage, dict):
-        raise UserError(f"{path} is not what `export` writes: no stage, or no step")
-    return config_lib.from_dict(stage), step
-
-
-def _indexed(folder: pathlib.Path) -> list[str]:
-    path = _regular(folder, INDEX, _INDEX_BYTES)
-    found = _json(path)
-    where = found.get("weight_map") if isinstance(found, dict) else None
-    if not isinstance(where, dict) or not where:
-        raise UserError(f"{path} names no files: copy it again")
-    for file in where.values():
-        if not (isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file)):
-            raise UserError(
-                f"{path} names the file {file!r}; only .safetensors files beside it "
-                "are read"
-            )
-    return sorted(set(where.values()))
-
-
-def _json(path: pathlib.Path):
-    try:
-        return json.loads(path.read_text("utf8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-def _regular(folder: pathlib.Path, name: str, most: float = math.inf) -> pathlib.Path:
-    """`folder/name` when it is a file of its own there, of at most so many bytes."""
-    path = folder / name
-    try:
-        found = path.lstat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(
-            f"{path} is no regular file (a link, pipe or folder): only files that lie "
-            "in the folder itself are read; copy it there"
-        )
-    if found.st_size > most:
-        raise UserError(f"{path} has {found.st_size} bytes, more than is plausible")
-    return path
 
 
 def _opened(path: pathlib.Path):

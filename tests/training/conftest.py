@@ -8,7 +8,7 @@ import pytest
 
 from imagen_jax.training import initial_state as start
 from imagen_jax.training import loop
-from imagen_jax.training.log import MEANS, bucket_names
+from imagen_jax.training.metrics import MEANS, bucket_names
 from imagen_jax.training.state import create_state
 
 _created = functools.cache(create_state)

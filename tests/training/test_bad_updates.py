@@ -1,26 +1,20 @@
-"""Bad numbers: skipped, counted, and after a budget a bundle."""
+"""Bad numbers: skipped and counted, until the budget is spent."""
 
-import dataclasses
 import functools
-import json
 import math
 import re
-import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from imagen_jax import train as door
 from imagen_jax.batch import batch_spec
 from imagen_jax.config import MeshConfig, TrainingConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import batch_sharding, make_mesh
 from imagen_jax.training import bad_updates as guard
-from imagen_jax.training import loop
-from imagen_jax.training import replay as bundle
-from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.state import abstract_state, create_state
+from imagen_jax.training.step import compile_train_step
 from tests import tiny
 
 CFG = tiny.stage(
@@ -37,25 +31,8 @@ CFG = tiny.stage(
 
 
 @functools.cache
-def compiled(make, microbatches, mesh):
-    training = dataclasses.replace(CFG.training, microbatches=microbatches)
-    return make(dataclasses.replace(CFG, training=training), mesh)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once():
-    """How long a run is and what it does at its end is in no program."""
-    step_fn, examine = loop.compile_train_step, bundle.compile_examine
-    with pytest.MonkeyPatch.context() as patch:
-        for module, make in ((loop, step_fn), (bundle, examine)):
-            patch.setattr(
-                module,
-                make.__name__,
-                lambda cfg, mesh, make=make: compiled(
-                    make, cfg.training.microbatches, mesh
-                ),
-            )
-        yield
+def compiled(mesh):
+    return compile_train_step(CFG, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -75,25 +52,11 @@ def with_text(batch, value, row=3):
     return batch.replace(text=text)
 
 
-class Batches(tiny.Batches):
-    """Whose n-th batch, counted from 1, has NaN in an example's text for n in `bad`."""
-
-    def __init__(self, cfg, mesh, bad=()):
-        super().__init__(cfg, mesh)
-        self.bad = bad
-
-    def __next__(self):
-        found = super().__next__()
-        if self.taken in self.bad:
-            found = with_text(jax.device_get(found), np.nan)
-        return jax.device_put(found, batch_sharding(self.mesh))
-
-
 def advance(state, batch, mesh):
     """The state after a step, and its metrics, on the host; `state` stays."""
     state = jax.device_get(state)
     batch = jax.device_put(batch, batch_sharding(mesh))
-    return jax.device_get(loop.compile_train_step(CFG, mesh)(state, batch))
+    return jax.device_get(compiled(mesh)(state, batch))
 
 
 def assert_equal(a, b):
@@ -133,7 +96,7 @@ def test_an_update_that_is_not_finite_is_not_done(good, mesh, value):
 
 def test_what_is_kept_is_not_copied(mesh):
     """Of an array that is selected twice XLA copies the old values, for each step."""
-    run = loop.compile_train_step(CFG, mesh)
+    run = compiled(mesh)
     state, batch = abstract_state(CFG, mesh), batch_spec(CFG)
     program = run.lower(state, batch).compile().as_text()
     names = r"%?state_(?:params|ema|opt_state)\w*"
@@ -220,7 +183,7 @@ def test_eight_devices_decide_alike(eight):
     before = jax.device_get(state)
     batch = with_text(tiny.batch(CFG, 1), np.nan)
     batch = jax.device_put(batch, batch_sharding(eight))
-    after, _ = loop.compile_train_step(CFG, eight)(state, batch)
+    after, _ = compiled(eight)(state, batch)
     for leaf in jax.tree.leaves(after):
         copies = {}
         for shard in leaf.addressable_shards:
@@ -231,154 +194,7 @@ def test_eight_devices_decide_alike(eight):
     assert (int(after.step), int(after.guard.skipped)) == (1, 1)
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory, mesh):
-    """A run of which steps 3, 6 and 7 are bad: `(workdir, message)`."""
-    workdir = tmp_path_factory.mktemp("run")
-    with pytest.raises(UserError) as caught:
-        loop.train(CFG, str(workdir), Batches(CFG, mesh, (3, 6, 7)), mesh)
-    return workdir, str(caught.value)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_spent_budget_stops_with_a_bundle(stopped, mesh):
-    workdir, message = stopped
-    assert "stopped at step 7" in message and "loss of nan" in message
-    assert "first not finite was the text embeddings of example 51" in message
-    assert "checkpoint of step 6" in message
-    assert f"--replay={workdir}/bundles/7" in message
-    events = lines(workdir / "events.jsonl")
-    assert events[-1]["event"] == "budget_spent" and events[-1]["step"] == 7
-    record = json.loads((workdir / "bundles" / "7" / "bundle.json").read_text())
-    assert [e["id"] for e in record["found"]["examples"]] == list(range(48, 56))
-    assert record["recorded"] == {"loss": "nan", "gradient_norm": "nan"}
-    # Of lines of metrics only good steps are in the means; 7 is the last of them.
-    metrics = {row["step"]: row for row in lines(workdir / "metrics.jsonl")}
-    assert sorted(metrics) == [2, 4, 6, 7]
-    assert [metrics[s]["skipped_updates"] for s in (2, 4, 6, 7)] == [0, 1, 2, 3]
-    assert "loss" not in metrics[7] and math.isfinite(metrics[4]["loss"])
-    # What the run had learned, of five good steps, is in the bundle.
-    kept, _ = Checkpointer(str(workdir / "bundles" / "7")).restore(CFG, mesh)
-    saved, _ = Checkpointer(str(workdir)).restore(CFG, mesh)
-    assert_equal(learned(jax.device_get(kept)), learned(jax.device_get(saved)))
-    assert (int(kept.step), int(kept.guard.skipped)) == (6, 2)
-    # The count comes back with a checkpoint.
-    assert int(saved.guard.skipped) == 2
-
-
-def test_a_bundle_names_the_first_layer(stopped, mesh, capsys):
-    workdir, _ = stopped
-    door.print_replay(str(workdir / "bundles" / "7"))
-    told = capsys.readouterr().out
-    assert "step 7" in told and "the numbers agree" in told
-    assert "first not finite: the text embeddings of example 51" in told
-
-
-def test_one_device_gives_the_numbers_of_eight(tmp_path, eight):
-    """A run of spikes: they are finite, so that there is something to compare.
-
-    Float32, sums in another order: 1e-5 relative.
-    """
-    state = create_state(CFG, eight)
-    low = {"loss": state.guard.loss + 0.01, "averaged": state.guard.averaged + 100}
-    loop.check_workdir(CFG, str(tmp_path / "run"))
-    checkpointer = Checkpointer(str(tmp_path / "run"), CFG.training)
-    state = state.replace(guard=state.guard.replace(**low))
-    checkpointer.save(state, CFG, b"0")
-    checkpointer.close()
-    with pytest.raises(UserError, match="all numbers are finite"):
-        loop.train(CFG, str(tmp_path / "run"), Batches(CFG, eight), eight)
-    folder = tmp_path / "run" / "bundles" / "2"
-    done = bundle.replay(str(folder))
-    # A network that was never updated answers 0: the loss is the noise's variance, the
-    # mean of 8 * 192 squares of normals.
-    assert done.recorded["loss"] == pytest.approx(1, abs=5 * (2 / 1536) ** 0.5)
-    for name, value in done.recorded.items():
-        np.testing.assert_allclose(done.here[name], value, rtol=1e-5)
-    assert bundle.first_not_finite(done.here) == ""
-    record = json.loads((folder / "bundle.json").read_text())
-    for there, here in zip(
-        record["found"]["examples"], done.here["examples"], strict=True
-    ):
-        assert there["id"] == here["id"]
-        for name in ("logsnr", "loss", "text"):
-            np.testing.assert_allclose(there[name], here[name], rtol=1e-5)
-    # In the order of the passes.
-    layers, gradients = list(done.here["layers"]), list(done.here["gradients"])
-    assert layers.index("conv_in") < layers.index("conv_out")
-    where = [gradients.index(f"{name}/kernel") for name in ("conv_out", "conv_in")]
-    assert where == sorted(where)
-
-
-def test_what_is_named_is_where_it_begins(good, mesh):
-    """A parameter, a layer that overflows, a loss, a gradient norm that do."""
-    batch = jax.device_put(tiny.batch(CFG), batch_sharding(mesh))
-
-    def cause(name, value, everywhere=False):
-        params = jax.tree.map(np.copy, good.params)
-        params[name]["bias"][slice(None if everywhere else 1)] = value
-        if everywhere:
-            params[name]["kernel"][...] = value
-        found = bundle.examine(good.replace(params=params), batch, CFG, mesh)
-        return bundle.first_not_finite(found)
-
-    assert cause("conv_in", np.nan) == "the parameter conv_in/bias"
-    assert cause("conv_in", 1.0) == ""
-    # Its square overflows in the normalisation that comes next.
-    assert cause("conv_in", 1e30).startswith("the output of layer down_0_first/")
-    assert cause("conv_out", 1e25, True) == "the loss of example 0"
-    assert "gradient" in cause("conv_out", 1e15, True)
-
-
-def test_a_rollback_goes_on_with_what_comes_next(tmp_path, mesh):
-    """The checkpoint's parameters, the data and the step after the bad ones."""
-    cfg = dataclasses.replace(
-        CFG, training=dataclasses.replace(CFG.training, on_spent_budget="rollback")
-    )
-    cfg = tiny.with_steps(cfg, 5)
-    batches = Batches(cfg, mesh, (3, 4))
-    last = jax.device_get(loop.train(cfg, str(tmp_path), batches, mesh))
-    assert batches.taken == 5 and (last.step, last.updates) == (5, 3)
-    events = lines(tmp_path / "events.jsonl")
-    assert [(e["action"], e["step"]) for e in events if "action" in e] == [
-        ("rollback", 4)
-    ]
-    # By hand: two good steps, then the fifth.
-    state = create_state(cfg, mesh)
-    for number in (0, 1):
-        state, _ = advance(state, tiny.batch(cfg, number), mesh)
-    moved = state.replace(
-        step=state.step + 2, guard=state.guard.replace(skipped=np.int32(2))
-    )
-    want, _ = advance(moved, tiny.batch(cfg, 4), mesh)
-    assert_equal(learned(last), learned(want))
-
-
 @pytest.mark.parametrize("factor", [0.5, 1.0, -2.0, math.nan])
 def test_a_factor_that_would_skip_what_is_normal_is_refused(factor):
     with pytest.raises(UserError, match="spike_factor is .*above 1, or 0"):
         tiny.stage(training={"spike_factor": factor})
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda f: shutil.rmtree(f), "is no bundle"),
-        (lambda f: (f / "bundle.json").unlink(), "is no bundle"),
-        (lambda f: (f / "bundle.json").write_text("{"), "bundle.json is damaged"),
-        (lambda f: (f / "bundle.json").write_text("[]"), "bundle.json is damaged"),
-        (lambda f: (f / "batch.npz").unlink(), "batch.npz is damaged"),
-        (lambda f: (f / "batch.npz").write_bytes(b"PK"), "batch.npz is damaged"),
-        (lambda f: shutil.rmtree(f / "checkpoints"), "checkpoint"),
-        (lambda f: shutil.rmtree(f / "checkpoints/6/train"), "train.* is missing"),
-    ],
-)
-def test_a_damaged_bundle_is_refused(stopped, tmp_path, damage, message):
-    folder = tmp_path / "bundle"
-    shutil.copytree(stopped[0] / "bundles" / "7", folder)
-    damage(folder)
-    with pytest.raises(UserError, match=message):
-        bundle.replay(str(folder))

@@ -10,10 +10,8 @@ from imagen_jax import prepare
 from imagen_jax.config import MeshConfig
 from imagen_jax.data.mixture import open_sources
 from imagen_jax.data.pipeline import open_records
-from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
-from imagen_jax.training.checkpoint import Checkpointer
 from tests import tiny
 
 STEPS = 8
@@ -34,7 +32,7 @@ def cfg(tmp_path_factory):
 
 
 class Noted:
-    """A stream that remembers the ids of what it hands out."""
+    """A source that remembers the ids of its batches."""
 
     def __init__(self, stream, ids):
         self.stream, self.ids = stream, ids
@@ -46,7 +44,7 @@ class Noted:
         return batch
 
 
-MESHES = {8: MeshConfig(fsdp=2), 4: MeshConfig(), 2: MeshConfig(fsdp=2)}
+MESHES = {8: MeshConfig(fsdp=2), 4: MeshConfig()}
 
 
 @functools.cache
@@ -72,10 +70,10 @@ def train(cfg, workdir, devices, steps, ids):
 
 @pytest.mark.slow
 def test_other_devices_midway(cfg, tmp_path):
-    """8, 4, 2, 8 devices. Within 1e-4 of each array's norm: sums of another order."""
+    """8, 4, 8 devices. Within 1e-4 of each array's norm: sums of another order."""
     whole, parts, same = [], [], []
     want = train(cfg, tmp_path / "whole", 8, STEPS, whole)
-    for devices, steps in ((8, 2), (4, 4), (2, 6), (8, STEPS)):
+    for devices, steps in ((8, 2), (4, 5), (8, STEPS)):
         found = train(cfg, tmp_path / "parts", devices, steps, parts)
     assert parts == whole and len(whole) == STEPS
     far = {}
@@ -92,16 +90,3 @@ def test_other_devices_midway(cfg, tmp_path):
     assert same == whole
     for x, y in zip(jax.tree.leaves(want), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-def test_positions_of_another_number_of_processes(tmp_path, monkeypatch):
-    """They are one position if all processes stood there."""
-    checkpointer = Checkpointer(str(tmp_path))
-    at = {"0": "YQ==", "1": "YQ=="}
-    assert checkpointer._position(3, at) == b"a"
-    with pytest.raises(UserError, match="different places, there are 1 now: start 2"):
-        checkpointer._position(3, at | {"1": "Yg=="})
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert checkpointer._position(3, at | {"1": "Yg=="}) == b"b"
-    assert checkpointer._position(3, {"0": "YQ=="}) == b"a"

@@ -1,4 +1,4 @@
-"""The short form of benchmarks/torture.py: six kills of a real run."""
+"""The short form of benchmarks/torture.py: four kills of a real run."""
 
 import os
 import pathlib
@@ -8,11 +8,9 @@ import pytest
 from benchmarks.torture import Torture
 
 PLAN = [
-    ("kill", "start"),
     ("kill", "saving"),
     ("term", "steps"),
     ("int twice", "saving"),
-    ("int", "saving"),
     ("kill", "end"),
 ]
 

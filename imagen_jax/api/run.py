@@ -1,0 +1,59 @@
+"""A training run: a config, its records and a workdir."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from imagen_jax.batch import Batch
+from imagen_jax.config import StageConfig, from_dict
+from imagen_jax.data.mixture import open_sources
+from imagen_jax.data.pipeline import open_records
+from imagen_jax.sharding import make_mesh
+from imagen_jax.training.goodput import Stopwatch
+from imagen_jax.training.loop import BatchIterator, train
+from imagen_jax.training.state import TrainState
+
+
+def resolve(values: Mapping[str, Any]) -> StageConfig:
+    """The stage of a config's values, with the text of its records filled in.
+
+    Raises:
+      UserError: for wrong values, or records that do not exist or do not fit.
+    """
+    return open_sources(from_dict(values))[0]
+
+
+def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
+    """Trains the stage `cfg` in `workdir`, from its newest checkpoint or from scratch.
+
+    Prints one line that says on which devices.
+
+    Raises:
+      UserError: for records, a mesh or a workdir that do not fit.
+      Stopped: on SIGINT or SIGTERM, after saving.
+    """
+    stopwatch = Stopwatch()
+    mesh = make_mesh(cfg.mesh)
+    if jax.process_index() == 0:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        print(
+            f"training {cfg.name} on {mesh.size} x {jax.devices()[0].device_kind} "
+            f"({jax.process_count()} processes), mesh {sizes}"
+        )
+    batches = open_records(cfg, mesh)
+    preview = None
+    if cfg.training.sample_every_steps:
+        preview = _peek(batches, cfg.training.preview_images)
+    return train(cfg, workdir, batches, mesh, preview, stopwatch)
+
+
+def _peek(batches: BatchIterator, count: int) -> Batch:
+    """The first `count` examples, on every host; the iterator stays where it is."""
+    state = batches.get_state()
+    batch = next(batches)
+    batches.set_state(state)
+    whole = multihost_utils.process_allgather(batch, tiled=True)
+    return jax.tree.map(lambda x: np.asarray(x)[:count], whole)

@@ -1,0 +1,118 @@
+"""Lines of metrics: which steps they average, and that a cut one ends."""
+
+import json
+import time
+import unittest.mock
+
+import numpy as np
+import pytest
+
+from imagen_jax.training.goodput import Stopwatch
+from imagen_jax.training.metrics import (
+    MEANS,
+    IntervalMeans,
+    MetricWriter,
+    bucket_names,
+)
+from tests import tiny
+
+
+def metrics(loss, hit=0, **more):
+    """Metrics of a step whose three examples fell into one range of log-SNR."""
+    here = np.arange(len(bucket_names())) == hit
+    split = {"sum": here * 3 * np.float32(loss), "count": here * 3.0}
+    flags = {"skipped": False, "budget_spent": False, "skipped_updates": 0}
+    row = dict.fromkeys(MEANS, np.float32(loss)) | {"loss_by_logsnr": split}
+    return row | flags | more
+
+
+class Lines:
+    """A writer that keeps its lines."""
+
+    def __init__(self):
+        self.rows, self.events = {}, []
+
+    def scalars(self, step, values):
+        assert step not in self.rows
+        self.rows[step] = dict(values)
+
+    def event(self, kind, step):
+        self.events.append((kind, step))
+
+
+def means(**training):
+    writer = Lines()
+    cfg = tiny.stage(training=training)
+    return IntervalMeans(cfg, writer, unittest.mock.Mock()), writer
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 3, 5, 100])
+def test_a_checkpoints_metrics_are_the_means_since_the_one_before(log_every):
+    """However the steps are logged; a step whose update was skipped does not count."""
+    log, writer = means(keep_best_checkpoints=1, log_every_steps=log_every)
+    found = []
+    for step in range(1, 9):
+        loss = np.nan if step == 6 else step
+        log.add(step, metrics(loss, step % 2, skipped=step == 6))
+        if step in (3, 7, 8):
+            log.flush(step)
+            found.append(log.since_checkpoint())
+    # Summed in float32.
+    want = pytest.approx([2.0, (4 + 5 + 7) / 3, 8.0], rel=1e-6)
+    assert [row["loss"] for row in found] == want
+    even, odd = bucket_names()[:2]
+    assert found[0][even] == 2.0 and found[0][odd] == 2.0
+    assert found[1][even] == 4.0 and found[1][odd] == 6.0
+    assert odd not in found[2]
+    # A line for each interval, and at each checkpoint.
+    assert list(writer.rows) == sorted({*range(log_every, 9, log_every), 3, 7, 8})
+    assert writer.events == [("steps", step) for step in writer.rows]
+
+
+def test_a_line_is_written_when_the_next_step_is_on_its_way():
+    log, writer = means(log_every_steps=2)
+    written = []
+    for step in range(1, 6):
+        log.add(step, metrics(step))
+        written.append(list(writer.rows))
+    assert written == [[], [], [2], [2], [2, 4]]
+    assert [row["loss"] for row in writer.rows.values()] == [1.5, 3.5]
+
+
+def test_nothing_is_written_after_the_budget_is_spent():
+    log, writer = means(log_every_steps=4)
+    for step in range(1, 6):
+        bad = step >= 3
+        more = {"skipped": bad, "budget_spent": bad, "skipped_updates": int(bad)}
+        log.add(step, metrics(np.nan if bad else step, **more))
+    log.flush(5)
+    assert list(writer.rows) == [3] and writer.rows[3]["loss"] == 1.5
+    assert writer.rows[3]["skipped_updates"] == 1
+    assert sorted(log.spent) == ["gradient_norm", "loss"]
+
+
+def test_rates_are_those_of_the_clock(monkeypatch):
+    log, writer = means(log_every_steps=2, batch_size=8)
+    now = iter([10.0, 14.0, 20.0, 21.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    for step in range(1, 6):
+        log.add(step, metrics(1))
+    log.restart_clock()
+    log.flush(5)
+    assert "steps_per_second" not in writer.rows[2]
+    rates = [writer.rows[step]["steps_per_second"] for step in (4, 5)]
+    assert rates == [2 / 4, 1 / 1]
+    assert writer.rows[4]["images_per_second"] == 4
+
+
+def test_a_line_that_a_kill_has_cut_is_ended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    writer = MetricWriter(str(tmp_path), Stopwatch())
+    writer.scalars(2, {"loss": 0.5})
+    writer.event("steps", 2, more=1)
+    writer.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == ['{"step": 1}', '{"st', '{"step": 2, "loss": 0.5}']
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert list(event) == ["event", "step", "seconds", "monotonic", "spent", "more"]
+    assert list((tmp_path / "tensorboard").iterdir())
