@@ -15,6 +15,7 @@ import numpy as np
 
 from configs import tiny
 from imagen_jax.api.cascade import open_stages
+from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.batch import pad_text
 from imagen_jax.config import MeshConfig
 from imagen_jax.diffusion.cascade import sample_cascade
@@ -24,7 +25,6 @@ from imagen_jax.shapes.judge import judge
 from imagen_jax.sharding import make_mesh
 from imagen_jax.text import embeddings
 from imagen_jax.text.encoders import load_encoder
-from imagen_jax.train import resolve, train_stage
 
 
 def make(workdirs, prompts, seeds, dtype):

@@ -25,6 +25,7 @@ import numpy as np
 from configs import tiny
 from imagen_jax import images as pictures
 from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
+from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.api.sweep import all_cells
 from imagen_jax.config import MeshConfig
 from imagen_jax.demo import summarise
@@ -32,7 +33,6 @@ from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes.judge import judge
 from imagen_jax.sharding import make_mesh
-from imagen_jax.train import resolve, train_stage
 
 # Steps, and the weights at which so many are taken.
 WEIGHTS = {64: (3.0, 10.0, 30.0, 100.0), 256: (10.0, 30.0)}

@@ -24,13 +24,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli
+from imagen_jax.api.run import resolve
 from imagen_jax.config import from_dict
 from imagen_jax.errors import UserError
 from imagen_jax.planning.chips import slice_devices
 from imagen_jax.planning.compile import compile_step, params
 from imagen_jax.sharding import check_batch_size, make_mesh
 from imagen_jax.timings import time_data, time_sampler, time_steps
-from imagen_jax.train import resolve
 
 
 def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
