@@ -67,11 +67,12 @@ def test_programs_are_cached_where_the_environment_says(monkeypatch, tmp_path):
         # The tests' own JAX_COMPILATION_CACHE_DIR wins.
         assert jax.config.jax_compilation_cache_dir == was
         monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-        _status(lambda: None, "--number=3", "--nocompilation_cache")
-        assert jax.config.jax_compilation_cache_dir == was
         _status(lambda: None, "--number=3")
         wanted = str(tmp_path / "imagen-jax" / "jax")
         assert jax.config.jax_compilation_cache_dir == wanted
+        jax.config.update("jax_compilation_cache_dir", was)
+        _status(lambda: None, "--number=3", "--nocompilation_cache")
+        assert jax.config.jax_compilation_cache_dir == was
     finally:
         jax.config.update("jax_compilation_cache_dir", was)
 
@@ -94,17 +95,18 @@ def test_memory_is_what_was_held():
     assert after - before == pytest.approx(0.25, abs=0.05)
 
 
-def test_the_console_script_runs_doors():
-    def script(*argv):
-        code = "from imagen_jax.cli import main; main()"
-        command = [sys.executable, "-c", code, *argv]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    shown = script()
-    assert shown.returncode == 0 and "prepare|train|sample" in shown.stdout
-    unknown = script("trian", "--config=x.py")
-    assert unknown.returncode == 2 and "did you mean 'train'" in unknown.stderr
-    shown = script("sample", "--help")
+def test_the_console_script_runs_doors(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["imagen-jax"])
+    cli.main()
+    assert "prepare|train|sample" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["imagen-jax", "trian", "--config=x.py"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+    code = "from imagen_jax.cli import main; main()"
+    command = [sys.executable, "-c", code, "sample", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.returncode == 0 and "--guidance" in shown.stdout
     assert shown.stdout.startswith("Samples a trained cascade.")
     assert "--[no]compilation_cache" in shown.stdout

@@ -11,6 +11,7 @@ from imagen_jax import demo
 from imagen_jax.errors import UserError
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes.judge import Verdict, judge
+from tests import tiny as tiny_tests
 from tests.test_doors import call, error
 
 
@@ -69,28 +70,30 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path, monkeypatch):
-    """With networks that compile fast and few steps of sampling."""
+    """With networks that compile fast, few records and few steps of sampling."""
     output = tmp_path / "demo"
 
     def smaller(variant, get_config=tiny.get_config):
         config = get_config(variant)
-        config.model.update(channels=(8, 8), head_channels=8)
-        config.sampler.steps = 4
+        config.model.update(tiny_tests.ONE_LEVEL)
+        config.sampler.update(steps=2, batch_size=16)
         return config
 
     monkeypatch.setattr(tiny, "get_config", smaller)
+    monkeypatch.setattr(demo, "_LEAST_EXAMPLES", 64)
+    monkeypatch.setattr(demo, "_JUDGED", 16)
     done = call("demo", f"--output={output}", "--seconds=1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(output / "index.html") in done.stdout
     assert "guidance on" in done.stdout and "two in a relation" in done.stdout
     report = json.loads((output / "report.json").read_text())
-    assert report["judged_pictures"] == 64
+    assert report["judged_pictures"] == 16
     for name in ("colour_accuracy", "shape_accuracy"):
         assert 0 <= report[name] <= 1
         assert report[name] == report["accuracy"]["guidance on"][name]
     assert report["seconds"] > 0 and report["peak_memory_gib"] < 4
     text = (output / "index.html").read_text()
-    assert text.count("<img ") == 64 and text.count("<polyline ") == 2
-    assert len(list((output / "samples").glob("[0-9][0-9][0-9][0-9].png"))) == 64
+    assert text.count("<img ") == 16 and text.count("<polyline ") == 2
+    assert len(list((output / "samples").glob("[0-9][0-9][0-9][0-9].png"))) == 16
     assert (output / "samples.png").is_file()
     assert "above zero" in error(call("demo", f"--output={output}", "--seconds=0"))
