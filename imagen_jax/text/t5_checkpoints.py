@@ -181,6 +181,6 @@ def _open_zarr(place: pathlib.Path):
 def _damaged(place, error: Exception) -> UserError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return UserError(
-        f"{str(place).rstrip('/')!r} is damaged or was copied in part ({reason}): copy "
-        "it again"
+        f"{str(place).rstrip('/')!r} is damaged, was copied in part or is not T5X's "
+        f"({reason}): copy it again"
     )
