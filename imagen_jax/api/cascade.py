@@ -23,7 +23,7 @@ class Trained:
     """A trained stage on disk.
 
     Attributes:
-      workdir: of its training, or a folder of `export`.
+      workdir: the training's workdir, or a folder that `export` wrote.
       step: step of the checkpoint.
       cfg: the stage's config.
       weights: its averaged parameters, not loaded yet.
