@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -5,12 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
 from PIL import Image
 
-from imagen_jax import cli, prepare
+from imagen_jax import prepare
 from imagen_jax.data.manifest import read_manifest
+from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
+from tests import tars
 
 
 @pytest.fixture
@@ -185,12 +187,11 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
         ({"shard_examples": -1}, "--shard_examples is -1"),
         ({"min_side": 0}, "--min_side is 0"),
         ({"stored_size": -2}, "--stored_size is -2"),
-        ({"stored_size": 8, "min_side": 9}, "--stored_size is 8, less than --min_side"),
         (
             {"stored_size": 8, "output": "out.npz"},
             "stored_size is 8, less than --image_size",
         ),
-        ({"max_aspect": 0.5}, "--max_aspect is 0.5; .*give 1 or more"),
+        ({"max_aspect": 0.5}, "--max_aspect is 0.5; give 1 or more"),
         ({"max_bad_share": 1.5}, "--max_bad_share is 1.5; give 0 to 1"),
         ({"embedding_dtype": "int9"}, r"'int9' \(did you mean 'int8'\?\)"),
         ({"process_index": 1}, "--process_index and --process_count go together"),
@@ -235,41 +236,115 @@ def test_the_door_refuses(tmp_path):
     assert wrong.stderr.startswith("error: --source") and wrong.stderr.count("\n") == 1
 
 
-class TestCli:
-    @pytest.fixture(autouse=True)
-    def _flags(self, monkeypatch):
-        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
-        flags.DEFINE_integer("number", None, "x", flag_values=flags.FLAGS)
-        flags.mark_flag_as_required("number", flag_values=flags.FLAGS)
+# What becomes of images and captions that are not as they should be.
 
-    def _exit(self, main, *argv):
-        with pytest.raises(SystemExit) as error:
-            cli.run(main, ["door", *argv])
-        return error.value.code
 
-    @pytest.mark.parametrize(
-        "argv, message",
-        [
-            (["--numbr=3"], "Unknown command line flag 'numbr'. Did you mean: number"),
-            (["--number=x"], "flag --number=x"),
-            ([], "--number must have a value"),
-            (["--number=3", "rest"], "'rest' is no flag"),
-        ],
+def _file(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def _noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+JPEG = _file(Image.fromarray(_noise(40, 50, 3)), "JPEG")
+PNG = _file(Image.fromarray(_noise(40, 50, 3)))
+RED = Image.new("RGB", (50, 40), "red")
+DEEP = np.full((40, 50), 40_000, np.uint16)
+HALF_RED = Image.new("RGBA", (50, 40), (255, 0, 0, 128))
+GIF = _file(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (50, 40))])
+
+# Name: extension, picture's file, caption's file, and what becomes of it: a reason of
+# the quarantine, or the side, the colour (None: as in the file) and the caption.
+CASES = {
+    "plain": ("jpg", JPEG, b"one", (40, None, "one")),
+    "truncated JPEG": ("jpg", JPEG[:-400], b"x", "OSError: image file is truncated"),
+    "wrong extension": ("jpg", PNG, b"x", (40, None, "x")),
+    "no picture": ("png", b"<html>", b"x", "it is no picture of a known format"),
+    "CMYK": (
+        "jpg",
+        _file(Image.new("CMYK", (50, 40), (0, 255, 255, 0)), "JPEG"),
+        b"x",
+        (40, (255, 0, 0), "x"),
+    ),
+    "16 bit": ("png", _file(Image.fromarray(DEEP)), b"x", (40, (155,) * 3, "x")),
+    "alpha": ("png", _file(HALF_RED), b"x", (40, (255, 127, 127), "x")),
+    "animated GIF": ("gif", GIF, b"x", (40, (255, 0, 0), "x")),
+    "1x1": ("png", _file(RED.resize((1, 1))), b"x", "its shorter side has 1 of 8"),
+    "20000x10": (
+        "png",
+        _file(RED.resize((20_000, 10))),
+        b"x",
+        "20000 by 10 pixels are more than 50 to 1",
+    ),
+    "not UTF-8": ("jpg", JPEG, b"caf\xe9", "the caption is not UTF-8 text"),
+    "empty": ("jpg", JPEG, b" \n", "the caption is empty"),
+    "10,000 words": (
+        "jpg",
+        JPEG,
+        b"word " * 10_000,
+        (40, None, "word " * 9999 + "word"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """The manifest, the reasons and the records by name."""
+    folder = tmp_path_factory.mktemp("selection")
+    members = []
+    for name, (extension, image, caption, _) in CASES.items():
+        members += [(f"{name}.{extension}", image), (f"{name}.txt", caption)]
+    tars.write(folder / "a.tar", members)
+    manifest = prepare.prepare(
+        f"webdataset:{folder}/a.tar",
+        str(folder / "out"),
+        text_length=16,
+        min_side=8,
+        max_aspect=50,
+        progress=False,
     )
-    def test_usage(self, argv, message, capsys):
-        assert self._exit(lambda: None, *argv) == 2
-        assert message in capsys.readouterr().err
+    start_tensorflow()
+    import tensorflow as tf
 
-    def test_statuses(self, capsys):
-        def user_error():
-            raise UserError("it is wrong")
+    names, records = list(CASES), {}
+    data = tf.data.TFRecordDataset(str(folder / "out" / "records-00000.tfrecord"))
+    for row in data.as_numpy_iterator():
+        feature = tf.train.Example.FromString(row).features.feature
+        records[names[feature["id"].int64_list.value[0]]] = (
+            feature["side"].int64_list.value[0],
+            feature["image"].bytes_list.value[0],
+            feature["caption"].bytes_list.value[0].decode(),
+        )
+    reasons = {
+        skip["file"].removeprefix("a.tar/"): skip["reason"]
+        for skip in manifest.skipped_files
+    }
+    return manifest, reasons, records
 
-        def interrupt():
-            raise KeyboardInterrupt
 
-        assert self._exit(lambda: None, "--number=3") == 0
-        assert self._exit(user_error, "--number=3") == 1
-        assert capsys.readouterr().err == "error: it is wrong\n"
-        assert self._exit(interrupt, "--number=3") == 3
-        assert self._exit(user_error, "--help") == 0
-        assert "usage" not in capsys.readouterr().err
+@pytest.mark.parametrize("name", CASES)
+def test_outcomes(outcome, name):
+    _, reasons, records = outcome
+    _, file, _, want = CASES[name]
+    if isinstance(want, str):
+        assert reasons[name].startswith(want) and name not in records
+        return
+    side, colour, caption = want
+    have_side, stored, have_caption = records[name]
+    assert (have_side, have_caption) == (side, caption) and name not in reasons
+    if colour is None:
+        assert stored == file
+    else:
+        pixels = np.asarray(Image.open(io.BytesIO(stored)), int)
+        # CMYK is a JPEG's, with its losses.
+        assert pixels.shape == (40, 50, 3) and np.abs(pixels - colour).max() < 6
+
+
+def test_everything_is_counted(outcome):
+    manifest, reasons, records = outcome
+    assert manifest.examples == len(records) and manifest.skipped == len(reasons)
+    assert manifest.examples + manifest.skipped == len(CASES)
+    assert manifest.reencoded == 4 and manifest.cut_captions == 1

@@ -13,10 +13,7 @@ pixels that the shorter side of every picture has at least.
 
 import hashlib
 import json
-import pathlib
-import tempfile
 
-import numpy as np
 import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -25,77 +22,43 @@ from etils import epath
 from imagen_jax.data import manifest, readers
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import disk
-from imagen_jax.preparing.tfds import open_builder
 from imagen_jax.text import embeddings
 
-_NAME = "imagen_records"
-_VERSION = "1.0.0"
 _SPLIT = "train"
-_FILES = "records-{SHARD_INDEX}.{FILEFORMAT}"
-_DESCRIPTION = "Captioned pictures with the embeddings of a frozen text encoder."
 
 
-def write_info(folder: pathlib.Path, done: Manifest, examples: list[int]) -> None:
-    """Makes a folder of records one that `tfds.builder_from_directory` reads.
+def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
+    """A data set that is prepared in tfds' folder (TFDS_DATA_DIR), and its split.
 
     Args:
-      folder: of the records.
-      done: the manifest.
-      examples: of each file, those without any included.
+      name: as tfds knows it, like "coco_captions" or "coco_captions/2014:1.1.0"; a
+        split other than "train" follows an "@".
+
+    Raises:
+      UserError: for an unknown or unprepared data set or split.
     """
-    int8 = done.embedding_dtype == "int8"
-    features = tfds.features.FeaturesDict(
-        {
-            "id": np.int64,
-            "image": tfds.features.Image(),
-            "caption": tfds.features.Text(),
-            "text": tfds.features.Tensor(
-                shape=(None, embeddings.row_bytes(done.text_dim, "int8"))
-                if int8
-                else (None, done.text_dim),
-                dtype=tf.uint8 if int8 else tf.bfloat16,
-                encoding="bytes",
-            ),
-            "side": np.int64,
-        }
-    )
-    sides = [int(side) for shard in done.shards for side in shard["sides"]]
-    with tempfile.TemporaryDirectory() as temporary:
-        info = tfds.core.DatasetInfo(
-            builder=tfds.core.dataset_info.DatasetIdentity(
-                name=_NAME,
-                version=tfds.core.Version(_VERSION),
-                data_dir=temporary,
-                module_name="",
-            ),
-            description=_DESCRIPTION,
-            features=features,
-            metadata=tfds.core.MetadataDict(encoder=done.encoder, min_side=min(sides)),
+    name, _, split = name.partition("@")
+    split = split or _SPLIT
+    try:
+        builder = tfds.builder(name)
+    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
+        brief = str(error).strip().splitlines()[0]
+        raise UserError(f"tfds has no data set {name!r}: {brief}") from None
+    splits = builder.info.splits
+    if split not in splits or not splits[split].num_examples:
+        there = f"it has {', '.join(splits)}" if splits else "it is not prepared"
+        raise UserError(
+            f"there is no split {split!r} of {name!r} in {builder.data_dir}: {there}; "
+            f"`tfds build {name}` makes it, TFDS_DATA_DIR says where it lies"
         )
-        info.set_file_format("tfrecord")
-        split = tfds.core.SplitInfo(
-            name=_SPLIT,
-            shard_lengths=examples,
-            num_bytes=done.image_bytes + done.text_bytes,
-            filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=temporary,
-                dataset_name=_NAME,
-                filetype_suffix="tfrecord",
-                template=_FILES,
-            ),
-        )
-        info.set_splits(tfds.core.splits.SplitDict([split]))
-        info.write_to_directory(temporary)
-        for file in sorted(pathlib.Path(temporary).iterdir()):
-            disk.write_text(folder / file.name, file.read_text("utf8"))
+    return builder, split
 
 
 def read_manifest(name: str) -> Manifest:
     """What a data set holds; of one that `prepare` wrote, its own manifest.
 
     Args:
-      name: of `tfds_source.open_builder`.
+      name: a data set, as `open_builder` takes it.
 
     Raises:
       UserError: when there is no such data set, or its features are others.

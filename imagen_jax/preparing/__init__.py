@@ -1,1 +1,1 @@
-"""Captioned pictures to records for training."""
+"""Captioned images to records for training."""

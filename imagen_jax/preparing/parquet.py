@@ -1,25 +1,30 @@
-"""Parquet files with the bytes of pictures and their captions."""
+"""Parquet files with the bytes of images and their captions."""
 
 import os
+import re
 from collections.abc import Iterator
 
-from imagen_jax.errors import UserError
-from imagen_jax.preparing import sources as originals
-from imagen_jax.preparing.folder import decode_caption
+import numpy as np
 
-# Hugging Face's `datasets` and img2dataset, then what others use.
-_PICTURES = ("image", "jpg", "png", "webp", "image_bytes", "img")
+from imagen_jax.errors import UserError
+from imagen_jax.preparing import sources
+from imagen_jax.preparing.sources import Example, Problem, Source
+
+# The columns of Hugging Face's `datasets` and img2dataset, then what others use.
+_IMAGES = ("image", "jpg", "png", "webp", "image_bytes", "img")
 _CAPTIONS = ("caption", "text", "TEXT", "captions", "txt", "prompt")
+# Arrow's names of their types.
+_IS_IMAGE = r"(large_)?binary|struct<.*\bbytes: (large_)?binary\b.*>"
+_IS_CAPTION = r"(large_)?string|(large_)?list<\w+: (large_)?string( not null)?>"
 # Rows in memory at a time.
 _ROWS = 64
 
 
-def open_parquet(pattern: str, size: int) -> originals.Originals:
-    """The rows of the files that match `pattern`; `size` of one file make a shard.
+def open_parquet(pattern: str, size: int) -> Source:
+    """The rows of the files that match `pattern`; `size` rows of a file make a shard.
 
-    A picture is a binary column or a struct with `bytes`, a caption a string or a list
-    of strings, of which one is taken (`originals.choose`). Files that are no Parquet
-    are problems.
+    An image is a binary column or a struct with `bytes`, a caption a string or a list
+    of strings. Files that are not Parquet are problems.
 
     Raises:
       UserError: when no file matches or can be read, or a file has no such columns.
@@ -27,124 +32,92 @@ def open_parquet(pattern: str, size: int) -> originals.Originals:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = originals.files_of(pattern, "Parquet file")
-    problems, parts, count, rows_of = [], [], 0, []
-    for file in files:
+    problems, shards, count, lengths = [], [], 0, []
+    for file in sources.matching_files(pattern, "Parquet file"):
+        name = os.path.basename(file)
         try:
             with pq.ParquetFile(file) as parquet:
                 schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
-            name = os.path.basename(file)
-            problems.append(originals.Problem(name, _brief(error)))
+            problems.append(Problem(name, _brief(error)))
             continue
         columns = _columns(schema, file)
         for start in range(0, rows, size):
             stop = min(start + size, rows)
-            parts.append((file, columns, start, stop, count + start))
-        rows_of.append((os.path.basename(file), os.path.getsize(file), rows))
+            shards.append((file, columns, start, stop, count + start))
+        lengths.append((name, os.path.getsize(file), rows))
         count += rows
-    if not parts:
+    if not shards:
         reason = f": {problems[0].name}: {problems[0].reason}" if problems else ""
         raise UserError(f"no file that matches {pattern!r} has rows{reason}")
-    return originals.Originals(
-        len(parts),
-        lambda shard: _read(*parts[shard]),
+    return Source(
+        len(shards),
+        lambda shard: _read(*shards[shard]),
         count,
         problems,
-        originals.sha256_of(rows_of),
+        sources.sha256_of(lengths),
     )
 
 
-def _columns(schema, file: str) -> tuple[str, str]:
-    import pyarrow as pa
-
-    def is_picture(kind):
-        if pa.types.is_struct(kind):
-            return any(f.name == "bytes" and is_picture(f.type) for f in kind)
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    def is_text(kind):
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            return is_text(kind.value_type)
-        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-    types = dict(zip(schema.names, schema.types))
-    picture = [n for n in _PICTURES if n in types and is_picture(types[n])]
-    caption = [n for n in _CAPTIONS if n in types and is_text(types[n])]
-    for found, what, names in (
-        (picture, "the bytes of pictures", _PICTURES),
-        (caption, "captions", _CAPTIONS),
+def _columns(schema, file: str) -> list[str]:
+    """The names of the image's and the caption's column."""
+    types = {name: str(kind) for name, kind in zip(schema.names, schema.types)}
+    columns = []
+    for what, names, pattern in (
+        ("the bytes of pictures", _IMAGES, _IS_IMAGE),
+        ("captions", _CAPTIONS, _IS_CAPTION),
     ):
-        if not found:
+        fitting = [n for n in names if re.fullmatch(pattern, types.get(n, ""))]
+        if not fitting:
             raise UserError(
                 f"{file!r} has no column with {what} ({', '.join(names)}); it has "
                 f"{', '.join(f'{n} ({t})' for n, t in types.items())}"
             )
-    return picture[0], caption[0]
+        columns.append(fitting[0])
+    return columns
 
 
-def _read(
-    file, columns, start, stop, first_id
-) -> Iterator[originals.Example | originals.Problem]:
+def _read(file, columns, start, stop, first_id) -> Iterator[Example | Problem]:
+    """Rows [start, stop) of a file; `first_id` is the id of row `start`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    file_name = os.path.basename(file)
     row = start
     try:
         with pq.ParquetFile(file) as parquet:
-            groups, row = _groups(parquet, start, stop)
-            for batch in parquet.iter_batches(_ROWS, groups, list(columns)):
-                pictures, captions = batch.column(0), batch.column(1)
-                if batch.schema.names[0] != columns[0]:
-                    pictures, captions = captions, pictures
-                for i in range(len(batch)):
+            metadata = parquet.metadata
+            groups = range(metadata.num_row_groups)
+            ends = np.cumsum([metadata.row_group(group).num_rows for group in groups])
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+            row = int(ends[first - 1]) if first else 0
+            for batch in parquet.iter_batches(_ROWS, groups[first : last + 1], columns):
+                for image, caption in zip(*map(batch.column, columns)):
                     if start <= row < stop:
-                        yield _example(
-                            f"{os.path.basename(file)}/{row}",
-                            pictures[i],
-                            captions[i],
-                            first_id + row - start,
-                        )
+                        id = first_id + row - start
+                        yield _example(id, f"{file_name}/{row}", image, caption)
                     row += 1
                 if row >= stop:
                     return
     except (pa.ArrowException, OSError) as error:
         row = max(row, start)
-        name = f"{os.path.basename(file)}/{row}"
         reason = f"{_brief(error)}; rows {row} to {stop - 1} are lost"
-        yield originals.Problem(name, reason)
+        yield Problem(f"{file_name}/{row}", reason)
 
 
-def _groups(parquet, start: int, stop: int) -> tuple[list[int], int]:
-    """The row groups that hold rows [start, stop), and the first row of the first."""
-    groups, first, begin = [], start, 0
-    for group in range(parquet.metadata.num_row_groups):
-        end = begin + parquet.metadata.row_group(group).num_rows
-        if begin < stop and end > start:
-            first = first if groups else begin
-            groups.append(group)
-        begin = end
-    return groups, first
-
-
-def _example(name, picture, caption, id) -> originals.Example | originals.Problem:
+def _example(id: int, name: str, image, caption) -> Example | Problem:
     import pyarrow as pa
 
-    if pa.types.is_struct(picture.type):
-        picture = picture["bytes"] if picture.is_valid else picture
-    data = picture.as_py()
+    if pa.types.is_struct(image.type) and image.is_valid:
+        image = image["bytes"]
+    data = image.as_py()
     if not data:
-        return originals.Problem(name, "has no picture")
+        return Problem(name, "has no picture")
     if isinstance(caption, pa.ListScalar):
-        caption = originals.choose(list(caption.values or []), id)
+        caption = sources.choose_caption(list(caption.values or []), id)
     # As bytes: Arrow does not check that a string is UTF-8.
-    text = caption.as_buffer() if caption and caption.is_valid else None
-    text = decode_caption(text.to_pybytes()) if text else ""
-    if text is None:
-        return originals.Problem(name, originals.NOT_UTF8)
-    if not text:
-        return originals.Problem(name, originals.EMPTY_CAPTION)
-    return originals.Example(id, name, text, lambda: data)
+    text = caption.as_buffer().to_pybytes() if caption and caption.is_valid else b""
+    return sources.make_example(id, name, text, lambda: data)
 
 
 def _brief(error: Exception) -> str:

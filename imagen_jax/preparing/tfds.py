@@ -1,99 +1,116 @@
-"""Captioned pictures of TensorFlow Datasets."""
+"""TensorFlow Datasets: captioned images from one, and records as one."""
 
+import pathlib
+import tempfile
 from collections.abc import Iterator
 
+import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from imagen_jax.data.manifest import Manifest
+from imagen_jax.data.tfds_records import open_builder
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import sources as originals
-from imagen_jax.preparing.folder import decode_caption
+from imagen_jax.preparing import sources
+from imagen_jax.preparing.sources import Example, Problem, Source
+from imagen_jax.text import embeddings
 
-_SPLIT = "train"
 _CAPTIONS = ("captions", "caption", "text")
 
 
-def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """A data set that is prepared in tfds' folder (TFDS_DATA_DIR), and its split.
+def open_tfds(name: str, size: int) -> Source:
+    """The images of a data set of tfds, as they are stored; `size` make a shard.
 
-    Args:
-      name: as tfds knows it, like "coco_captions" or "coco_captions/2014:1.1.0"; a
-        split other than "train" follows an "@".
+    Of several captions one is taken (`sources.choose_caption`).
 
     Raises:
-      UserError: for an unknown or unprepared data set or split.
-    """
-    name, _, split = name.partition("@")
-    split = split or _SPLIT
-    try:
-        builder = tfds.builder(name)
-    except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        brief = str(error).strip().splitlines()[0]
-        raise UserError(f"tfds has no data set {name!r}: {brief}") from None
-    splits = builder.info.splits
-    if split not in splits or not splits[split].num_examples:
-        there = f"it has {', '.join(splits)}" if splits else "it is not prepared"
-        raise UserError(
-            f"there is no split {split!r} of {name!r} in {builder.data_dir}: {there}; "
-            f"`tfds build {name}` makes it, TFDS_DATA_DIR says where it lies"
-        )
-    return builder, split
-
-
-def open_tfds(name: str, size: int) -> originals.Originals:
-    """The pictures of a data set of tfds.
-
-    Pictures are taken as they are stored, not decoded. Of several captions one is
-    taken (`originals.choose`).
-
-    Args:
-      name: of `open_builder`.
-      size: examples in a shard.
-
-    Raises:
-      UserError: for an unknown or unprepared data set or split, and one without
-        pictures and captions.
+      UserError: for an unknown or unprepared data set or split (`open_builder`), and
+        one without images and captions.
     """
     builder, split = open_builder(name)
-    caption = _caption_feature(builder)
+    features = dict(builder.info.features.items())
+    captions = [feature for feature in _CAPTIONS if feature in features]
+    if not (captions and isinstance(features.get("image"), tfds.features.Image)):
+        raise UserError(
+            f"{name!r} of tfds has not both a feature 'image' and one of "
+            f"{', '.join(_CAPTIONS)}; it has {', '.join(features)}"
+        )
     count = builder.info.splits[split].num_examples
 
-    def read(shard: int) -> Iterator[originals.Example | originals.Problem]:
+    def read(shard: int) -> Iterator[Example | Problem]:
         start, stop = shard * size, min((shard + 1) * size, count)
         rows = builder.as_dataset(
             split=f"{split}[{start}:{stop}]",
             shuffle_files=False,
             decoders={"image": tfds.decode.SkipDecoding()},
-            # Files one after the other, so that an example's number is its own.
+            # One file after the other, so that ids do not depend on the shards.
             read_config=tfds.ReadConfig(interleave_cycle_length=1),
         )
         for id, row in zip(range(start, stop), rows.as_numpy_iterator()):
-            yield _example(f"{split}[{id}]", row["image"], row[caption], id)
+            yield _example(id, f"{split}[{id}]", row["image"], row[captions[0]])
 
-    sha256 = originals.sha256_of([builder.info.full_name, split, count])
-    return originals.Originals(-(-count // size), read, count, [], sha256)
-
-
-def _caption_feature(builder) -> str:
-    features = builder.info.features
-    known = isinstance(features, tfds.features.FeaturesDict) and "image" in features
-    if not known or not isinstance(features["image"], tfds.features.Image):
-        raise UserError(f"{builder.name!r} of tfds has no pictures named 'image'")
-    for name in _CAPTIONS:
-        if name in features:
-            return name
-    raise UserError(
-        f"{builder.name!r} of tfds has none of the features {', '.join(_CAPTIONS)}"
-    )
+    sha256 = sources.sha256_of([builder.info.full_name, split, count])
+    return Source(-(-count // size), read, count, [], sha256)
 
 
-def _example(name, image, captions, id) -> originals.Example | originals.Problem:
+def _example(id: int, name: str, image: bytes, captions) -> Example | Problem:
     # coco_captions: a sequence of {"id", "text"}.
     captions = captions["text"] if isinstance(captions, dict) else captions
     if not isinstance(captions, bytes):
-        captions = originals.choose([bytes(c) for c in captions], id) or b""
-    caption = decode_caption(captions)
-    if caption is None:
-        return originals.Problem(name, originals.NOT_UTF8)
-    if not caption:
-        return originals.Problem(name, originals.EMPTY_CAPTION)
-    return originals.Example(id, name, caption, lambda: image)
+        captions = sources.choose_caption([bytes(c) for c in captions], id)
+    return sources.make_example(id, name, captions, lambda: image)
+
+
+def info_files(manifest: Manifest, examples: list[int]) -> dict[str, str]:
+    """The files with which `tfds.builder_from_directory` reads a folder of records.
+
+    Args:
+      manifest: the manifest of the records.
+      examples: number of examples in each file, those without any included.
+
+    Returns:
+      text by file name.
+    """
+    width, dtype = manifest.text_dim, tf.bfloat16
+    if manifest.embedding_dtype == "int8":
+        width, dtype = embeddings.row_bytes(width, "int8"), tf.uint8
+    text = tfds.features.Tensor(shape=(None, width), dtype=dtype, encoding="bytes")
+    features = {
+        "id": np.int64,
+        "image": tfds.features.Image(),
+        "caption": tfds.features.Text(),
+        "text": text,
+        "side": np.int64,
+    }
+    sides = [int(side) for shard in manifest.shards for side in shard["sides"]]
+    metadata = tfds.core.MetadataDict(encoder=manifest.encoder, min_side=min(sides))
+    with tempfile.TemporaryDirectory() as folder:
+        info = tfds.core.DatasetInfo(
+            builder=tfds.core.dataset_info.DatasetIdentity(
+                name="imagen_records",
+                version=tfds.core.Version("1.0.0"),
+                data_dir=folder,
+                module_name="",
+            ),
+            description=(
+                "Captioned pictures with the embeddings of a frozen text encoder."
+            ),
+            features=tfds.features.FeaturesDict(features),
+            metadata=metadata,
+        )
+        info.set_file_format("tfrecord")
+        split = tfds.core.SplitInfo(
+            name="train",
+            shard_lengths=examples,
+            num_bytes=manifest.image_bytes + manifest.text_bytes,
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=folder,
+                dataset_name=info.name,
+                filetype_suffix="tfrecord",
+                template="records-{SHARD_INDEX}.{FILEFORMAT}",
+            ),
+        )
+        info.set_splits(tfds.core.splits.SplitDict([split]))
+        info.write_to_directory(folder)
+        files = sorted(pathlib.Path(folder).iterdir())
+        return {file.name: file.read_text("utf8") for file in files}

@@ -1,7 +1,8 @@
-"""Tars of pictures with captions, as img2dataset and webdataset write them.
+"""Tars of captioned images, as img2dataset and webdataset write them.
 
-KEY.jpg, KEY.png or KEY.webp stands by KEY.txt, or by KEY.json with a "caption"; the
-key is the path up to the first dot of its last part. One tar is one shard.
+KEY.jpg, KEY.png or KEY.webp stands beside KEY.txt, or beside KEY.json with a
+"caption"; the key is the path up to the first dot of its last part. One tar is one
+shard.
 """
 
 import io
@@ -11,16 +12,16 @@ import os
 import pathlib
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import sources as originals
-from imagen_jax.preparing.folder import decode_caption
+from imagen_jax.preparing import sources
+from imagen_jax.preparing.sources import Example, Problem, Source
 
-_PICTURES = {"bmp", "gif", "jpeg", "jpg", "png", "webp"}
+_IMAGES = {"bmp", "gif", "jpeg", "jpg", "png", "webp"}
 _TEXTS = {"txt", "json"}
-# Of what tarfile and the decompressors raise on damaged files. That a file cannot be
-# read is an OSError as well, but one with a number.
+# What tarfile and the decompressors raise on damaged files. A file that cannot be read
+# is an OSError as well, but one with a number.
 _CUT = (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error)
 
 
@@ -36,74 +37,61 @@ class _TarInfo(tarfile.TarInfo):
             raise
 
 
-def open_tars(pattern: str) -> originals.Originals:
+def open_tars(pattern: str) -> Source:
     """The examples of the tars that match `pattern`, in the order of their names.
 
-    What precedes the place where a tar is cut or damaged is used, the rest is one
-    `Problem`.
-
-    Raises:
-      UserError: when no file matches.
+    Of a tar that is cut or damaged, what precedes the damage is used and the rest is
+    one `Problem`.
     """
-    files = originals.files_of(pattern, "tar")
+    files = sources.matching_files(pattern, "tar")
 
-    def read(shard: int) -> Iterator[originals.Example | originals.Problem]:
-        # Interleaved: how many examples the other tars have is not known.
-        numbers = range(shard, 2**63, len(files))
-        return _read_tar(files[shard], numbers)
+    def read(shard: int) -> Iterator[Example | Problem]:
+        # Interleaved ids: how many examples the other tars have is not known.
+        return _read_tar(files[shard], iter(range(shard, 2**63, len(files))))
 
-    count, exact = _count(files)
-    sha256 = originals.sha256_of_files(files)
-    return originals.Originals(len(files), read, count, [], sha256, exact)
+    sha256 = sources.sha256_of((os.path.basename(f), os.path.getsize(f)) for f in files)
+    return Source(len(files), read, _count(files), [], sha256)
 
 
-def _count(files: list[str]) -> tuple[int | None, bool]:
-    """Examples of all tars, and whether that is exact.
+def _count(files: list[str]) -> int | None:
+    """The number of examples in all tars, or an estimate of it.
 
-    By the statistics beside them, ours or img2dataset's, else by the first tar's.
+    By the statistics beside them, img2dataset's or ours; else by the first tar.
     """
     total = 0
-    for file in files:
-        beside = pathlib.Path(file)
-        beside = beside.with_name(beside.stem + "_stats.json")
-        try:
-            stats = json.loads(beside.read_text())
-            total += stats["examples"] if "examples" in stats else stats["successes"]
-        except (OSError, ValueError, KeyError, TypeError):
-            break
-    else:
-        return total, True
     try:
-        # Not compressed: only headers are read.
+        for file in files:
+            stats = pathlib.Path(f"{os.path.splitext(file)[0]}_stats.json").read_bytes()
+            stats = json.loads(stats)
+            total += stats["examples"] if "examples" in stats else stats["successes"]
+        return total
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        # Without compression only the headers are read.
         with tarfile.open(files[0], "r:") as tar:
-            pictures = sum(_split(name)[1] in _PICTURES for name in tar.getnames())
+            images = sum(_split(name)[1] in _IMAGES for name in tar.getnames())
     except _CUT:
-        return None, False
+        return None
     sizes = [os.path.getsize(file) for file in files]
-    return round(pictures * sum(sizes) / sizes[0]) or None, False
+    return round(images * sum(sizes) / sizes[0]) or None
 
 
-def _read_tar(file, numbers) -> Iterator[originals.Example | originals.Problem]:
-    numbers = iter(numbers)
+def _read_tar(file: str, ids: Iterator[int]) -> Iterator[Example | Problem]:
     tar_name = pathlib.Path(file).name
-    group, of_group, yielded = "", {}, 0
-
-    def finished():
-        if of_group:
-            yield _example(f"{tar_name}/{group}", of_group, next(numbers))
-
+    key, members, count = "", {}, 0
     reason = "it does not end as a tar does: cut or damaged"
     try:
         with tarfile.open(file, "r|*", tarinfo=_TarInfo) as tar:
             for member in tar:
-                key, extension = _split(member.name)
-                if not member.isfile() or extension not in _PICTURES | _TEXTS:
+                member_key, extension = _split(member.name)
+                if not member.isfile() or extension not in _IMAGES | _TEXTS:
                     continue
-                if key != group:
-                    yielded += bool(of_group)
-                    yield from finished()
-                    group, of_group = key, {}
-                of_group[extension] = tar.extractfile(member).read()
+                if member_key != key and members:
+                    yield _example(f"{tar_name}/{key}", members, next(ids))
+                    members, count = {}, count + 1
+                key = member_key
+                members[extension] = tar.extractfile(member).read()
             is_whole = getattr(tar, "is_whole", False)
     except _CUT as error:
         if getattr(error, "errno", None):
@@ -112,63 +100,54 @@ def _read_tar(file, numbers) -> Iterator[originals.Example | originals.Problem]:
                 "again when it can"
             ) from None
         is_whole, reason = False, f"{type(error).__name__}: {error}"
-    # The group at a cut may lack members.
-    complete = bool(_TEXTS & of_group.keys() and _PICTURES & of_group.keys())
-    if is_whole or complete:
-        yielded += bool(of_group)
-        yield from finished()
+    # The last members before a cut may lack their image or their caption.
+    complete = bool(_TEXTS & members.keys() and _IMAGES & members.keys())
+    if members and (is_whole or complete):
+        yield _example(f"{tar_name}/{key}", members, next(ids))
+        count += 1
     if not is_whole:
-        yield originals.Problem(tar_name, f"{reason}; after {yielded} examples")
+        yield Problem(tar_name, f"{reason}; after {count} examples")
 
 
 def _split(name: str) -> tuple[str, str]:
-    folder, _, last = name.rpartition("/")
+    """The key and the extension of a member, which begins at the first dot."""
+    folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+    return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _example(name, members, number) -> originals.Example | originals.Problem:
-    kinds = sorted(_PICTURES & members.keys())
-    if not kinds:
-        return originals.Problem(name, "has a caption, but no picture")
-    caption = _caption(members)
-    if caption is None:
-        return originals.Problem(name, originals.NOT_UTF8)
-    if not caption:
-        known = _TEXTS & members.keys()
-        reason = originals.EMPTY_CAPTION if known else "has no .txt or .json beside it"
-        return originals.Problem(name, reason)
-    picture = members[kinds[0]]
-    return originals.Example(number, name, caption, lambda: picture)
-
-
-def _caption(members: dict[str, bytes]) -> str | None:
+def _example(name: str, members: dict[str, bytes], id: int) -> Example | Problem:
+    images = sorted(_IMAGES & members.keys())
+    if not images:
+        return Problem(name, "has a caption, but no picture")
     if "txt" in members:
-        return decode_caption(members["txt"])
-    if "json" not in members:
-        return ""
-    try:
-        values = json.loads(members["json"])
-    except UnicodeDecodeError:
-        return None
-    except ValueError:
-        return ""
-    caption = values.get("caption") if isinstance(values, dict) else ""
-    return caption.strip() if isinstance(caption, str) else ""
+        caption = members["txt"]
+    elif "json" in members:
+        try:
+            caption = json.loads(members["json"])["caption"]
+        except UnicodeDecodeError:
+            return Problem(name, sources.NOT_UTF8)
+        except (ValueError, KeyError, TypeError):
+            caption = ""
+    else:
+        return Problem(name, "has no .txt or .json beside it")
+    caption = caption if isinstance(caption, str | bytes) else ""
+    image = members[images[0]]
+    return sources.make_example(id, name, caption, lambda: image)
 
 
-def write_tar(path, rows) -> None:
+def write_tar(path: os.PathLike, rows: Iterable[tuple]) -> None:
     """Writes a tar that `open_tars` reads; equal rows make equal bytes.
 
-    Args:
-      path: of the file.
-      rows: (key, extension, picture's file, values of its JSON) of each example.
+    A row is (`Example`, `StoredImage`, ...).
     """
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-        for key, extension, picture, values in rows:
+        for example, image, *_ in rows:
+            kind = "png" if image.data.startswith(b"\x89PNG") else "jpg"
+            values = {"caption": example.caption, "name": example.name}
             text = json.dumps(values, ensure_ascii=False).encode()
-            for name, data in ((extension, picture), ("json", text)):
-                # As new: no owner, no time.
-                info = tarfile.TarInfo(f"{key}.{name}")
+            for extension, data in ((kind, image.data), ("json", text)):
+                # A new TarInfo has no owner and no time.
+                info = tarfile.TarInfo(f"{example.id:09d}.{extension}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))

@@ -20,7 +20,6 @@ from imagen_jax.diffusion.loss import (
 )
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
-from imagen_jax.training import stacks
 from imagen_jax.training.bad_updates import judge, select
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
@@ -41,10 +40,10 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Loss, gradient, update and average.
 
-    With numbers that `guard.judge` finds bad, parameters, average and optimizer stay
-    as they are, to the bit but for the sign of an average's zero, and only the step
-    goes on: the next one has other noise.
-    Once the budget is spent the step stands still, too.
+    When `bad_updates.judge` finds the numbers bad, parameters, average and optimizer
+    state stay as they are to the bit; only the step counts on, so that the next one
+    draws other noise. Once the budget of skipped updates is spent, the step counter
+    stands still as well.
 
     Args:
       state: before the step.
@@ -59,28 +58,22 @@ def train_step(
     check_batch(batch, batch_spec(cfg))
     noised, key_dropout = draw(state.step, batch, cfg)
     each, gradients = loss_and_gradients(state.params, noised, key_dropout, cfg)
-    norm = _norm()
-    loss, gradient_norm = each.mean(), norm(gradients)
+    loss, gradient_norm = each.mean(), optax.tree.norm(gradients)
     skip, guard = judge(state.guard, loss, gradient_norm, cfg.training)
 
-    decay = jnp.where(skip, 1, ema_decay(state.updates, cfg.optimizer.ema_decay))
-
-    def update(gradients, opt_state, params, ema):
-        updates, opt_state = make_optimizer(cfg.optimizer).update(
-            gradients, opt_state, params, gradient_norm=gradient_norm, skip=skip
-        )
-        # Selected once and going on from there, they stay in place.
-        params = select(skip, params, optax.apply_updates(params, updates))
-        return params, optax.incremental_update(params, ema, 1 - decay), opt_state
-
-    if _on_tpu():
-        update = stacks.in_stacks(update, state.params)
-    params, ema, opt_state = update(gradients, state.opt_state, state.params, state.ema)
+    optimizer = make_optimizer(cfg.optimizer)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
+    ema = optax.incremental_update(params, state.ema, 1 - decay)
+    params, ema, opt_state = select(
+        skip, (state.params, state.ema, state.opt_state), (params, ema, opt_state)
+    )
     metrics = {
         "loss": loss,
         "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),
         "gradient_norm": gradient_norm,
-        "parameter_norm": norm(params),
+        "parameter_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.updates)),
         "skipped": skip,
         "skipped_updates": guard.skipped,
@@ -96,23 +89,10 @@ def train_step(
     return state, metrics
 
 
-def _norm() -> Callable[[Any], jax.Array]:
-    if _on_tpu():
-        return stacks.norm
-    return optax.tree.norm
-
-
-def _on_tpu() -> bool:
-    # XLA's CPU compiler takes twice as long with stacks; no GPU was measured
-    # (benchmarks/README.md).
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "tpu"
-
-
 def draw(
     step: jax.Array, batch: Batch, cfg: StageConfig
 ) -> tuple[NoisedBatch, jax.Array | None]:
-    """All that is random in the step after `step`: the noise, and a key of dropout."""
+    """Everything random in the step after `step`: noised batch and dropout key."""
     key = jax.random.fold_in(jax.random.key(cfg.training.seed), step)
     key_noise, key_dropout = jax.random.split(key)
     noised = noise_batch(batch, key_noise, cfg)
@@ -122,7 +102,7 @@ def draw(
 def loss_and_gradients(
     params: Any, noised: NoisedBatch, key: jax.Array | None, cfg: StageConfig
 ) -> tuple[jax.Array, Any]:
-    """Each example's loss `[B]`, and the gradient of their mean."""
+    """Each example's loss `[B]`, and the gradient of their mean loss."""
 
     def mean_loss(params, noised, key):
         denoise = functools.partial(network.apply, cfg.model, params, dropout_key=key)
@@ -150,9 +130,9 @@ def loss_and_gradients(
 
 
 def deal(noised: NoisedBatch, parts: int) -> NoisedBatch:
-    """`[B, ...]` arrays as the `[parts, B / parts, ...]` of microbatches.
+    """Splits `[B, ...]` arrays into microbatches `[parts, B / parts, ...]`.
 
-    Each has every parts-th row, so that each device keeps the rows that it has.
+    A microbatch has every parts-th row, so that rows stay on the device they are on.
     """
     return jax.tree.map(
         lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), noised

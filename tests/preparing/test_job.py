@@ -1,5 +1,7 @@
 """Killed, divided and resumed jobs write the same bytes."""
 
+import contextlib
+import errno
 import io
 import json
 import os
@@ -17,7 +19,8 @@ from PIL import Image
 from imagen_jax import prepare
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import disk, job, webdataset
+from imagen_jax.preparing import job
+from tests import tars
 
 SHARDS, EACH = 7, 60
 OPTIONS = {"text_length": 8, "stored_size": 24, "embedding_dtype": "int8"}
@@ -31,21 +34,18 @@ def _picture(rng, i):
 
 
 @pytest.fixture(scope="module")
-def tars(tmp_path_factory):
+def source(tmp_path_factory):
     """Tars of pictures, some of which are broken, and one of which is cut."""
     folder = tmp_path_factory.mktemp("tars")
     rng = np.random.default_rng(0)
     for k in range(SHARDS):
-        rows = [
-            (
-                f"{i:04d}",
-                "jpg" if i % 2 else "png",
-                b"broken" if i % 13 == k else _picture(rng, i),
-                {"caption": f"the noise {i % 20} of {k % 2}"},
-            )
-            for i in range(EACH)
-        ]
-        webdataset.write_tar(folder / f"{k}.tar", rows)
+        members = []
+        for i in range(EACH):
+            image = b"broken" if i % 13 == k else _picture(rng, i)
+            caption = f"the noise {i % 20} of {k % 2}"
+            members.append((f"{i:04d}.{'jpg' if i % 2 else 'png'}", image))
+            members.append((f"{i:04d}.txt", caption.encode()))
+        tars.write(folder / f"{k}.tar", members)
     cut = folder / f"{SHARDS - 1}.tar"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     return f"webdataset:{folder}/*.tar"
@@ -61,17 +61,17 @@ def _files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tars, tmp_path_factory):
+def whole(source, tmp_path_factory):
     """What one process writes that nobody disturbs."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    _prepare(tars, output)
+    _prepare(source, output)
     return _files(output)
 
 
 STARTER = """
 import json, os, sys, time
 from imagen_jax import prepare
-from imagen_jax.data import captions
+from imagen_jax.preparing import captions
 from imagen_jax.data.start_tensorflow import start_tensorflow
 start_tensorflow()
 # Slow enough to be killed somewhere.
@@ -127,12 +127,12 @@ def starter():
 
 
 @pytest.mark.slow
-def test_killed_five_times_and_resumed(tars, whole, tmp_path, starter):
+def test_killed_five_times_and_resumed(source, whole, tmp_path, starter):
     output = tmp_path / "out"
     random.seed(0)
     times, kept = [], []
     for _ in range(5):
-        number = starter.start(tars, output)
+        number = starter.start(source, output)
         # Until it has come a little further than the last one: later it would be done.
         for _ in range(30_000):
             if len(list(output.glob("*.json"))) > len(times):
@@ -147,7 +147,7 @@ def test_killed_five_times_and_resumed(tars, whole, tmp_path, starter):
         with pytest.raises(UserError, match="half-written"):
             read_manifest(output)
     assert 0 < kept[-1] < SHARDS and kept == sorted(kept)
-    _prepare(tars, output)
+    _prepare(source, output)
     assert _files(output) == whole
     for name, when in times[-1].items():
         if name.endswith(".json"):
@@ -155,25 +155,25 @@ def test_killed_five_times_and_resumed(tars, whole, tmp_path, starter):
 
 
 @pytest.mark.slow
-def test_four_processes_at_once(tars, whole, tmp_path, starter):
+def test_four_processes_at_once(source, whole, tmp_path, starter):
     output = tmp_path / "out"
-    numbers = [starter.start(tars, output, index, 4) for index in range(4)]
+    numbers = [starter.start(source, output, index, 4) for index in range(4)]
     assert [starter.wait(number) for number in numbers] == [0] * 4
     assert _files(output) == whole
 
 
-def test_processes_one_after_the_other(tars, whole, tmp_path):
+def test_processes_one_after_the_other(source, whole, tmp_path):
     """In any order; the last one writes the manifest."""
     output = tmp_path / "out"
     for index in (2, 0, 1):
         assert not (output / "manifest.json").exists()
-        done = _prepare(tars, output, process_index=index, process_count=3)
+        done = _prepare(source, output, process_index=index, process_count=3)
         assert (done is None) == (index != 1)
     assert _files(output) == whole
     # Another number of processes continues what these have begun.
     other = tmp_path / "other"
-    _prepare(tars, other, process_index=1, process_count=2)
-    assert _prepare(tars, other).examples == done.examples
+    _prepare(source, other, process_index=1, process_count=2)
+    assert _prepare(source, other).examples == done.examples
     assert _files(other) == whole
 
 
@@ -192,47 +192,29 @@ def test_the_quarantine_names_everything(whole):
     assert manifest["examples"] == sum(s["examples"] for s in manifest["shards"])
 
 
-def test_a_full_disk(tars, whole, tmp_path, monkeypatch):
+def test_a_full_disk(source, whole, tmp_path, monkeypatch):
     """/dev/full takes a file and says that there is no room, as a full disk does."""
     output = tmp_path / "out"
-    appearing = disk.appearing
+    appearing = job.appearing
 
-    def full_from_the_third(path):
-        partial = appearing(path)
-        if path.name == "records-00002.tfrecord":
-            enter = partial.__enter__
+    @contextlib.contextmanager
+    def full_at_the_third(path):
+        with appearing(path) as partial:
+            if path.name == "records-00002.tfrecord":
+                partial.symlink_to("/dev/full")
+            yield partial
 
-            def to_the_full_device():
-                name = enter()
-                name.symlink_to("/dev/full")
-                return name
-
-            partial.__enter__ = to_the_full_device
-            return _With(partial, to_the_full_device)
-        return partial
-
-    monkeypatch.setattr(disk, "appearing", full_from_the_third)
+    monkeypatch.setattr(job, "appearing", full_at_the_third)
     with pytest.raises(UserError, match="disk of .*out' is full: make room and start"):
-        _prepare(tars, output)
+        _prepare(source, output)
     monkeypatch.undo()
     names = sorted(path.name for path in output.iterdir())
     shards = [
         f"records-0000{k}.{kind}" for k in (0, 1) for kind in ("json", "tfrecord")
     ]
     assert names == ["prepare.json", *shards]
-    _prepare(tars, output)
+    _prepare(source, output)
     assert _files(output) == whole
-
-
-class _With:
-    def __init__(self, manager, enter):
-        self._manager, self._enter = manager, enter
-
-    def __enter__(self):
-        return self._enter()
-
-    def __exit__(self, *error):
-        return self._manager.__exit__(*error)
 
 
 def test_a_full_disk_for_small_files(tmp_path, monkeypatch):
@@ -247,31 +229,31 @@ def test_a_full_disk_for_small_files(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("out/*")) and not (tmp_path / "out.npz").exists()
 
 
-def test_another_job_is_refused(tars, tmp_path):
+def test_another_job_is_refused(source, tmp_path):
     output = tmp_path / "out"
-    _prepare(tars, output, process_index=0, process_count=2)
+    _prepare(source, output, process_index=0, process_count=2)
     with pytest.raises(UserError, match="prepared with embedding_dtype 'int8', not"):
-        _prepare(tars, output, embedding_dtype="bfloat16")
+        _prepare(source, output, embedding_dtype="bfloat16")
     with pytest.raises(UserError, match="prepared with stored_size 24, not 0"):
-        _prepare(tars, output, stored_size=0)
+        _prepare(source, output, stored_size=0)
 
 
-def test_a_shard_whose_file_is_gone_is_written_again(tars, whole, tmp_path):
+def test_a_shard_whose_file_is_gone_is_written_again(source, whole, tmp_path):
     output = tmp_path / "out"
-    _prepare(tars, output, process_index=0, process_count=2)
+    _prepare(source, output, process_index=0, process_count=2)
     (output / "records-00002.tfrecord").unlink()
-    _prepare(tars, output)
+    _prepare(source, output)
     assert _files(output) == whole
     # Also of a job that was finished.
     (output / "records-00003.tfrecord").unlink()
-    _prepare(tars, output)
+    _prepare(source, output)
     assert _files(output) == whole
 
 
-def test_pictures_without_embeddings(tars, whole, tmp_path):
+def test_pictures_without_embeddings(source, whole, tmp_path):
     """Their tars, embedded later, are the records of the direct way but for names."""
     pictures, records = tmp_path / "pictures", tmp_path / "records"
-    first = _prepare(tars, pictures, encoder="none")
+    first = _prepare(source, pictures, encoder="none")
     assert (first.encoder, first.text_bytes) == ("none", 0)
     with pytest.raises(UserError, match="has pictures without embeddings"):
         read_manifest(pictures)
@@ -309,8 +291,51 @@ def _rows(folder):
 def test_too_many_bad_examples_stop_it_early(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "_LEAST_EXAMPLES", 10)
     for k in range(4):
-        rows = [(f"{i}", "jpg", b"broken", {"caption": "x"}) for i in range(6)]
-        webdataset.write_tar(tmp_path / f"{k}.tar", rows)
+        members = [(f"{i}.{e}", b"x") for i in range(6) for e in ("jpg", "txt")]
+        tars.write(tmp_path / f"{k}.tar", members)
     with pytest.raises(UserError, match="6 of 6 examples .*first '0.tar/0': it is no"):
         _prepare(f"webdataset:{tmp_path}/*.tar", tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.tfrecord"))) == 1
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path):
+    path = tmp_path / "a"
+    with job.appearing(path) as partial:
+        partial.write_text("half")
+        assert not path.exists() and partial.suffix == ".tmp"
+        partial.write_text("whole")
+    assert path.read_text() == "whole" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_leaves_nothing(tmp_path):
+    job.write_text(tmp_path / "a", "old")
+    with pytest.raises(KeyboardInterrupt):
+        with job.appearing(tmp_path / "a") as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_two_processes_write_the_same_file(tmp_path):
+    """One takes the other's for left over, once its own has appeared."""
+    path = tmp_path / "a"
+    with job.appearing(path) as slow:
+        slow.write_text("same")
+        job.write_text(path, "same")
+        slow.unlink()
+    assert path.read_text() == "same"
+    with pytest.raises(FileNotFoundError):
+        with job.appearing(tmp_path / "b") as lost:
+            lost.write_text("x")
+            lost.unlink()
+
+
+def test_a_full_disk_is_said(tmp_path):
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(UserError, match="is full: make room and start the same"):
+            with job.appearing(tmp_path / "a"):
+                raise OSError(number, "no room")
+    with pytest.raises(PermissionError):
+        with job.appearing(tmp_path / "a"):
+            raise PermissionError(errno.EACCES, "no")

@@ -1,9 +1,14 @@
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import sources as originals
+from imagen_jax.preparing import sources
+from imagen_jax.preparing.images import Rules
+from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.sources import Example, Problem
 
 
 def _folder(root, count):
@@ -23,9 +28,9 @@ def _captions(opened):
 def test_shards_divide_a_source(tmp_path, size):
     """Read alone, in any order or again, a shard is the same."""
     for source in (_folder(tmp_path, 7), "shapes:7"):
-        opened = originals.open_originals(source, 8, 0, size)
+        opened = open_source(source, 8, 0, size)
         assert (opened.count, opened.shards) == (7, -(-7 // size))
-        whole = _captions(originals.open_originals(source, 8, 0, 100))
+        whole = _captions(open_source(source, 8, 0, 100))
         assert _captions(opened) == whole
         last = opened.shards - 1
         for _ in range(2):
@@ -35,7 +40,7 @@ def test_shards_divide_a_source(tmp_path, size):
 
 def test_a_folder_is_shuffled_by_the_seed(tmp_path):
     source = _folder(tmp_path, 30)
-    orders = [_captions(originals.open_originals(source, 8, s, 9)) for s in (0, 0, 1)]
+    orders = [_captions(open_source(source, 8, s, 9)) for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     in_order = [f"grey {i}" for i in range(30)]
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(in_order)
@@ -44,7 +49,7 @@ def test_a_folder_is_shuffled_by_the_seed(tmp_path):
 
 def test_the_sum_is_of_captions_and_lengths(tmp_path):
     def of():
-        return originals.open_originals(f"folder:{tmp_path}", 8, 0, 9).sha256
+        return open_source(f"folder:{tmp_path}", 8, 0, 9).sha256
 
     _folder(tmp_path, 3)
     sums = [of(), of()]
@@ -56,11 +61,43 @@ def test_the_sum_is_of_captions_and_lengths(tmp_path):
 
 
 def test_of_several_captions_each_place_is_taken_equally_often():
-    taken = [originals.choose(["a", "b", "c"], number) for number in range(6)]
+    taken = [sources.choose_caption(["a", "b", "c"], number) for number in range(6)]
     assert taken == ["a", "b", "c", "a", "b", "c"]
-    assert originals.choose([], 3) == ""
+    assert sources.choose_caption([], 3) == ""
 
 
 def test_no_files(tmp_path):
     with pytest.raises(UserError, match=r"no tar matches '.*\*.tar' .quote it"):
-        originals.files_of(str(tmp_path / "*.tar"), "tar")
+        sources.matching_files(str(tmp_path / "*.tar"), "tar")
+
+
+def test_order_and_problems_are_kept():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+
+    def read(i):
+        if i == 7:
+            raise OSError(5, "Input/output error")
+        return file.getvalue() if i % 3 else b""
+
+    items = [Example(i, f"{i}", "x", lambda i=i: read(i)) for i in range(200)]
+    items[50] = Problem("50", "why")
+    done = list(sources.verify_images(iter(items), Rules()))
+    names = [x.name if isinstance(x, Problem) else x[0].name for x in done]
+    assert names == [f"{i}" for i in range(200)]
+    for i, item in enumerate(done):
+        assert isinstance(item, Problem) == (not i % 3 or i in (7, 50)), i
+    assert done[7].reason == "cannot be read: Input/output error"
+    assert done[50].reason == "why"
+
+
+def test_sources_are_not_read_far_ahead():
+    taken = []
+
+    def items():
+        for i in range(1000):
+            taken.append(i)
+            yield Problem(f"{i}", "")
+
+    next(sources.verify_images(items(), Rules()))
+    assert len(taken) < 100
