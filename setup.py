@@ -17,6 +17,7 @@ setup(
     description="Train and sample Imagen cascades with JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["imagen-jax = imagen_jax.cli:main"]},
     packages=find_packages(include=["imagen_jax", "imagen_jax.*"]),
     install_requires=[
         "absl-py>=2.1",
@@ -32,6 +33,7 @@ setup(
         "pyarrow>=25.0",
         # Reads the weights of text encoders; imported when used.
         "safetensors>=0.8",
+        "scipy>=1.14",
         "sentencepiece>=0.2.3",
         "tensorboardX>=2.6",
         "tensorstore>=0.1.86",

@@ -62,19 +62,19 @@ def on_tpu(size):
     """What a chip of a v4-8 holds while it embeds its share of 64 captions."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), slice_devices("v4-8"))
     config = SIZES[size]
-    shardings = sharding.state_shardings(t5_weights._first_layer(config), mesh)
+    shardings = sharding.state_shardings(t5_weights.abstract_first_layer(config), mesh)
     params = {
         tensor.path: jax.ShapeDtypeStruct(
             tensor.shape,
             jnp.float32 if tensor.exact else jnp.bfloat16,
-            sharding=shardings[tensor.first],
+            sharding=shardings[t5_weights.in_first_layer(tensor.path)],
         )
         for tensor in t5_weights.tensors(config, "safetensors")
     }
     rows = sharding.batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct((64, 128), jnp.int32, sharding=rows)
     mask = jax.ShapeDtypeStruct((64, 128), jnp.bool_, sharding=rows)
-    run = sharding.on_mesh(functools.partial(t5_encoder._ours, config), mesh)
+    run = sharding.on_mesh(functools.partial(t5_encoder.run_t5, config), mesh)
     params = traverse_util.unflatten_dict(params, sep=".")
     memory = jax.jit(run).lower(params, ids, mask).compile().memory_analysis()
     print(

@@ -1,30 +1,58 @@
 """What all doors share: flags in, one clear line and an exit status out."""
 
 import json
+import os
 import pathlib
 import re
 import resource
+import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 
-from imagen_jax.errors import PeerLost, Stopped, UserError
+from imagen_jax.errors import PeerLost, Stopped, UserError, did_you_mean
+
+DOORS = ("prepare", "train", "sample", "export", "goodput", "plan", "benchmark", "demo")
+
+
+def main() -> None:
+    """Runs `imagen-jax DOOR ...`, the same as `python -m imagen_jax.DOOR ...`."""
+    door = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if door in ("--help", "-h"):
+        print(f"usage: imagen-jax {'|'.join(DOORS)} --help")
+    elif door in DOORS:
+        # As -m does: the configs of a clone are imported from its root.
+        sys.path.insert(0, os.getcwd())
+        sys.argv = sys.argv[1:]
+        runpy.run_module(f"imagen_jax.{door}", run_name="__main__", alter_sys=True)
+    else:
+        near = did_you_mean(door, DOORS)
+        _exit(2, f"there is no {door!r}{near}; there is: {', '.join(DOORS)}")
 
 
 def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Parses the flags of `argv` (default: the command line) and runs `main`.
 
-    A door defines its flags just before it calls this, not when it is imported: so
-    doors can import each other.
+    A door defines its flags just before it calls this, not when it is imported, so
+    that others can import it.
 
-    Exits with 0 when done, 1 after a `UserError` (printed as one line), 2 for flags
-    that are wrong, 3 when stopped by a signal, 4 after a `PeerLost`.
+    Exits with 0 when done, 1 after a `UserError` (printed as one line), 2 for wrong
+    flags, 3 when stopped by a signal, 4 after a `PeerLost`.
     """
     argv = list(sys.argv if argv is None else argv)
+    if "compilation_cache" not in flags.FLAGS:
+        flags.DEFINE_bool(
+            "compilation_cache",
+            True,
+            "keep compiled programs on disk (JAX_COMPILATION_CACHE_DIR, ~/.cache)",
+            flag_values=flags.FLAGS,
+            module_name=argv[0],  # for --help
+        )
     if {"--help", "-help", "-h", "--helpfull", "-?"} & set(argv[1:]):
-        _print_help()
+        print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
+        print(flags.FLAGS.main_module_help())
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)[1:]
@@ -36,15 +64,18 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     if rest:
         _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
     try:
+        # Doors that do not compile need not import JAX for it.
+        if flags.FLAGS.compilation_cache and "jax" in sys.modules:
+            from imagen_jax.compilation import use_compilation_cache
+
+            use_compilation_cache()
         main()
     except UserError as error:
         _exit(1, str(error))
-    except Stopped as stopped:
-        _exit(3, str(stopped))
+    except (Stopped, KeyboardInterrupt) as stopped:
+        _exit(3, str(stopped) or "interrupted")
     except PeerLost as lost:
         _exit(4, str(lost))
-    except KeyboardInterrupt:
-        _exit(3, "interrupted")
     sys.exit(0)
 
 
@@ -52,7 +83,7 @@ def config_values() -> dict[str, Any]:
     """The values of --config, overrides included.
 
     Raises:
-      UserError: when its file is not there.
+      UserError: when its file does not exist.
     """
     try:
         return flags.FLAGS.config.to_dict()
@@ -69,7 +100,7 @@ def check_json(path: str | None) -> None:
 
 
 def write_json(path: str | None, report: Mapping[str, Any]) -> None:
-    """Writes what --json is to get, if it was given."""
+    """Writes `report` to the `path` of --json, if it was given."""
     if path:
         pathlib.Path(path).write_text(json.dumps(report, indent=2) + "\n")
 
@@ -79,16 +110,10 @@ def peak_memory_gib() -> float:
     status = pathlib.Path("/proc/self/status")
     if status.exists():
         # getrusage would count what the process held that started this one.
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) / 2**20
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # macOS counts in bytes.
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
-
-
-def _print_help() -> None:
-    print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
-    print(flags.FLAGS.main_module_help())
 
 
 def _brief(error: flags.Error) -> str:
@@ -101,7 +126,7 @@ def _brief(error: flags.Error) -> str:
 
 
 def _unknown_key(message: str, argv: Sequence[str]) -> str:
-    """Names the override that a config has no key for, and the nearest right key."""
+    """Names the override whose key the config lacks, and the nearest right key."""
     quoted = re.findall(r"'(\w+)", message)
     key = quoted[0] if quoted else ""
     overrides = [a.split("=")[0] for a in argv if "." in a.split("=")[0]]

@@ -1,6 +1,7 @@
 """How programs are compiled on each platform."""
 
 import functools
+import os
 
 import jax
 import numpy as np
@@ -58,3 +59,17 @@ def _accepted(options: tuple[tuple[str, str | float], ...], device: jax.Device) 
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the next process need not compile.
+
+    In JAX_COMPILATION_CACHE_DIR if that is set, else in imagen-jax/jax of
+    XDG_CACHE_HOME or ~/.cache.
+    """
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    jax.config.update(
+        "jax_compilation_cache_dir", os.path.join(cache, "imagen-jax", "jax")
+    )

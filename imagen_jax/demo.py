@@ -8,36 +8,48 @@ writes index.html, samples.png and report.json.
 """
 
 import dataclasses
+import html
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
 
-from imagen_jax import cli, page
-from imagen_jax import images as pictures
+from imagen_jax import cli, images
 from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
 from imagen_jax.api.run import resolve, train_stage
+from imagen_jax.api.samples import write
 from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.errors import UserError
 from imagen_jax.prepare import prepare
-from imagen_jax.sample import write
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes.judge import Verdict, judge
 from imagen_jax.sharding import make_mesh
 
-# What configs/tiny.py trains in about this time on two CPU cores.
+# Training configs/tiny.py takes about this long on two CPU cores.
 _SECONDS = 400
 _EXAMPLES = 20_000
 _LEAST_EXAMPLES = 1_000
 _JUDGED = 64
+_STAGES = ("base", "sr")
+_ASPECTS = [field.name for field in dataclasses.fields(Verdict)]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto;
+  padding: 0 1em; } pre { background: #fafafa; padding: 1em; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, 112px);
+  gap: 14px 10px; } figure { margin: 0; font-size: 12px; line-height: 1.3; }
+img { width: 112px; image-rendering: pixelated; border: 1px solid #ddd; }
+.wrong { color: #b00020; } svg { background: #fafafa; margin-right: 2em; }
+"""
 
 
-def _stage_config(name: str, share: float, records: pathlib.Path) -> StageConfig:
-    """A stage of configs/tiny.py with its training scaled to `share`."""
+def _stage_config(name: str, scale: float, records: pathlib.Path) -> StageConfig:
+    """A stage of configs/tiny.py with `scale` times its training steps."""
     try:
         from configs import tiny
     except ModuleNotFoundError:
@@ -46,7 +58,7 @@ def _stage_config(name: str, share: float, records: pathlib.Path) -> StageConfig
         ) from None
     config = tiny.get_config(name)
     config.data.records = str(records)
-    steps = max(10, round(config.training.steps * share))
+    steps = max(10, round(config.training.steps * scale))
     config.training.update(
         steps=steps, sample_every_steps=0, checkpoint_every_steps=steps
     )
@@ -62,16 +74,15 @@ def _kind(scene: shapes.Scene) -> str:
 
 
 def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The number of pictures, and the share that is right in each respect."""
-    names = [field.name for field in dataclasses.fields(Verdict)]
+    """The number of pictures, and the fraction that is right in each aspect."""
     return {"judged_pictures": len(verdicts)} | {
         f"{name}_accuracy": float(np.mean([getattr(v, name) for v in verdicts]))
-        for name in names
+        for name in _ASPECTS
     }
 
 
-def demo(output: str, seconds: float) -> dict:
-    """Runs the whole cascade in `output`; returns the report.
+def demo(output: str, seconds: float) -> dict[str, Any]:
+    """Trains, samples and judges the whole cascade in `output`; returns the report.
 
     Args:
       output: a folder; what an earlier demo left there is replaced.
@@ -92,74 +103,127 @@ def demo(output: str, seconds: float) -> dict:
     marker.write_text("This folder is replaced by the next demo.\n")
 
     records = folder / "records"
-    share = seconds / _SECONDS
+    scale = seconds / _SECONDS
     # A shorter training sees each picture as often.
-    count = max(_LEAST_EXAMPLES, round(min(1.0, share) * _EXAMPLES))
+    count = max(_LEAST_EXAMPLES, round(min(1.0, scale) * _EXAMPLES))
     prepare(f"shapes:{count}", str(records), text_length=16, image_size=32)
-    workdirs = [str(folder / name) for name in ("base", "sr")]
-    for workdir, name in zip(workdirs, ("base", "sr"), strict=True):
-        train_stage(_stage_config(name, share, records), workdir)
+    for name in _STAGES:
+        train_stage(_stage_config(name, scale, records), str(folder / name))
 
     mesh = make_mesh(MeshConfig())
-    trained = open_stages(workdirs)
+    trained = open_stages([str(folder / name) for name in _STAGES])
     scenes = list(shapes.heldout(_JUDGED, seed=1))
     prompts = [shapes.caption(scene) for scene in scenes]
     seeds = np.arange(_JUDGED)
-    own = [one.cfg.sampler.guidance for one in trained]
-    results = {}
-    for label, weights in (("guidance off", [1.0]), ("guidance on", own)):
-        made, _ = sample_prompts(
+    guidance = [one.cfg.sampler.guidance for one in trained]
+    accuracy = {}
+    for label, weights in (("guidance off", [1.0]), ("guidance on", guidance)):
+        samples, _ = sample_prompts(
             with_sampler(trained, guidance=weights), prompts, seeds, mesh
         )
-        verdicts = [judge(p, c) for p, c in zip(made[-1], prompts, strict=True)]
-        results[label] = summarise(verdicts)
-    overall = results["guidance on"]
-    for kind in dict.fromkeys(map(_kind, scenes)):
-        of_kind = [
-            v for v, scene in zip(verdicts, scenes, strict=True) if _kind(scene) == kind
-        ]
-        results[f"of these, {kind}"] = summarise(of_kind)
+        verdicts = [judge(p, c) for p, c in zip(samples[-1], prompts, strict=True)]
+        accuracy[label] = summarise(verdicts)
+    kinds = [_kind(scene) for scene in scenes]
+    for kind in dict.fromkeys(kinds):
+        same = [v for v, k in zip(verdicts, kinds, strict=True) if k == kind]
+        accuracy[f"of these, {kind}"] = summarise(same)
 
-    write(str(folder / "samples"), trained, prompts, seeds, made)
-    pictures.save(
-        folder / "samples.png",
-        pictures.grid(pictures.enlarge(made[-1], 96), 8, prompts),
-    )
+    write(str(folder / "samples"), trained, prompts, seeds, samples)
+    sheet = images.grid(images.enlarge(samples[-1], 96), 8, prompts)
+    images.save(folder / "samples.png", sheet)
     report = {
         "seconds": time.perf_counter() - started,
         "peak_memory_gib": cli.peak_memory_gib(),
-        **overall,
-        "accuracy": results,
-        "guidance": dict(zip(("base", "sr"), own, strict=True)),
+        **accuracy["guidance on"],
+        "accuracy": accuracy,
+        "guidance": dict(zip(_STAGES, guidance, strict=True)),
         "training_steps": {t.cfg.name: t.step for t in trained},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    curves = {
-        t.cfg.name: page.read_curve(pathlib.Path(t.workdir) / "metrics.jsonl")
-        for t in trained
-    }
-    (folder / "index.html").write_text(
-        page.render(report, prompts, verdicts, curves), "utf8"
-    )
+    curves = {name: read_curve(folder / name / "metrics.jsonl") for name in _STAGES}
+    (folder / "index.html").write_text(page(report, prompts, verdicts, curves), "utf8")
     return report
 
 
-def table(report: dict) -> str:
+def table(report: Mapping[str, Any]) -> str:
     """The report's accuracies as lines of text."""
-    names = [field.name for field in dataclasses.fields(Verdict)]
-    head = ("pictures", *names)
+    head = ("pictures", *_ASPECTS)
     lines = ["held-out captions".ljust(30) + "".join(n.rjust(10) for n in head)]
     for label, row in report["accuracy"].items():
-        cells = (f"{row[f'{name}_accuracy']:.0%}".rjust(10) for name in names)
+        cells = (f"{row[f'{name}_accuracy']:.0%}".rjust(10) for name in _ASPECTS)
         count = str(row["judged_pictures"]).rjust(10)
         lines.append(label.ljust(30) + count + "".join(cells))
     return "\n".join(lines)
 
 
+def read_curve(path: pathlib.Path) -> list[tuple[int, float]]:
+    """`(step, loss)` of every line of a metrics.jsonl."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def page(
+    report: Mapping[str, Any],
+    prompts: Sequence[str],
+    verdicts: Sequence[Verdict],
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+) -> str:
+    """The demo's HTML page; its pictures are samples/NNNN.png beside it.
+
+    Args:
+      report: what `demo` returns.
+      prompts: the captions, one per picture.
+      verdicts: the judge's, with guidance on.
+      curves: `(step, loss)` points of each stage.
+    """
+    steps = ", ".join(f"{k} {v} steps" for k, v in report["training_steps"].items())
+    guidance = ", ".join(f"{w:g} for {k}" for k, w in report["guidance"].items())
+    figures = ""
+    for i, (prompt, verdict) in enumerate(zip(prompts, verdicts, strict=True)):
+        wrong = [k for k, right in dataclasses.asdict(verdict).items() if not right]
+        figures += (
+            f'<figure><img src="samples/{i:04d}.png" alt="">{html.escape(prompt)}'
+            f'<div class="wrong">{", ".join(wrong)}</div></figure>\n'
+        )
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>imagen-jax demo</title>
+<style>{_STYLE}</style>
+<h1>imagen-jax demo</h1>
+<p>A base stage (text to 16 pixels) and a super-resolution stage (16 to 32 pixels),
+trained just now ({steps}) on drawn scenes and sampled with captions whose combinations
+of colour and shape were never trained on. {report["seconds"]:.0f} seconds in all, at
+most {report["peak_memory_gib"]:.1f} GiB of memory.</p>
+<h2>Judged by a program that looks only at the picture and the caption</h2>
+<pre>{table(report)}</pre>
+<h2>Pictures</h2>
+<p>With guidance (w = {guidance}). What the judge finds wrong is in red.</p>
+<div class="pictures">
+{figures}</div>
+<h2>Loss</h2>
+{"".join(_curve(name, points) for name, points in curves.items())}
+</html>
+"""
+
+
+def _curve(name: str, points: Sequence[tuple[int, float]]) -> str:
+    """An SVG of a loss over steps; the loss axis starts at 0, at the bottom."""
+    last, top = max(step for step, _ in points), max(loss for _, loss in points)
+    line = " ".join(
+        f"{s / last * 400:.1f},{200 - y / top * 190:.1f}" for s, y in points
+    )
+    return (
+        f'<svg width="400" height="225" font-size="12"><polyline points="{line}" '
+        'fill="none" stroke="#0b57d0"/><path d="M0 200H400" stroke="#888"/>'
+        f'<text y="218">{name}: 0 to {top:.2f}, {last} steps</text></svg>\n'
+    )
+
+
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
-    flags.DEFINE_string("output", None, "folder for everything that it makes")
-    flags.DEFINE_float("seconds", _SECONDS, "of training, about, on two CPU cores")
+    flags.DEFINE_string("output", None, "folder for everything the demo writes")
+    flags.DEFINE_float(
+        "seconds", _SECONDS, "how long to train, about, on two CPU cores"
+    )
     flags.mark_flags_as_required(["output"])
 
 

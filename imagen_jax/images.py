@@ -1,4 +1,4 @@
-"""Grids of pictures, with captions, as PNG."""
+"""Grids of captioned pictures, and PNG files."""
 
 import io
 from collections.abc import Sequence
@@ -8,30 +8,30 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 
-def enlarge(pictures: np.ndarray, size: int) -> np.ndarray:
+def enlarge(images: np.ndarray, size: int) -> np.ndarray:
     """`[N, h, w, 3]` to `[N, size, size, 3]` by repeating pixels; `size` a multiple."""
-    times = size // pictures.shape[1]
-    return pictures.repeat(times, axis=1).repeat(times, axis=2)
+    times = size // images.shape[1]
+    return images.repeat(times, axis=1).repeat(times, axis=2)
 
 
 def grid(
-    pictures: np.ndarray,
+    images: np.ndarray,
     columns: int,
     captions: Sequence[str] = (),
     gap: int = 4,
 ) -> np.ndarray:
-    """Lays `[N, H, W, 3]` uint8 pictures out row by row on white.
+    """Lays images out row by row on white.
 
     Args:
-      pictures: all of one size.
-      columns: pictures per row.
-      captions: one under each picture, wrapped to its width; or none at all.
-      gap: white pixels around each picture.
+      images: `[N, H, W, 3]` uint8.
+      columns: images per row.
+      captions: one under each image, wrapped to its width; or none at all.
+      gap: white pixels around each image.
 
     Returns:
       `[H', W', 3]` uint8.
     """
-    count, height, width, _ = pictures.shape
+    count, height, width, _ = images.shape
     font = ImageFont.load_default(size=11)
     texts = [_wrap(text, width, font) for text in captions]
     lines = max((text.count("\n") + 1 for text in texts), default=0)
@@ -40,9 +40,9 @@ def grid(
     cell_w, cell_h = width + gap, height + label + gap
     sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(images):
         x, y = gap + i % columns * cell_w, gap + i // columns * cell_h
-        sheet.paste(Image.fromarray(picture), (x, y))
+        sheet.paste(Image.fromarray(image), (x, y))
         if texts:
             draw.text((x, y + height), texts[i], "black", font, spacing=1)
     return np.asarray(sheet)
@@ -59,8 +59,8 @@ def _wrap(text: str, width: int, font) -> str:
     return "\n".join([*lines, line])
 
 
-def save(path, picture: np.ndarray) -> None:
+def save(path, image: np.ndarray) -> None:
     """Writes `[H, W, 3]` uint8 as the PNG `path`, local or gs://."""
     png = io.BytesIO()
-    Image.fromarray(picture).save(png, "PNG")
+    Image.fromarray(image).save(png, "PNG")
     epath.Path(path).write_bytes(png.getvalue())

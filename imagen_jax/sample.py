@@ -6,106 +6,38 @@ python -m imagen_jax.sample --stage=BASE_WORKDIR --stage=SR_WORKDIR \
 
 Writes one PNG per prompt (and those of the stages before the last), grid.png, and
 samples.json, which holds all that is needed to make each picture again. Several values
-of guidance or augmentation make every combination, and one labelled sheet per prompt.
+of guidance or augmentation make every combination, and a labelled sheet per prompt.
 """
 
-import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from absl import flags
 from PIL import Image
 
 from imagen_jax import cli
-from imagen_jax import images as pictures
 from imagen_jax.api.cascade import Trained, open_stages, sample_prompts, with_sampler
-from imagen_jax.api.sweep import Cell, all_cells, parse
+from imagen_jax.api.samples import write, write_sheet
+from imagen_jax.api.sweep import all_cells, parse
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
 
 
-def write(
-    output: str,
-    trained: Sequence[Trained],
-    prompts: Sequence[str],
-    seeds: np.ndarray,
-    made: Sequence[np.ndarray],
-    cells: Sequence[Cell] = (),
-    lowres: Sequence[str] = (),
-) -> None:
-    """Writes what `sample_prompts` made.
-
-    NNNN.png of the last stage, NNNN_SIZEpx.png of earlier ones, samples.json, grid.png
-    and, of several cells, sheet_NNNN.png of each prompt. `lowres` are the files that
-    the first stage started from: none, one, or one per prompt.
-    """
-    folder = pathlib.Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    cells = cells or all_cells([one.cfg for one in trained])
-    records = []
-    for i in range(len(made[-1])):
-        prompt, cell = i // len(cells), cells[i % len(cells)]
-        names = [f"{i:04d}_{p.shape[1]}px.png" for p in made[:-1]] + [f"{i:04d}.png"]
-        for name, stage_pictures in zip(names, made, strict=True):
-            pictures.save(folder / name, stage_pictures[i])
-        record = {
-            "file": names[-1],
-            "prompt": prompts[prompt],
-            "seed": int(seeds[prompt]),
-            "earlier_stages": names[:-1],
-            "guidance": cell.guidance,
-            "aug_level": cell.aug_level,
-        }
-        if lowres:
-            record["lowres"] = lowres[prompt % len(lowres)]
-        records.append(record)
-    if len(cells) > 1:
-        columns = len({cell.guidance for cell in cells})
-        for prompt in range(len(prompts)):
-            own = made[-1][prompt * len(cells) : (prompt + 1) * len(cells)]
-            labels = [cell.label for cell in cells]
-            _sheet(folder / f"sheet_{prompt:04d}.png", own, columns, labels)
-    captions = [record["prompt"] for record in records]
-    _sheet(folder / "grid.png", made[-1], min(8, len(captions)), captions)
-    description = {
-        "pictures": records,
-        "stages": [
-            {
-                "workdir": one.workdir,
-                "checkpoint_step": one.step,
-                "config": dataclasses.asdict(one.cfg),
-            }
-            for one in trained
-        ],
-        "versions": {"jax": jax.__version__},
-        "devices": [str(device) for device in jax.devices()],
-    }
-    (folder / "samples.json").write_text(json.dumps(description, indent=1) + "\n")
-
-
-def _sheet(path, shown: np.ndarray, columns: int, captions: Sequence[str]) -> None:
-    side = shown.shape[1]
-    shown = pictures.enlarge(shown, side * max(1, 96 // side))
-    pictures.save(path, pictures.grid(shown, columns, captions))
-
-
 def read_lowres(paths: Sequence[str], size: int, count: int) -> np.ndarray:
-    """Existing pictures for a cascade that starts with a super-resolution stage.
+    """The pictures that a super-resolution stage starts from.
 
     Args:
-      paths: picture files; one serves all prompts.
-      size: pixels of a side that the stage takes.
-      count: of the prompts.
+      paths: one picture file per prompt, or one for all.
+      size: side in pixels that the stage takes.
+      count: number of prompts.
 
     Returns:
       `[count, size, size, 3]` uint8.
 
     Raises:
-      UserError: for a file that is no picture of that size, or another number of them.
+      UserError: for another number of files, or no picture of that size.
     """
     if len(paths) not in (1, count):
         raise UserError(
@@ -140,8 +72,10 @@ def define_flags() -> None:
         "stage; once for all prompts or once per prompt",
     )
     flags.DEFINE_string("output", None, "folder for the pictures")
-    flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next")
-    flags.DEFINE_string("encoder_weights", "", "of the text encoder")
+    flags.DEFINE_integer(
+        "seed", 0, "seed of the first prompt; the next prompt has the next seed"
+    )
+    flags.DEFINE_string("encoder_weights", "", "file or folder of the text encoder")
     each = "; once for all stages or once per stage"
     sweep = each + "; values with commas between them are compared"
     flags.DEFINE_multi_string(
@@ -175,7 +109,9 @@ def _prompts(given: Sequence[str], file: str) -> list[str]:
     return prompts
 
 
-def _recorded_steps(given: Sequence[str], trained: Sequence[Trained]):
+def _recorded_steps(
+    given: Sequence[str], trained: Sequence[Trained]
+) -> tuple[int, ...]:
     try:
         steps = tuple(int(step) for step in given)
     except ValueError:
@@ -189,7 +125,7 @@ def _recorded_steps(given: Sequence[str], trained: Sequence[Trained]):
             f"--estimates={','.join(given)}: a stage has {fewest} steps, from 0 to "
             f"{fewest - 1}"
         )
-    return [steps] * len(trained)
+    return steps
 
 
 def main() -> None:
@@ -220,7 +156,7 @@ def main() -> None:
         lowres = read_lowres(args.lowres, size, len(prompts))
         lowres = np.repeat(lowres, len(cells), 0)
     recorded = _recorded_steps(args.estimates, trained)
-    made, estimates = sample_prompts(
+    samples, estimates = sample_prompts(
         trained,
         prompts,
         seeds,
@@ -228,16 +164,15 @@ def main() -> None:
         args.encoder_weights,
         lowres,
         cells,
-        recorded,
+        [recorded] * len(trained),
         show_steps=args.show_steps,
     )
-    write(args.output, trained, prompts, seeds, made, cells, args.lowres)
-    for stage, steps in zip(estimates, recorded, strict=True):
-        if steps:
-            path = pathlib.Path(args.output) / f"estimates_{stage.shape[2]}px.png"
-            labels = [f"step {step}" for step in steps] * len(stage)
-            _sheet(path, stage.reshape(-1, *stage.shape[2:]), len(steps), labels)
-    print(f"{len(made[-1])} pictures in {args.output}, all together in grid.png")
+    write(args.output, trained, prompts, seeds, samples, cells, args.lowres)
+    for of_stage in estimates if recorded else ():
+        path = pathlib.Path(args.output) / f"estimates_{of_stage.shape[2]}px.png"
+        labels = [f"step {step}" for step in recorded] * len(of_stage)
+        write_sheet(path, np.concatenate(of_stage), len(recorded), labels)
+    print(f"{len(samples[-1])} pictures in {args.output}, all together in grid.png")
 
 
 if __name__ == "__main__":

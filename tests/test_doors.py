@@ -1,5 +1,11 @@
-"""The doors as a user meets them: real processes, from shapes to pictures."""
+"""The doors as a user meets them, from shapes to pictures.
 
+Called with command lines in this process, but for one that is stopped by a signal.
+"""
+
+import contextlib
+import importlib
+import io
 import json
 import os
 import signal
@@ -10,7 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
+
+from imagen_jax import cli
 
 ROOT = Path(__file__).parents[1]
 # A cascade that trains in seconds: two steps of the smallest networks.
@@ -20,12 +29,12 @@ TINY = [
     "--config.model.self_attention=(False,)",
     "--config.model.text_attention=(False,)",
     "--config.model.text_conditioning=mean_pool",
-    "--config.training.batch_size=4",
+    "--config.training.batch_size=8",
     "--config.training.steps=2",
     "--config.training.sample_every_steps=2",
     "--config.training.preview_images=4",
     "--config.sampler.steps=2",
-    "--config.sampler.batch_size=4",
+    "--config.sampler.batch_size=8",
 ]
 
 
@@ -46,8 +55,44 @@ def door(verb: str, *arguments: str, env=None) -> subprocess.CompletedProcess:
     )
 
 
+def error(done: subprocess.CompletedProcess) -> str:
+    """The one message of a failed door; a traceback is a fault."""
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    found = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(found) == 1, done.stderr[-3000:]
+    return done.stderr[done.stderr.index("error: ") :]
+
+
+def call(verb: str, *arguments) -> subprocess.CompletedProcess:
+    """Runs a door in this process as its command line would."""
+    module = importlib.import_module(f"imagen_jax.{verb}")
+    argv = [verb, *map(str, arguments)]
+    defined = set(flags.FLAGS)
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as left,
+    ):
+        # Overrides of a config are read from there.
+        patch.setattr(sys, "argv", argv)
+        patch.chdir(ROOT)
+        try:
+            module.define_flags()
+            cli.run(module.main, argv)
+        finally:
+            for name in set(flags.FLAGS) - defined:
+                delattr(flags.FLAGS, name)
+            flags.FLAGS.unparse_flags()
+    return subprocess.CompletedProcess(
+        argv, left.value.code, out.getvalue(), err.getvalue()
+    )
+
+
 def train(variant: str, workdir: Path, records: Path, *more: str):
-    return door(
+    """Trains a stage of configs/tiny.py, made smaller."""
+    return call(
         "train",
         f"--config=configs/tiny.py:{variant}",
         f"--workdir={workdir}",
@@ -57,20 +102,12 @@ def train(variant: str, workdir: Path, records: Path, *more: str):
     )
 
 
-def error(done: subprocess.CompletedProcess) -> str:
-    """The one message of a failed door; a traceback is a fault."""
-    assert "Traceback" not in done.stderr, done.stderr[-3000:]
-    found = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(found) == 1, done.stderr[-3000:]
-    return done.stderr[done.stderr.index("error: ") :]
-
-
 @pytest.fixture(scope="module")
 def cascade(tmp_path_factory):
     """Records and two trained stages: `(records, base, sr)`."""
     folder = tmp_path_factory.mktemp("cascade")
     records, base, sr = folder / "records", folder / "base", folder / "sr"
-    done = door(
+    done = call(
         "prepare",
         "--source=shapes:40",
         "--image_size=32",
@@ -90,7 +127,7 @@ def test_a_cascade_from_shapes_to_pictures(cascade, tmp_path):
     _, base, sr = cascade
     stages = [f"--stage={base}", f"--stage={sr}"]
     prompts = ["a red circle", "two blue squares", "a small green ring"]
-    done = door(
+    done = call(
         "sample",
         *stages,
         *(f"--prompt={p}" for p in prompts),
@@ -106,7 +143,7 @@ def test_a_cascade_from_shapes_to_pictures(cascade, tmp_path):
     last = described["pictures"][2]
     guidance = last["guidance"]
     assert guidance == [2.0, 1.0] and last["aug_level"] == [None, 0.1]
-    done = door(
+    done = call(
         "sample",
         *stages,
         f"--prompt={last['prompt']}",
@@ -128,17 +165,17 @@ def test_a_cascade_from_shapes_to_pictures(cascade, tmp_path):
 @pytest.mark.slow
 def test_an_exported_stage_makes_the_same_pictures(cascade, tmp_path):
     _, base, _ = cascade
-    done = door("export", f"--stage={base}", f"--output={tmp_path / 'export'}")
+    done = call("export", f"--stage={base}", f"--output={tmp_path / 'export'}")
     assert done.returncode == 0, done.stderr[-3000:]
     pictures = []
     for stage in (base, tmp_path / "export"):
         output = tmp_path / f"of_{stage.name}"
         ask = [f"--stage={stage}", "--prompt=a red circle", f"--output={output}"]
-        done = door("sample", *ask)
+        done = call("sample", *ask)
         assert done.returncode == 0, done.stderr[-3000:]
         pictures.append((output / "0000.png").read_bytes())
     assert pictures[0] == pictures[1]
-    again = door("export", f"--stage={base}", f"--output={tmp_path / 'export'}")
+    again = call("export", f"--stage={base}", f"--output={tmp_path / 'export'}")
     assert again.returncode == 1 and "exists and is not empty" in error(again)
 
 
@@ -149,7 +186,7 @@ def test_values_compared_on_labelled_sheets(cascade, tmp_path):
     small = tmp_path / "small.png"
     Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(small)
     ask = [f"--stage={sr}", "--prompt=a red circle", f"--output={tmp_path / 'out'}"]
-    done = door(
+    done = call(
         "sample",
         *ask,
         f"--lowres={small}",
@@ -171,7 +208,7 @@ def test_values_compared_on_labelled_sheets(cascade, tmp_path):
     width, height = Image.open(out / "sheet_0000.png").size
     assert 192 < width < 240 and 192 < height < 280
     assert Image.open(out / "estimates_32px.png").size[0] == width
-    for flags, message in [
+    for more, message in [
         ([f"--lowres={small}", "--aug_level=1.5"], "levels lie in [0, 1]"),
         ([f"--lowres={small}", "--guidance=1;2"], "commas between them"),
         ([f"--lowres={small}", "--estimates=0,2"], "has 2 steps, from 0 to 1"),
@@ -179,7 +216,7 @@ def test_values_compared_on_labelled_sheets(cascade, tmp_path):
         ([f"--lowres={out / '0000.png'}"], "has 32 x 32 pixels; the stage takes 16"),
         ([], "or pictures to start from"),
     ]:
-        refused = door("sample", *ask, *flags)
+        refused = call("sample", *ask, *more)
         assert refused.returncode == 1 and message in error(refused)
 
 
@@ -188,10 +225,10 @@ def test_stages_that_do_not_fit_are_refused(cascade, tmp_path):
     records, base, sr = cascade
     output = tmp_path / "samples"
     ask = ["--prompt=a red circle", f"--output={output}"]
-    wrong_order = door("sample", f"--stage={sr}", f"--stage={base}", *ask)
+    wrong_order = call("sample", f"--stage={sr}", f"--stage={base}", *ask)
     assert wrong_order.returncode == 1
     assert "in order, base first" in error(wrong_order)
-    nowhere = door("sample", f"--stage={tmp_path / 'none'}", *ask)
+    nowhere = call("sample", f"--stage={tmp_path / 'none'}", *ask)
     assert nowhere.returncode == 1
     assert "no training workdir" in error(nowhere)
     assert not output.exists()
@@ -274,14 +311,14 @@ def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
     ],
 )
 def test_benchmark_refuses_what_it_cannot_measure(arguments, status, message):
-    done = door("benchmark", "--config=configs/tiny.py:base", *arguments)
+    done = call("benchmark", "--config=configs/tiny.py:base", *arguments)
     assert done.returncode == status
     assert message in error(done)
 
 
 def test_benchmark_counts_parameters(tmp_path):
     path = tmp_path / "figures.json"
-    done = door(
+    done = call(
         "benchmark",
         "--config=configs/tiny.py:sr",
         "--what=params",

@@ -1,9 +1,9 @@
-"""Grids of pictures."""
+"""Grids of images."""
 
 import numpy as np
 from PIL import Image
 
-from imagen_jax import images as pictures
+from imagen_jax import images
 
 
 def numbered(count, size):
@@ -13,7 +13,7 @@ def numbered(count, size):
 
 
 def test_every_picture_is_where_it_should_be():
-    sheet = pictures.grid(numbered(5, 6), columns=3, gap=2)
+    sheet = images.grid(numbered(5, 6), columns=3, gap=2)
     assert sheet.shape == (2 + 2 * 8, 2 + 3 * 8, 3)
     for i in range(5):
         y, x = 2 + i // 3 * 8, 2 + i % 3 * 8
@@ -23,7 +23,7 @@ def test_every_picture_is_where_it_should_be():
 
 def test_captions_do_not_cover_pictures():
     captions = ["a long caption of many words", "b"]
-    sheet = pictures.grid(numbered(2, 60), columns=2, captions=captions)
+    sheet = images.grid(numbered(2, 60), columns=2, captions=captions)
     assert (sheet[4:64, 4:64] == 0).all() and (sheet[4:64, 68:128] == 1).all()
     below = sheet[64:, 4:64]
     assert below.shape[0] > 2 * 13 and (below < 128).any()
@@ -31,12 +31,12 @@ def test_captions_do_not_cover_pictures():
 
 def test_enlarge_repeats_pixels():
     small = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 3), dtype=np.uint8)
-    large = pictures.enlarge(small, 12)
+    large = images.enlarge(small, 12)
     assert large.shape == (2, 12, 12, 3)
     np.testing.assert_array_equal(large[:, 1::4, 2::4], small)
 
 
 def test_save_is_lossless(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    pictures.save(tmp_path / "x.png", picture)
+    images.save(tmp_path / "x.png", picture)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), picture)

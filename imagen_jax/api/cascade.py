@@ -23,9 +23,9 @@ class Trained:
     """A trained stage on disk.
 
     Attributes:
-      workdir: of its training, or a folder of `export`.
-      step: of the checkpoint.
-      cfg: of the stage.
+      workdir: the training's workdir, or a folder that `export` wrote.
+      step: step of the checkpoint.
+      cfg: the stage's config.
       weights: its averaged parameters, not loaded yet.
     """
 
@@ -41,11 +41,10 @@ class Trained:
 
 
 def open_stages(workdirs: Sequence[str]) -> list[Trained]:
-    """The newest whole checkpoint of each workdir, or what was exported; not loaded.
+    """Opens the newest complete checkpoint of each workdir, or an exported folder.
 
     Raises:
-      UserError: for a folder that is neither, or stages trained on text of different
-        encoders.
+      UserError: for any other folder, or stages trained on different text encoders.
     """
     trained = []
     for workdir in workdirs:
@@ -72,25 +71,23 @@ def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Traine
 
     Args:
       trained: the stages.
-      **changes: fields of `SamplerConfig`: a list of no value (leaves the stage's
-        own), one value for all stages, or one per stage.
+      **changes: fields of `SamplerConfig`, each a list: empty for the stages' own
+        values, of one value for all stages, or of one value per stage.
 
     Raises:
-      UserError: for a number of values that is neither, or a value out of range.
+      UserError: for another number of values, or a value out of range.
     """
-    samplers = [dataclasses.asdict(t.cfg.sampler) for t in trained]
+    result = []
     for name, values in changes.items():
         if len(values) not in (0, 1, len(trained)):
             raise UserError(
                 f"--{name} is given {len(values)} times for {len(trained)} stages: "
                 "give it once for all of them or once for each"
             )
-        for i, sampler in enumerate(samplers):
-            if values:
-                sampler[name] = values[i % len(values)]
-    result = []
-    for one, sampler in zip(trained, samplers, strict=True):
-        cfg = dataclasses.replace(one.cfg, sampler=SamplerConfig(**sampler))
+    for i, one in enumerate(trained):
+        new = {name: v[i % len(v)] for name, v in changes.items() if v}
+        sampler = SamplerConfig(**dataclasses.asdict(one.cfg.sampler) | new)
+        cfg = dataclasses.replace(one.cfg, sampler=sampler)
         result.append(dataclasses.replace(one, cfg=cfg))
     return result
 
@@ -110,29 +107,28 @@ def sample_prompts(
     """Encodes prompts and runs them through the stages, one stage in memory at a time.
 
     Args:
-      trained: base first.
+      trained: the stages, base first.
       prompts: captions.
-      seeds: one for each of the prompts, in [0, 2**32).
-      mesh: of all devices.
-      encoder_weights: of the text encoder, if it has none built in.
+      seeds: one per prompt, in [0, 2**32).
+      mesh: all devices.
+      encoder_weights: weights of the text encoder, if it has none built in.
       lowres: `[N, h, w, 3]` uint8 when the first stage is a super-resolution stage.
-      cells: the combinations in which every prompt is made, with one seed; none is one,
-        the stages' own settings. N is their number times that of the prompts.
-      recorded_steps: of each stage, whose estimates are returned too.
+      cells: combinations of values; each prompt is sampled in all of them with the same
+        seed, which makes N = prompts x cells pictures. None: the stages' own values.
+      recorded_steps: for each stage, the steps whose estimates are returned too.
       progress: whether to show a bar.
       show_steps: whether the bar counts the steps of a batch too.
 
     Returns:
-      As `sample_cascade`, the cells of one prompt side by side.
+      What `sample_cascade` returns, the cells of one prompt side by side.
 
     Raises:
-      UserError: when the stages do not follow each other.
+      UserError: when a stage does not take what the stage before it makes.
     """
-    check_order(
-        [one.cfg for one in trained], made=0 if lowres is None else lowres.shape[1]
-    )
-    cells = cells or all_cells([one.cfg for one in trained])
-    text_cfg = trained[0].cfg.text
+    configs = [one.cfg for one in trained]
+    check_order(configs, made=0 if lowres is None else lowres.shape[1])
+    cells = cells or all_cells(configs)
+    text_cfg = configs[0].text
     encoder = load_encoder(text_cfg.encoder, encoder_weights)
     for prompt in prompts:
         tokens = len(encoder.tokenize(prompt))
@@ -156,7 +152,7 @@ def sample_prompts(
             seeds,
             mesh,
             lowres,
-            [settings(t.cfg, i, cells, len(prompts)) for i, t in enumerate(trained)],
+            [settings(c, i, cells, len(prompts)) for i, c in enumerate(configs)],
             recorded_steps,
             bar.update,
             (lambda step: bar.set_postfix(step=int(step) + 1)) if show_steps else None,

@@ -13,12 +13,12 @@ from imagen_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One combination of the values that are compared.
+    """One combination of the compared values.
 
     Attributes:
-      label: what stands under its pictures.
-      guidance: w of each stage; None where it has a schedule of its own.
-      aug_level: of each stage; None of a base stage.
+      label: text under its pictures.
+      guidance: w for each stage; None where the stage has a schedule.
+      aug_level: level for each stage; None for a base stage.
     """
 
     label: str
@@ -34,43 +34,42 @@ def all_cells(
     """All combinations; guidance changes fastest.
 
     Args:
-      configs: of the S stages.
-      guidance: the values to compare: none at all, one list for all stages, or S
-        lists, of which every combination is made.
-      aug_level: likewise; base stages have none and are left out of the count.
+      configs: the stages.
+      guidance: the values to compare: no list, one list for all stages, or one list per
+        stage, to be combined in every way.
+      aug_level: the same for super-resolution stages only.
 
     Raises:
-      UserError: for another number of lists, or a level that is not in [0, 1].
+      UserError: for another number of lists, or a level outside [0, 1].
     """
-    everyone = range(len(configs))
-    super_resolution = [i for i in everyone if configs[i].lowres_size]
     for level in itertools.chain(*aug_level):
         if not 0 <= level <= 1:
             raise UserError(f"--aug_level={level:g}: levels lie in [0, 1]")
-    made = []
-    ways_of_aug = _ways("aug_level", aug_level, super_resolution)
-    for aug, w in itertools.product(ways_of_aug, _ways("guidance", guidance, everyone)):
-        named = [("w", w), ("aug", aug)]
+    super_resolution = [i for i, cfg in enumerate(configs) if cfg.lowres_size]
+    levels = _combinations("aug_level", aug_level, super_resolution)
+    weights = _combinations("guidance", guidance, range(len(configs)))
+    cells = []
+    for aug, w in itertools.product(levels, weights):
         label = ", ".join(
-            f"{name} " + "/".join(f"{v:g}" for v in dict.fromkeys(way.values()))
-            for name, way in named
-            if way
+            f"{name} " + "/".join(f"{v:g}" for v in dict.fromkeys(values.values()))
+            for name, values in (("w", w), ("aug", aug))
+            if values
         )
         guided, noised = [], []
         for i, cfg in enumerate(configs):
-            own = None if cfg.sampler.guidance_schedule else cfg.sampler.guidance
-            guided.append(w.get(i, own))
-            own = cfg.sampler.aug_level if cfg.lowres_size else None
-            noised.append(aug.get(i, own))
-        made.append(Cell(label, tuple(guided), tuple(noised)))
-    return made
+            default = None if cfg.sampler.guidance_schedule else cfg.sampler.guidance
+            guided.append(w.get(i, default))
+            default = cfg.sampler.aug_level if cfg.lowres_size else None
+            noised.append(aug.get(i, default))
+        cells.append(Cell(label, tuple(guided), tuple(noised)))
+    return cells
 
 
 def parse(name: str, given: Sequence[str]) -> list[tuple[float, ...]]:
-    """The lists of values of a flag: one for each time that it is given.
+    """The numbers in each use of a flag.
 
     Raises:
-      UserError: for what is no number.
+      UserError: for text that is no number.
     """
     try:
         return [tuple(float(v) for v in one.split(",")) for one in given]
@@ -80,8 +79,8 @@ def parse(name: str, given: Sequence[str]) -> list[tuple[float, ...]]:
         ) from None
 
 
-def _ways(name, lists, stages) -> list[dict[int, float]]:
-    """Each combination of values, by stage."""
+def _combinations(name, lists, stages) -> list[dict[int, float]]:
+    """Each combination of values, by the number of the stage."""
     if not lists:
         return [{}]
     if not stages:
@@ -101,18 +100,13 @@ def _ways(name, lists, stages) -> list[dict[int, float]]:
 def settings(
     cfg: StageConfig, stage: int, cells: Sequence[Cell], prompts: int
 ) -> Settings:
-    """Of pictures of `prompts` prompts in every cell, the cells of one prompt together.
-
-    Args:
-      cfg: the stage.
-      stage: its place in the cascade.
-      cells: what is compared.
-      prompts: how many there are.
-    """
-    own = Settings.of(cfg.sampler, len(cells))
+    """Sampler settings of every picture: all cells of the first prompt, and so on."""
+    one = Settings.of(cfg.sampler, len(cells))
     for i, cell in enumerate(cells):
         if cell.guidance[stage] is not None:
-            own.guidance[i] = cell.guidance[stage]
+            one.guidance[i] = cell.guidance[stage]
         if cell.aug_level[stage] is not None:
-            own.aug_level[i] = cell.aug_level[stage]
-    return Settings(*(np.concatenate([a] * prompts) for a in dataclasses.astuple(own)))
+            one.aug_level[i] = cell.aug_level[stage]
+    return Settings(
+        np.tile(one.guidance, (prompts, 1)), np.tile(one.aug_level, prompts)
+    )

@@ -16,6 +16,8 @@ import numpy as np
 from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.sharding import gather_fsdp, split_rows
 
+# Ids in T5's vocabulary.
+PAD, END = 0, 1
 BUCKETS = 32
 MAX_DISTANCE = 128
 DTYPES = ("bfloat16", "float32")
@@ -34,8 +36,8 @@ class T5Config:
       num_heads: attention heads.
       gated: gelu(x W_gate) * (x W_linear), as in version 1.1; else relu(x W_linear),
         as in version 1.0.
-      dtype: "bfloat16" or "float32", of the computation and of the result. Parameters
-        may have this type or float32: they are cast before they are used.
+      dtype: type of the computation and of the result, "bfloat16" or "float32".
+        Parameters may have this type or float32: they are cast before use.
 
     Raises:
       UserError: for another dtype.
@@ -51,52 +53,46 @@ class T5Config:
     dtype: str = "bfloat16"
 
     def __post_init__(self):
-        if self.dtype == "float16":
-            raise UserError(
-                "T5 does not run in float16: inside its feed-forward layers (XXL's "
-                "above all) values pass 65504, float16's largest, and the embeddings "
-                "become inf or NaN; use bfloat16 or float32"
-            )
         if self.dtype not in DTYPES:
+            why = did_you_mean(self.dtype, DTYPES)
+            if self.dtype == "float16":
+                why = (
+                    ": inside its feed-forward layers (XXL's above all) values pass "
+                    "65504, float16's largest, and embeddings become inf or NaN"
+                )
             raise UserError(
-                f"T5 does not run in {self.dtype!r}{did_you_mean(self.dtype, DTYPES)}; "
-                f"use {' or '.join(DTYPES)}"
+                f"T5 does not run in {self.dtype!r}{why}; use {' or '.join(DTYPES)}"
             )
 
 
-def _sizes():
-    # Layers, d_model, d_ff, d_kv, heads. Source: T5X's examples/t5/t5_1_1/*.gin and
-    # t5_1_0/*.gin, which agree with the model cards of google/t5-v1_1-* and t5-*.
-    gated = {
-        "small": (8, 512, 1024, 64, 6),
-        "base": (12, 768, 2048, 64, 12),
-        "large": (24, 1024, 2816, 64, 16),
-        "xl": (24, 2048, 5120, 64, 32),
-        "xxl": (24, 4096, 10_240, 64, 64),
-    }
-    relu = {
-        "small": (6, 512, 2048, 64, 8),
-        "base": (12, 768, 3072, 64, 12),
-        "large": (24, 1024, 4096, 64, 16),
-        "3b": (24, 1024, 16_384, 128, 32),
-        "11b": (24, 1024, 65_536, 128, 128),
-    }
-    sizes = {f"t5_1_1_{k}": T5Config(32_128, *v) for k, v in gated.items()}
-    return sizes | {
-        f"t5_1_0_{k}": T5Config(32_128, *v, gated=False) for k, v in relu.items()
-    }
-
-
-# Every size that was published, by the name that `--encoder` takes.
-SIZES = _sizes()
+# Layers, d_model, d_ff, d_kv, heads of every published size. Source: T5X's
+# examples/t5/t5_1_1/*.gin and t5_1_0/*.gin, which agree with the model cards of
+# google/t5-v1_1-* and t5-*.
+_SIZES = {
+    "t5_1_1_small": (8, 512, 1024, 64, 6),
+    "t5_1_1_base": (12, 768, 2048, 64, 12),
+    "t5_1_1_large": (24, 1024, 2816, 64, 16),
+    "t5_1_1_xl": (24, 2048, 5120, 64, 32),
+    "t5_1_1_xxl": (24, 4096, 10_240, 64, 64),
+    "t5_1_0_small": (6, 512, 2048, 64, 8),
+    "t5_1_0_base": (12, 768, 3072, 64, 12),
+    "t5_1_0_large": (24, 1024, 4096, 64, 16),
+    "t5_1_0_3b": (24, 1024, 16_384, 128, 32),
+    "t5_1_0_11b": (24, 1024, 65_536, 128, 128),
+}
+# By the name that `--encoder` takes.
+SIZES = {
+    name: T5Config(32_128, *sizes, gated=name.startswith("t5_1_1"))
+    for name, sizes in _SIZES.items()
+}
 
 
 def relative_position_buckets(length: int) -> np.ndarray:
     """The bucket of every key's distance from every query.
 
-    Half of the buckets are for keys to the right of the query. Of each half, the
-    first half holds one distance each and the rest grow logarithmically up to
-    `MAX_DISTANCE`; all that is further shares the last one.
+    Half of the buckets are for keys to the right of the query. In each half the first
+    half has one bucket for each distance, and the others grow logarithmically up to
+    `MAX_DISTANCE`; longer distances share the last one.
 
     Returns:
       `[length, length]` int32 (query, key) in [0, BUCKETS).
@@ -115,8 +111,8 @@ def relative_position_buckets(length: int) -> np.ndarray:
 class T5Encoder(nn.Module):
     """Token ids to embeddings.
 
-    The width of the residual stream is named "in" in every parameter: it lies over
-    fsdp, while heads and feed-forward channels lie over tensor.
+    Every parameter names the width of the residual stream "in": it lies over fsdp,
+    while heads and feed-forward channels lie over tensor.
     """
 
     config: T5Config
@@ -128,7 +124,7 @@ class T5Encoder(nn.Module):
         Args:
           ids: `[B, L]` int32 in [0, vocab_size).
           mask: `[B, L]` bool, True where a token is real. No token attends to a
-            padded one; what comes out at padded positions means nothing.
+            padded one; the output at padded positions is meaningless.
 
         Returns:
           `[B, L, d_model]` of `config.dtype`.
@@ -138,13 +134,15 @@ class T5Encoder(nn.Module):
             raise ValueError(
                 f"ids {ids.shape} and mask {mask.shape} must both be [B, L]"
             )
-        # The sum of what the layers add is float32: rounded to bfloat16 after each of
-        # 24, it would lose more than the products do. The table is not gathered: it is
+        # The residual stream is float32: rounded to bfloat16 after each of 24 layers
+        # it would lose more than the products do. The table is not gathered: it is
         # cheaper to move the few rows that are looked up.
-        table = _param(self, "token_embedding", (cfg.vocab_size, cfg.d_model), 1.0)
+        shape = (cfg.vocab_size, cfg.d_model)
+        table = _param(self, "token_embedding", ("vocab", "in"), shape, 1.0)
         x = split_rows(jnp.take(table, ids, axis=0).astype(jnp.float32))
+        shape = (BUCKETS, cfg.num_heads)
         bias_table = _param(
-            self, "relative_bias", (BUCKETS, cfg.num_heads), cfg.d_model**-0.5
+            self, "relative_bias", ("buckets", "heads"), shape, cfg.d_model**-0.5
         )
         buckets = relative_position_buckets(ids.shape[1])
         bias = bias_table[buckets].transpose(2, 0, 1)[None]
@@ -169,7 +167,8 @@ class SelfAttention(nn.Module):
 
         # 1/sqrt(width) of ordinary attention is in the initial query instead.
         def project(name, stddev):
-            kernel = _kernel(self, name, (d, heads, width), stddev)
+            axes = ("in", "heads", "head_dim")
+            kernel = _kernel(self, name, axes, (d, heads, width), stddev)
             return _product("bld,dhk->blhk", x, kernel)
 
         y = jax.nn.dot_product_attention(
@@ -180,29 +179,30 @@ class SelfAttention(nn.Module):
             mask=mask[:, None, None, :],
             scale=1.0,
         )
-        out = _kernel(self, "out", (heads, width, d), (heads * width) ** -0.5)
+        axes = ("heads", "head_dim", "in")
+        out = _kernel(self, "out", axes, (heads, width, d), (heads * width) ** -0.5)
         return split_rows(_product("blhk,hkd->bld", y.astype(cfg.dtype), out))
 
 
 class FeedForward(nn.Module):
-    """Wide and back; `T5Config.gated` says with what in between."""
+    """Two products with a gated GELU or a ReLU between them, see `T5Config.gated`."""
 
     config: T5Config
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, L, D]` to the same."""
-        cfg = self.config
+        cfg, axes = self.config, ("in", "out")
         d, hidden = cfg.d_model, cfg.d_ff
-        linear = _kernel(self, "linear", (d, hidden), d**-0.5)
+        linear = _kernel(self, "linear", axes, (d, hidden), d**-0.5)
         y = _product("bld,df->blf", x, linear)
         if cfg.gated:
-            gate = _kernel(self, "gate", (d, hidden), d**-0.5)
+            gate = _kernel(self, "gate", axes, (d, hidden), d**-0.5)
             gate = _product("bld,df->blf", x, gate)
             y = nn.gelu(gate, approximate=True) * y
         else:
             y = nn.relu(y)
-        out = _kernel(self, "out", (hidden, d), hidden**-0.5)
+        out = _kernel(self, "out", ("out", "in"), (hidden, d), hidden**-0.5)
         return split_rows(_product("blf,fd->bld", y.astype(cfg.dtype), out))
 
 
@@ -219,37 +219,18 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., D]` to the same; the statistics are float32."""
-        scale = _param(self, "scale", (x.shape[-1],), None)
+        scale = _param(self, "scale", ("norm",), (x.shape[-1],), None)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
         return (x * scale).astype(self.dtype)
 
 
-_LOGICAL_AXES = {
-    "token_embedding": ("vocab", "in"),
-    "relative_bias": ("buckets", "heads"),
-    "query": ("in", "heads", "head_dim"),
-    "key": ("in", "heads", "head_dim"),
-    "value": ("in", "heads", "head_dim"),
-    "SelfAttention.out": ("heads", "head_dim", "in"),
-    "gate": ("in", "out"),
-    "linear": ("in", "out"),
-    "FeedForward.out": ("out", "in"),
-    "scale": ("norm",),
-}
+def _param(module, name, axes, shape, stddev):
+    init = nn.initializers.normal(stddev) if stddev else nn.initializers.ones
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape)
 
 
-def _axes(module, name):
-    return _LOGICAL_AXES.get(name) or _LOGICAL_AXES[f"{type(module).__name__}.{name}"]
-
-
-def _param(module, name, shape, stddev):
-    init = nn.initializers.ones if stddev is None else nn.initializers.normal(stddev)
-    init = nn.with_logical_partitioning(init, _axes(module, name))
-    return module.param(name, init, shape)
-
-
-def _kernel(module, name, shape, stddev):
-    # Cast before it is gathered, so half as much is sent.
-    kernel = _param(module, name, shape, stddev).astype(module.config.dtype)
-    return gather_fsdp(kernel, _axes(module, name))
+def _kernel(module, name, axes, shape, stddev):
+    # Cast before it is gathered, so that half as much is sent.
+    kernel = _param(module, name, axes, shape, stddev).astype(module.config.dtype)
+    return gather_fsdp(kernel, axes)

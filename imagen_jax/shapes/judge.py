@@ -1,34 +1,37 @@
 """Does a picture show what its caption asks for? Answers from the pixels alone.
 
-For pictures of `shapes`: drawn, or made by a model that was trained on them.
+For pictures of `scenes`: drawn, or sampled from a model that was trained on them.
 """
 
 import dataclasses
 import itertools
 
 import numpy as np
+from scipy import ndimage
 
-from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes import scenes
 
-# Share of a pixel that must be covered for it to belong to an object: two things
-# 1.3 pixels apart stay apart, and a stroke 1.2 pixels wide does not break.
+# A pixel belongs to an object when this much of it is covered: two things 1.3 pixels
+# apart stay apart, and a stroke 1.2 pixels wide does not break.
 _COVERED = 0.4
-# Objects below this share of the picture are strays; the smallest drawn has 4 %.
+# Smaller parts of the picture are strays; the smallest drawn object has 4 %.
 _STRAY = 0.01
 # Windows are averaged down to about this side before shapes are compared.
 _WINDOW = 32
 
-_NAMES = tuple(shapes.COLOURS)
-_WHITE = np.float32(shapes.BACKGROUND)
+_NAMES = tuple(scenes.COLOURS)
+_WHITE = np.float32(scenes.BACKGROUND)
 # From the background to each colour, [8, 3].
-_RAYS = np.float32(list(shapes.COLOURS.values())) - _WHITE
+_RAYS = np.float32(list(scenes.COLOURS.values())) - _WHITE
 # A triangle's centre of mass lies below the middle of its box.
-_CENTROID_Y = {shape: 0.0 for shape in shapes.SHAPES} | {"triangle": 3**0.5 / 6}
+_CENTROID_Y = {"triangle": 3**0.5 / 6}
+# A pixel and its eight neighbours.
+_SQUARE = np.ones((3, 3))
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """What is seen: lengths as in `shapes.Item`; `fit` in [0, 1] is the overlap."""
+    """One object seen; lengths as in `scenes.Item`, `fit` in [0, 1] is the overlap."""
 
     shape: str
     colour: str
@@ -64,7 +67,7 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     - `colour`: pairs agree in colour, every asked colour is seen, and no other is;
     - `shape`: the same for shapes;
     - `size`: every thing whose size is asked has a partner of that size, and
-      that is whether its radius is below or above `shapes.SIZE_BORDER`;
+      that is whether its radius is below or above `scenes.SIZE_BORDER`;
     - `relation`: both things have partners, and from one to the other it is further
       in the asked direction than across it.
 
@@ -73,12 +76,12 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
 
     Args:
       picture: `[H, W, 3]` uint8, H == W.
-      caption: in the grammar of `shapes.parse`.
+      caption: in the grammar of `scenes.parse`.
 
     Raises:
       UserError: when the caption is outside the grammar.
     """
-    wanted = shapes.parse(caption)
+    wanted = scenes.parse(caption)
     seen = look(picture)
     pairs = _pair(wanted, seen)
     colours = {colour for _, colour, _ in wanted.things}
@@ -94,7 +97,7 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     )
 
 
-def _pair(wanted: shapes.Request, seen: list[Object]):
+def _pair(wanted: scenes.Request, seen: list[Object]):
     """Each thing with its object, or with None where there are too few."""
     things = wanted.things
     pool = sorted(seen, key=lambda o: -o.radius)[:6] + [None] * len(things)
@@ -103,24 +106,20 @@ def _pair(wanted: shapes.Request, seen: list[Object]):
         real = [(thing, o) for thing, o in pairs if o]
         colours = [thing[1] == o.colour for thing, o in real]
         forms = [thing[2] == o.shape for thing, o in real]
-        return (
-            sum(c and f for c, f in zip(colours, forms, strict=True)),
-            sum(colours),
-            sum(forms),
-            len(real),
-            sum(_size_fits(thing, o) for thing, o in real),
-            _relation_holds(wanted.relation, pairs),
-        )
+        both = [c and f for c, f in zip(colours, forms, strict=True)]
+        sizes = [_size_fits(thing, o) for thing, o in real]
+        counts = [sum(both), sum(colours), sum(forms), len(real), sum(sizes)]
+        return *counts, _relation_holds(wanted.relation, pairs)
 
     choices = itertools.permutations(pool, len(things))
     return max((list(zip(things, c, strict=True)) for c in choices), key=score)
 
 
 def _size_fits(thing, found: Object | None) -> bool:
-    if not thing[0]:
-        return True
-    is_small = found is not None and found.radius < shapes.SIZE_BORDER
-    return found is not None and is_small == (thing[0] == "small")
+    size = thing[0]
+    if not size or found is None:
+        return not size
+    return (found.radius < scenes.SIZE_BORDER) == (size == "small")
 
 
 def _relation_holds(relation: str, pairs) -> bool:
@@ -152,14 +151,12 @@ def look(picture: np.ndarray) -> list[Object]:
         alpha = covered[..., label]
         if alpha[region].sum() < _STRAY * side**2:
             continue
-        # The half covered edge belongs to the object, another object does not.
-        own = _grow(region) & ((labels == label) | (labels < 0))
-        alpha = np.where(own, alpha, 0)
-        shape, x, y, radius, fit = fit_shape(alpha)
-        colour = _colour(offset[region], covered[..., label][region])
-        objects.append(
-            Object(shape, colour, x / side, y / side, radius / side, float(fit))
-        )
+        # The half covered edge belongs to the object too.
+        own = (labels == label) | (labels < 0)
+        own &= ndimage.binary_dilation(region, _SQUARE)
+        shape, x, y, radius, fit = fit_shape(np.where(own, alpha, 0))
+        colour = _colour(offset[region], alpha[region])
+        objects.append(Object(shape, colour, x / side, y / side, radius / side, fit))
     return objects
 
 
@@ -184,34 +181,12 @@ def _labels(offset: np.ndarray, covered: np.ndarray) -> np.ndarray:
 
 
 def _regions(labels: np.ndarray) -> list[np.ndarray]:
-    """Masks `[H, W]` of the 8-connected regions of equal label, -1 left out."""
-    number = np.arange(labels.size).reshape(labels.shape)
-    links = []
-    for here, there in (
-        (np.s_[:, :-1], np.s_[:, 1:]),
-        (np.s_[:-1], np.s_[1:]),
-        (np.s_[:-1, :-1], np.s_[1:, 1:]),
-        (np.s_[:-1, 1:], np.s_[1:, :-1]),
-    ):
-        joined = (labels[here] == labels[there]) & (labels[here] >= 0)
-        links.append((number[here][joined], number[there][joined]))
-    a, b = (np.concatenate(ends) for ends in zip(*links, strict=True))
-    root = np.arange(labels.size)
-    while not np.array_equal(root[a], root[b]):
-        low = np.minimum(root[a], root[b])
-        np.minimum.at(root, root[a], low)
-        np.minimum.at(root, root[b], low)
-        root = root[root]
-    root = np.where(labels >= 0, root.reshape(labels.shape), -1)
-    return [root == r for r in np.unique(root) if r >= 0]
-
-
-def _grow(mask: np.ndarray) -> np.ndarray:
-    """The mask and the pixels next to it."""
-    padded = np.pad(mask, 1)
-    height, width = mask.shape
-    shifts = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return np.logical_or.reduce(shifts)
+    """Masks `[H, W]` of 8-connected regions of equal label, by their first pixels."""
+    regions = []
+    for label in np.unique(labels[labels >= 0]):
+        numbers, count = ndimage.label(labels == label, _SQUARE)
+        regions += [numbers == i + 1 for i in range(count)]
+    return sorted(regions, key=np.argmax)
 
 
 def _colour(offset: np.ndarray, covered: np.ndarray) -> str:
@@ -248,27 +223,21 @@ def fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float, float]:
     mean_y, mean_x = alpha.sum(1) @ at_y / area, alpha.sum(0) @ at_x / area
     scales, steps = np.meshgrid([0.9, 0.95, 1.0, 1.05, 1.1], [-0.08, 0.0, 0.08])
     scales, steps = scales.reshape(-1, 1, 1), steps.reshape(-1, 1, 1)
-    best = None
-    for shape in shapes.SHAPES:
-        radius = np.sqrt(area / shapes.AREAS[shape]) * scales
-        x = np.broadcast_to(mean_x, radius.shape)
-        y = mean_y - (_CENTROID_Y[shape] + steps) * radius
-        template = shapes.coverage(
-            shape, at_x[None, None, :] - x, at_y[None, :, None] - y, radius
+    fits = []
+    for shape in scenes.SHAPES:
+        radius = np.sqrt(area / scenes.AREAS[shape]) * scales
+        y = mean_y - (_CENTROID_Y.get(shape, 0.0) + steps) * radius
+        template = scenes.coverage(
+            shape, at_x[None, None, :] - mean_x, at_y[None, :, None] - y, radius
         )
         overlap = np.maximum(
             _overlap(template, alpha), _overlap(_blur(template), alpha)
         )
         k = int(overlap.argmax())
-        if best is None or overlap[k] > best[-1]:
-            place = x[k, 0, 0] * factor + left, y[k, 0, 0] * factor + top
-            best = (
-                shape,
-                *map(float, place),
-                float(radius[k, 0, 0] * factor),
-                overlap[k],
-            )
-    return best
+        fits.append((shape, y[k, 0, 0], radius[k, 0, 0], overlap[k]))
+    shape, y, radius, overlap = max(fits, key=lambda fit: fit[-1])
+    place = mean_x * factor + left, y * factor + top
+    return shape, *map(float, place), float(radius * factor), float(overlap)
 
 
 def _overlap(templates: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -277,7 +246,7 @@ def _overlap(templates: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _blur(templates: np.ndarray) -> np.ndarray:
-    """Loses 0.15 to each neighbour, as small pictures of a model tend to."""
+    """Loses 0.15 to each neighbour, as small sampled pictures tend to."""
     padded = np.pad(templates, ((0, 0), (1, 1), (1, 1)))
     rows = 0.15 * (padded[:, 2:] + padded[:, :-2]) + 0.7 * padded[:, 1:-1]
     return 0.15 * (rows[..., 2:] + rows[..., :-2]) + 0.7 * rows[..., 1:-1]

@@ -1,15 +1,14 @@
 """Captioned scenes of simple shapes, drawn by code at any resolution.
 
-They need no download and their captions can be checked: `judge.judge` says whether a
-picture shows what its caption asks for. Six shapes and eight colours, small or large,
-alone, counted, or one beside another.
-
-Lengths are shares of the picture's side, x to the right and y down.
+They need no download, and `judge.judge` says whether a picture shows what its caption
+asks for. Six shapes and eight colours, small or large, alone, counted, or one beside
+another. Lengths are fractions of the picture's side, x to the right and y down.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,18 +31,19 @@ COLOURS = {
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 
-# One shape for each colour: every word is learned, these pairs are never shown.
+# One shape for each colour: every word is trained on, these pairs never are.
 HELD_OUT = frozenset(
     (colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)
 )
+_TRAINED = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
 
 RELATIONS = ("above", "below", "left of", "right of")
 
-# Radii are "small" below this and "large" above; the ranges below keep 7 % away.
+# Radii are "small" below this and "large" above; drawn ones differ by 7 % or more.
 SIZE_BORDER = 0.195
 _ALONE_RADII = {"small": (0.17, 0.18), "large": (0.28, 0.38)}
 _TOGETHER_RADII = {"small": (0.15, 0.165), "large": (0.21, 0.22)}
-# At 16 pixels: 1.3 between two things, which leaves a pixel mostly background.
+# 1.3 pixels of 16 between two items, so that one pixel is mostly background.
 _GAP = 0.08
 _MARGIN = 0.02
 
@@ -74,8 +74,8 @@ class Item:
     """One thing in a scene.
 
     Attributes:
-      shape: of `SHAPES`; fits the square of side `2 * radius` around (x, y).
-      colour: of `COLOURS`.
+      shape: one of `SHAPES`; fits the square of side `2 * radius` around (x, y).
+      colour: one of `COLOURS`.
       size: "small", "large", or "" when the caption does not say.
       x, y: centre, in [0, 1].
       radius: in (0, 0.5].
@@ -94,16 +94,15 @@ class Scene:
     """One item, two or three equal items, or two in a relation.
 
     Attributes:
-      items: of which the first is the subject of the caption.
-      relation: of `RELATIONS`, or "".
+      items: the first is the subject of the caption.
+      relation: one of `RELATIONS`, or "".
     """
 
     items: tuple[Item, ...]
     relation: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a caption asks for.
 
     Attributes:
@@ -113,12 +112,6 @@ class Request:
 
     things: tuple[tuple[str, str, str], ...]
     relation: str = ""
-
-
-def request(scene: Scene) -> Request:
-    """What the scene's caption says of it."""
-    things = tuple((i.size, i.colour, i.shape) for i in scene.items)
-    return Request(things, scene.relation)
 
 
 def caption(scene: Scene) -> str:
@@ -158,7 +151,7 @@ _COUNTED = re.compile(
 
 
 def parse(text: str) -> Request:
-    """The inverse of `caption`: `parse(caption(scene)) == request(scene)`.
+    """What a caption asks for; the inverse of `caption`.
 
     Raises:
       UserError: when `text` is no caption of a scene.
@@ -189,72 +182,66 @@ def generate(count: int, seed: int) -> Iterator[Scene]:
       count: number of scenes.
       seed: not negative.
     """
-    pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
     for i in range(count):
-        rng = np.random.default_rng((seed, 0, i))
-        yield _scene(rng, pairs, pairs)
+        yield _scene(np.random.default_rng((seed, 0, i)), _TRAINED)
 
 
 def heldout(count: int, seed: int) -> Iterator[Scene]:
     """Like `generate`, but every caption has a `HELD_OUT` pair (its first item)."""
-    pairs = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
     for i in range(count):
-        rng = np.random.default_rng((seed, 1, i))
-        yield _scene(rng, sorted(HELD_OUT), pairs)
+        yield _scene(np.random.default_rng((seed, 1, i)), sorted(HELD_OUT))
 
 
-def _scene(rng, first_pairs, second_pairs) -> Scene:
+def _scene(rng, pairs) -> Scene:
     kind = rng.choice(["one", "counted", "related"], p=[0.65, 0.2, 0.15])
     says_size = rng.random() < 0.5
-    colour, shape = first_pairs[rng.integers(len(first_pairs))]
+    pair = pairs[rng.integers(len(pairs))]
     radii = _ALONE_RADII if kind == "one" else _TOGETHER_RADII
-
-    def item(colour, shape, size, radius, centre):
-        return Item(shape, colour, size if says_size else "", *centre, radius)
 
     def sized():
         size = ("small", "large")[rng.integers(2)]
         return size, float(rng.uniform(*radii[size]))
 
+    def item(pair, size, radius, centre):
+        colour, shape = pair
+        return Item(shape, colour, size if says_size else "", *centre, radius)
+
     size, radius = sized()
     if kind == "one":
         low, high = radius + _MARGIN, 1 - radius - _MARGIN
         centre = float(rng.uniform(low, high)), float(rng.uniform(low, high))
-        return Scene((item(colour, shape, size, radius, centre),))
+        return Scene((item(pair, size, radius, centre),))
     if kind == "counted":
-        number = int(rng.integers(2, 4))
-        centres = _spread(rng, radius, number)
-        return Scene(tuple(item(colour, shape, size, radius, c) for c in centres))
+        centres = _spread(rng, radius, int(rng.integers(2, 4)))
+        return Scene(tuple(item(pair, size, radius, c) for c in centres))
 
-    others = [pair for pair in second_pairs if pair != (colour, shape)]
+    others = [other for other in _TRAINED if other != pair]
     other = others[rng.integers(len(others))]
     other_size, other_radius = sized()
     relation = RELATIONS[rng.integers(len(RELATIONS))]
-    swap = relation in ("below", "right of")
-    order = (other_radius, radius) if swap else (radius, other_radius)
-    places = _line(rng, order)
-    places = places[::-1] if swap else places
+    if relation in ("below", "right of"):
+        places = _line(rng, (other_radius, radius))[::-1]
+    else:
+        places = _line(rng, (radius, other_radius))
     # Drift across the line stays below the distance along it.
     across = [float(p) for p in rng.uniform(0.4, 0.6, 2)]
-    centres = list(zip(across, places, strict=True))
+    first, second = zip(across, places, strict=True)
     if relation in ("left of", "right of"):
-        centres = [(y, x) for x, y in centres]
-    return Scene(
-        (
-            item(colour, shape, size, radius, centres[0]),
-            item(*other, other_size, other_radius, centres[1]),
-        ),
-        relation,
+        first, second = first[::-1], second[::-1]
+    items = (
+        item(pair, size, radius, first),
+        item(other, other_size, other_radius, second),
     )
+    return Scene(items, relation)
 
 
 def _line(rng, radii: tuple[float, ...]) -> list[float]:
     """Centres along a side, in order, apart from each other and from its ends."""
     slack = 1 - 2 * _MARGIN - 2 * sum(radii) - _GAP * (len(radii) - 1)
-    shares = np.sort(rng.uniform(0, max(slack, 0.0), len(radii)))
+    shifts = np.sort(rng.uniform(0, max(slack, 0.0), len(radii)))
     centres, end = [], _MARGIN
-    for radius, share in zip(radii, shares, strict=True):
-        centres.append(float(end + radius + share))
+    for radius, shift in zip(radii, shifts, strict=True):
+        centres.append(float(end + radius + shift))
         end += 2 * radius + _GAP
     return centres
 
@@ -274,14 +261,6 @@ def _spread(rng, radius: float, number: int) -> list[tuple[float, float]]:
     return centres
 
 
-def _circle(u, v):
-    return np.hypot(u, v) - 1
-
-
-def _square(u, v):
-    return np.maximum(np.abs(u), np.abs(v)) - _SQUARE
-
-
 def _triangle(u, v):
     sides = _TRIANGLE * np.abs(u) - 0.5 * v - 0.5 * _TRIANGLE
     return np.maximum(sides, v - _TRIANGLE)
@@ -297,34 +276,30 @@ def _ring(u, v):
     return np.abs(np.hypot(u, v) - middle) - (1 - middle)
 
 
-def _diamond(u, v):
-    return (np.abs(u) + np.abs(v) - 1) * 0.5**0.5
-
-
 # Signed distance to the edge of the shape of radius 1, negative inside. Beyond
 # corners it is a lower bound, which moves coverage by a fraction of one pixel.
-DISTANCES: dict[str, Callable] = {
-    "circle": _circle,
-    "square": _square,
+_DISTANCES = {
+    "circle": lambda u, v: np.hypot(u, v) - 1,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - _SQUARE,
     "triangle": _triangle,
     "cross": _cross,
     "ring": _ring,
-    "diamond": _diamond,
+    "diamond": lambda u, v: (np.abs(u) + np.abs(v) - 1) * 0.5**0.5,
 }
 
 
 def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius) -> np.ndarray:
-    """Share of each pixel that a shape covers.
+    """The part of each pixel that a shape covers.
 
     Args:
-      shape: of `SHAPES`.
+      shape: one of `SHAPES`.
       dx, dy: pixel centres minus the shape's centre, in pixels.
       radius: in pixels; broadcasts with `dx` and `dy`.
 
     Returns:
       Values in [0, 1] of the broadcast shape: the edge is a ramp one pixel wide.
     """
-    distance = DISTANCES[shape](dx / radius, dy / radius) * radius
+    distance = _DISTANCES[shape](dx / radius, dy / radius) * radius
     return np.clip(0.5 - distance, 0.0, 1.0)
 
 

@@ -1,9 +1,12 @@
-"""The bytes in which embeddings are kept: ragged, bfloat16 or int8.
+"""Embeddings of captions: computed in padded groups, stored as ragged rows.
 
-A token of width D is one row. "bfloat16": D little-endian values. "int8": the row's
-scale as a little-endian float32, then D int8 values; the embedding is their product,
-rounded to bfloat16. The scale is the row's largest magnitude over 127.
+A stored token of width D is one row. "bfloat16": D little-endian values. "int8": the
+row's scale as a little-endian float32, then D int8 values; the embedding is their
+product, rounded to bfloat16. The scale is the row's largest magnitude over 127.
 """
+
+import math
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -11,8 +14,59 @@ import numpy as np
 from imagen_jax.errors import UserError, did_you_mean
 
 DTYPES = ("bfloat16", "int8")
-# Of the float32 in front of a row of int8.
 SCALE_BYTES = 4
+# Captions in one call of an encoder, and the lengths that it is compiled for.
+ROWS = 64
+_LENGTHS = (16, 32, 64, 128)
+
+
+def encode_groups(
+    tokens: list[list[int]],
+    length: int,
+    run: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    rows: int = ROWS,
+) -> list[np.ndarray]:
+    """Embeds captions in groups that are padded to one of a few lengths.
+
+    Equal captions are embedded once.
+
+    Args:
+      tokens: ids of each caption, not empty.
+      length: tokens kept of each caption; a longer one keeps its last, the end token.
+      run: `(ids, mask) -> [rows, L, D]`, with ids `[rows, L]` int32 that are zero
+        where the mask `[rows, L]` is False.
+      rows: captions in a group; the last group is filled up with empty rows.
+
+    Returns:
+      `[n_i, D]` bfloat16 for each caption.
+    """
+    tokens = [
+        tuple(t if len(t) <= length else t[: length - 1] + t[-1:]) for t in tokens
+    ]
+    groups: dict[int, list[tuple[int, ...]]] = {}
+    for caption in dict.fromkeys(tokens):
+        groups.setdefault(_padded_length(len(caption)), []).append(caption)
+    embedded = {}
+    for padded, group in sorted(groups.items()):
+        for start in range(0, len(group), rows):
+            chunk = group[start : start + rows]
+            ids = np.zeros((rows, padded), np.int32)
+            mask = np.zeros((rows, padded), bool)
+            for i, caption in enumerate(chunk):
+                ids[i, : len(caption)] = caption
+                mask[i, : len(caption)] = True
+            out = np.asarray(run(ids, mask))
+            for i, caption in enumerate(chunk):
+                # A copy: a view would keep the whole group in memory.
+                row = np.array(out[i, : len(caption)], ml_dtypes.bfloat16)
+                embedded[caption] = row
+    return [embedded[caption] for caption in tokens]
+
+
+def _padded_length(n: int) -> int:
+    longest = _LENGTHS[-1]
+    steps = (*_LENGTHS, math.ceil(n / longest) * longest)
+    return next(step for step in steps if n <= step)
 
 
 def check_dtype(dtype: str) -> None:
@@ -25,7 +79,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def row_bytes(dim: int, dtype: str = "bfloat16") -> int:
-    """Bytes of one token."""
+    """Bytes of one stored token."""
     return 2 * dim if dtype == "bfloat16" else SCALE_BYTES + dim
 
 

@@ -1,13 +1,4 @@
-"""Frozen text encoders.
-
-An encoder has
-
-  identity: "NAME@VERSION"; equal identities mean equal embeddings. Manifests and
-    checkpoints carry it, and `load_encoder` accepts it.
-  dim: width of one token's embedding.
-  tokenize(caption) -> list[int]: all of the caption's tokens, the end included.
-  encode(captions, length) -> list of `[n_i, dim]` bfloat16, n_i <= length.
-"""
+"""Frozen text encoders by name."""
 
 import re
 from typing import Protocol
@@ -22,21 +13,30 @@ from imagen_jax.text.tiny import TinyEncoder
 
 
 class TextEncoder(Protocol):
-    """What `load_encoder` returns; see above."""
+    """What `load_encoder` returns.
+
+    Attributes:
+      identity: "NAME@VERSION"; equal identities mean equal embeddings. Manifests and
+        checkpoints carry it, and `load_encoder` accepts it.
+      dim: width D of one token's embedding.
+    """
 
     identity: str
     dim: int
 
     def tokenize(self, caption: str) -> list[int]:
-        """All of the caption's tokens, the end included."""
+        """All tokens of the caption, the end token included."""
 
     def encode(self, captions: list[str], length: int) -> list[np.ndarray]:
-        """Of each caption `[n_i, dim]` bfloat16, `1 <= n_i <= length`."""
+        """`[n_i, D]` bfloat16 for each caption, `1 <= n_i <= length`.
+
+        A caption that is longer loses its tail. An embedding depends on its own
+        caption only, neither on the other captions nor on their number.
+        """
 
 
 _FORMS = ("tiny", *SIZES, "hf:NAME_OR_PATH", "t5x:CHECKPOINT")
-# What follows a name in an identity: of "tiny" its version, of others the type that
-# they compute in and the hash of their weights.
+# "NAME@v2-..." for the tiny encoder, "NAME@DTYPE-HASH" for all others.
 _IDENTITY = re.compile(r"(.+)@((?:v\d|bfloat16-|float32-)[\w-]*)")
 
 
@@ -45,26 +45,35 @@ def load_encoder(name: str, weights: str = "", dtype: str = "") -> TextEncoder:
 
     Args:
       name: "tiny"; "t5_1_1_SIZE" or "t5_1_0_SIZE", a key of `models.t5.SIZES`;
-        "hf:NAME_OR_PATH" of what transformers loads; "t5x:CHECKPOINT" for T5X's own
-        network; or the identity that a manifest or a checkpoint carries.
-      weights: file or folder of the encoder's weights. "tiny" has none; for "hf:" and
-        "t5x:" it takes the place of what follows the colon.
-      dtype: "bfloat16" (default) or "float32", of a T5's computation. An identity
+        "hf:NAME_OR_PATH", a model that transformers loads; "t5x:CHECKPOINT", T5X's
+        own network; or the identity in a manifest or a checkpoint.
+      weights: file or folder with the encoder's weights. "tiny" has none; for "hf:" and
+        "t5x:" it replaces what follows the colon.
+      dtype: compute type of a T5, "bfloat16" (default) or "float32". An identity
         brings its own.
 
     Raises:
-      UserError: for an unknown name, weights that do not fit it, and an identity
-        whose weights, tokens or version are others.
+      UserError: for an unknown name, weights that do not fit it, and an identity that
+        these weights, vocabulary or version do not have.
     """
     match = _IDENTITY.fullmatch(name)
     asked, version = match.groups() if match else (name, "")
     kind, _, argument = asked.partition(":")
     if version and not version.startswith("v"):
         dtype = version.partition("-")[0]
-    if kind == "tiny" and not argument:
-        encoder = _tiny(weights, dtype)
-    elif kind in SIZES and not argument:
-        encoder = PretrainedT5(kind, weights, dtype or "bfloat16")
+    if asked == "tiny":
+        if weights:
+            raise UserError(
+                "the encoder 'tiny' has built-in weights; leave out the weights "
+                f"{weights!r}"
+            )
+        if dtype not in ("", "float32"):
+            raise UserError(
+                f"the encoder 'tiny' runs in float32 only, not in {dtype!r}"
+            )
+        encoder = TinyEncoder()
+    elif asked in SIZES:
+        encoder = PretrainedT5(asked, weights, dtype or "bfloat16")
     elif kind == "hf" and (argument or weights):
         from imagen_jax.text.huggingface import TransformersEncoder
 
@@ -87,21 +96,10 @@ def load_encoder(name: str, weights: str = "", dtype: str = "") -> TextEncoder:
     return encoder
 
 
-def _tiny(weights: str, dtype: str) -> TinyEncoder:
-    if weights:
-        raise UserError(
-            "the encoder 'tiny' has built-in weights; leave out the weights "
-            f"{weights!r}"
-        )
-    if dtype not in ("", "float32"):
-        raise UserError(f"the encoder 'tiny' runs in float32 only, not in {dtype!r}")
-    return TinyEncoder()
-
-
 def embed(encoder: TextEncoder, captions: list[str], length: int):
-    """Padded embeddings of captions, as a batch or a sampler takes them.
+    """Padded embeddings of captions, as batches and samplers take them.
 
     Returns:
-      `text` `[B, length, dim]` bfloat16 and `mask` `[B, length]` bool.
+      `text` `[B, length, D]` bfloat16 and `mask` `[B, length]` bool.
     """
     return pad_text(encoder.encode(captions, length), length, encoder.dim)

@@ -6,58 +6,54 @@ import pathlib
 import numpy as np
 
 from imagen_jax.errors import UserError
-from imagen_jax.text.caption_groups import encode_groups
+from imagen_jax.text.embeddings import encode_groups
 
 
 class TransformersEncoder:
     """BERT, CLIP's text half, any T5 or another encoder that transformers knows.
 
-    The paper's ablations: BERT's and T5's last layer, CLIP's penultimate one (App.
-    D.1). Runs on torch's GPU if it has one.
+    As in the paper's ablations: BERT's and T5's last layer, CLIP's penultimate one
+    (App. D.1). Runs on torch's GPU if there is one.
 
     Attributes:
-      identity: "hf:NAME@float32-HASH", the hash that of weights and vocabulary.
+      identity: "hf:NAME@float32-HASH"; the hash covers weights and vocabulary.
       dim: width of one token's embedding.
     """
 
     def __init__(self, name: str, weights: str = "", dtype: str = "float32"):
-        """Loads weights and tokens.
+        """Loads weights and vocabulary.
 
         Args:
-          name: of a model on the Hugging Face Hub, or a folder of save_pretrained.
-          weights: a folder that takes the place of `name`.
-          dtype: "float32"; no other is run.
+          name: a model on the Hugging Face Hub, or a folder of save_pretrained.
+          weights: a folder that replaces `name`.
+          dtype: "float32", the only one.
 
         Raises:
           UserError: when transformers or torch is missing, or cannot load it.
         """
         if dtype != "float32":
             raise UserError(f"'hf:' encoders run in float32 only, not in {dtype!r}")
-        place = weights or name
-        model, self._tokenizer = _load(place)
-        self._layer = -2 if "clip" in model.config.model_type else -1
-        self._device = _device()
-        self._model = model.to(self._device).eval()
-        self.dim = model.config.hidden_size
-        self._longest = getattr(model.config, "max_position_embeddings", None)
-        if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        model, self._tokenizer = _load(weights or name)
+        config = model.config
+        self._layer = -2 if "clip" in config.model_type else -1
+        self.dim = config.hidden_size
+        self._longest = getattr(config, "max_position_embeddings", None)
+        if config.model_type in ("roberta", "xlm-roberta", "camembert"):
             # Their positions start after that of the padding.
-            self._longest -= model.config.pad_token_id + 1
+            self._longest -= config.pad_token_id + 1
+        # The name of a folder, not its path: moved weights stay the same encoder.
+        is_local = weights or pathlib.Path(name).is_dir()
+        shown = pathlib.Path(name or weights).name if is_local else name
         digest = _digest(model, self._tokenizer)
-        # Where a folder lies is nothing to its embeddings.
-        local = weights or pathlib.Path(name).is_dir()
-        shown = pathlib.Path(name or weights).name if local else name
         self.identity = f"hf:{shown}@float32-{digest[:12]}"
+        self._model = model.eval()
 
     def tokenize(self, caption: str) -> list[int]:
-        """All of the caption's tokens and those that the model puts around them."""
+        """All tokens of the caption and those that the model puts around them."""
         return self._tokenizer(caption, truncation=False, verbose=False)["input_ids"]
 
     def encode(self, captions: list[str], length: int) -> list[np.ndarray]:
-        """Embeds captions; what is longer than `length` tokens loses its tail.
-
-        Returns:
-          one `[n_i, dim]` bfloat16 per caption, `1 <= n_i <= length`.
+        """See `encoders.TextEncoder`.
 
         Raises:
           UserError: when `length` is more than the model has positions for.
@@ -68,15 +64,15 @@ class TransformersEncoder:
                 f"not {length}: give --text_length={self._longest}"
             )
         tokens = self._tokenizer(captions, truncation=True, max_length=length)
-        return encode_groups(tokens["input_ids"], self._embed)
+        return encode_groups(tokens["input_ids"], length, self._embed)
 
     def _embed(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         import torch
 
         with torch.inference_mode():
             out = self._model(
-                input_ids=torch.from_numpy(ids).long().to(self._device),
-                attention_mask=torch.from_numpy(mask).long().to(self._device),
+                input_ids=torch.from_numpy(ids).long().to(self._model.device),
+                attention_mask=torch.from_numpy(mask).long().to(self._model.device),
                 output_hidden_states=True,
             )
         return out.hidden_states[self._layer].float().cpu().numpy()
@@ -92,12 +88,12 @@ def _load(place: str):
             f"({error}): pip install 'imagen-jax[encoders]'"
         ) from None
     verbosity = transformers.logging.get_verbosity()
-    # It lists what a checkpoint has beside the text encoder; what it lacks is below.
+    # It warns of every tensor beside the text encoder; missing ones are an error below.
     transformers.logging.set_verbosity_error()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
         config = transformers.AutoConfig.from_pretrained(place)
-        # CLIP's checkpoints hold a picture half too.
+        # CLIP's checkpoints hold an image half too.
         is_clip = config.model_type in ("clip", "clip_text_model")
         kind = "CLIPTextModel" if is_clip else "AutoModelForTextEncoding"
         model, info = getattr(transformers, kind).from_pretrained(
@@ -106,25 +102,19 @@ def _load(place: str):
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"transformers cannot load {place!r}: {reason}; if it lies in a folder, "
+            f"transformers cannot load {place!r}: {reason}; if it is in a folder, "
             "give that as --encoder_weights"
         ) from None
     finally:
         transformers.logging.set_verbosity(verbosity)
-    # It draws at random what a checkpoint lacks, and goes on.
-    lacking = sorted(k for k in info["missing_keys"] if "pooler" not in k)
-    if lacking:
+    # transformers draws missing tensors at random, and goes on.
+    missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
+    if missing:
         raise UserError(
-            f"{place!r} lacks {len(lacking)} tensors of its model, first "
-            f"{lacking[0]!r}: it is damaged, or holds no text encoder"
+            f"{place!r} lacks {len(missing)} tensors of its model, first "
+            f"{missing[0]!r}: it is damaged, or holds no text encoder"
         )
-    return model, tokenizer
-
-
-def _device():
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _digest(model, tokenizer) -> str:

@@ -1,19 +1,15 @@
-"""T5 checkpoints as others wrote them, read one tensor at a time.
+"""T5 checkpoints in the formats of transformers and T5X, read tensor by tensor.
 
-A checkpoint has
-
-  kind: "safetensors" or "t5x", which names and lays out the tensors its own way.
-  shapes: of every tensor by its name in the file.
-  read(name) -> its numbers as numpy; the only thing held is that tensor.
+Both readers have `kind`, "safetensors" or "t5x"; `shapes`, the shape of every tensor by
+its name in the file; and `read(name)`, which keeps no other tensor in memory.
 """
 
-import json
 import pathlib
 
 import numpy as np
 from flax import serialization, traverse_util
 
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, read_json
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
@@ -28,70 +24,45 @@ def open_checkpoint(path: str) -> "Safetensors | T5X":
         an index; a .safetensors file; or T5X's folder, which holds `checkpoint`.
 
     Raises:
-      UserError: when it is none of them, or not whole.
+      UserError: when it is none of them, or incomplete.
     """
     place = existing(path)
-    if place.is_file() and place.name == "checkpoint":
-        place = place.parent
+    folder, names = place, ("checkpoint", _INDEX, _SINGLE)
     if place.is_file():
-        if place.name.endswith(".index.json"):
-            return Safetensors(place.parent, _indexed_files(place))
-        if place.suffix == ".safetensors":
-            return Safetensors(place.parent, [place.name])
-    elif (place / "checkpoint").is_file():
-        return T5X(place)
-    elif (place / _INDEX).is_file():
-        return Safetensors(place, _indexed_files(place / _INDEX))
-    elif (place / _SINGLE).is_file():
-        return Safetensors(place, [_SINGLE])
+        folder, names = place.parent, (place.name,)
+    for file in (folder / name for name in names):
+        if file.is_file() and file.name == "checkpoint":
+            return T5X(folder)
+        if file.is_file() and file.name.endswith(".index.json"):
+            index = read_json(file, "an index of safetensors files")
+            files = sorted(set(index.get("weight_map", {}).values()))
+            return Safetensors([folder / name for name in files])
+        if file.is_file() and file.suffix == ".safetensors":
+            return Safetensors([file])
+    hint = ""
+    if steps := sorted(p.parent.name for p in place.glob("checkpoint_*/checkpoint")):
+        hint = f"; one is in {steps[-1]!r} below it"
+    elif any(place.glob("*.bin")):
+        hint = (
+            "; it has PyTorch's .bin files, from which transformers' "
+            "save_pretrained makes safetensors (docs/text_encoders.md)"
+        )
     raise UserError(
         f"{path!r} holds no T5 weights that are known here: give a folder with "
-        f"{_SINGLE} or {_INDEX} (Hugging Face) or with a file `checkpoint` (T5X)"
-        + _other_weights(place)
+        f"{_SINGLE} or {_INDEX} (Hugging Face) or with a file `checkpoint` (T5X){hint}"
     )
 
 
 def existing(path: str) -> pathlib.Path:
-    """The file or folder of weights.
-
-    Raises:
-      UserError: when there is none.
-    """
+    """`path`, a file or folder on a disk; raises `UserError` when there is none."""
     if "://" in path:
         raise UserError(
             f"weights are read from a disk, not from {path!r}: copy them first "
             "(docs/text_encoders.md has the command)"
         )
-    place = pathlib.Path(path)
-    if not place.exists():
+    if not pathlib.Path(path).exists():
         raise UserError(f"there are no weights at {path!r}")
-    return place
-
-
-def _other_weights(place: pathlib.Path) -> str:
-    steps = sorted(p.parent.name for p in place.glob("checkpoint_*/checkpoint"))
-    if steps:
-        return f"; one is in {steps[-1]!r} below it"
-    if place.is_dir() and any(place.glob("*.bin")):
-        return (
-            "; it has PyTorch's .bin files, from which transformers' "
-            "save_pretrained makes safetensors (docs/text_encoders.md)"
-        )
-    return ""
-
-
-def _indexed_files(index: pathlib.Path) -> list[str]:
-    try:
-        files = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{str(index)!r} is damaged: copy it again") from None
-    missing = [name for name in files if not (index.parent / name).is_file()]
-    if missing:
-        raise UserError(
-            f"{str(index)!r} names {len(files)} files, of which {len(missing)} are not "
-            f"there, first {missing[0]!r}: copy it again"
-        )
-    return files
+    return pathlib.Path(path)
 
 
 class Safetensors:
@@ -99,10 +70,9 @@ class Safetensors:
 
     kind = "safetensors"
 
-    def __init__(self, folder: pathlib.Path, files: list[str]):
+    def __init__(self, paths: list[pathlib.Path]):
         self._files, self.shapes = {}, {}
-        for name in files:
-            path = folder / name
+        for path in paths:
             with _opened(path) as file:
                 for tensor in file.keys():
                     part = file.get_slice(tensor)
@@ -110,19 +80,15 @@ class Safetensors:
                     self.shapes[tensor] = tuple(part.get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """`shapes[name]` of floats.
-
-        Raises:
-          UserError: when the file is damaged or holds the tensor quantised.
-        """
+        """Floats of shape `shapes[name]`; raises `UserError` if they are quantised."""
         path, dtype = self._files[name]
         if dtype not in _FLOATS:
             raise UserError(
                 f"{name!r} in {str(path)!r} is stored as {dtype}; weights are read as "
                 f"{', '.join(_FLOATS)} only: take a copy that is not quantised"
             )
-        # Opened for each tensor: what is read of a mapped file counts as memory held
-        # until it is closed.
+        # Opened for each tensor: what was read of a mapped file counts as memory of
+        # this process until the file is closed.
         with _opened(path) as file:
             return file.get_tensor(name)
 
@@ -134,100 +100,87 @@ def _opened(path: pathlib.Path):
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(
-            f"{str(path)!r} is no safetensors file, or is damaged ({error}): copy it "
-            "again"
+            f"{str(path)!r} is no safetensors file, or is missing or damaged "
+            f"({error}): copy it again"
         ) from None
 
 
 class T5X:
     """A folder of T5X: `checkpoint` (msgpack) and a zarr array for each tensor.
 
-    Source: t5x/checkpoints.py. The msgpack file holds a nested dict; a leaf is an
-    array, or says in which folder it lies: as the spec of a tensorstore, whose path
-    stands in its kvstore or, before tensorstore 0.1.14, beside it, or as
+    Source: t5x/checkpoints.py. The msgpack file holds a nested dict. A leaf is an
+    array or names the folder of one: as the spec of a tensorstore, whose path stands
+    in its kvstore or, before tensorstore 0.1.14, beside it, or as
     "PLACEHOLDER://FOLDER" where Orbax wrote it.
     """
 
     kind = "t5x"
 
     def __init__(self, folder: pathlib.Path):
-        self._folder = folder
         try:
             tree = serialization.msgpack_restore((folder / "checkpoint").read_bytes())
-            tree = tree.get("optimizer", tree)
-            target = {"target": tree["target"]}
-        except Exception as error:  # msgpack raises what its C code comes upon.
-            raise UserError(
-                f"{str(folder / 'checkpoint')!r} is no checkpoint of T5X, or is "
-                f"damaged ({type(error).__name__}: {error}): copy it again"
-            ) from None
+            target = {"target": tree.get("optimizer", tree)["target"]}
+        except Exception as error:  # msgpack raises errors of many kinds.
+            raise _damaged(folder / "checkpoint", error) from None
         leaves = traverse_util.flatten_dict(
             target, sep=".", is_leaf=lambda _, value: set(value) >= {"driver"}
         )
-        # The decoder is of no use here; its folders need not have been copied.
-        self._leaves = {k: v for k, v in leaves.items() if ".decoder." not in k}
-        self._stores, self.shapes = {}, {}
-        for name, leaf in self._leaves.items():
-            place = _folder_of(leaf)
-            if place is None:
-                self.shapes[name] = np.shape(leaf)
-            elif (folder / place / ".zarray").is_file():
-                self._stores[name] = self._open(folder / place)
-                self.shapes[name] = tuple(self._stores[name].shape)
-
-    def _open(self, place: pathlib.Path):
-        import tensorstore
-
-        spec = {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{place.resolve()}/"},
-            # A chunk that was not copied would be read as zeros.
-            "fill_missing_data_reads": False,
-        }
-        # Few chunks at once, none kept: each is held compressed and decoded.
-        context = tensorstore.Context(
-            {
-                "cache_pool": {"total_bytes_limit": 0},
-                "data_copy_concurrency": {"limit": 4},
-                "file_io_concurrency": {"limit": 4},
-            }
-        )
-        try:
-            return tensorstore.open(spec, context=context, read=True).result()
-        except ValueError as error:
-            raise UserError(_damaged(place, error)) from None
+        self._leaves, self.shapes = {}, {}
+        for name, leaf in leaves.items():
+            # The decoder is of no use here; its folders need not have been copied.
+            if ".decoder." in name:
+                continue
+            if isinstance(leaf, dict):
+                leaf = leaf["kvstore"].get("path") or leaf["path"]
+            if isinstance(leaf, str):
+                place = folder / leaf.removeprefix("PLACEHOLDER://").strip("/")
+                if not (place / ".zarray").is_file():
+                    continue
+                leaf = _open_zarr(place)
+            self._leaves[name] = leaf
+            self.shapes[name] = tuple(leaf.shape)
 
     def read(self, name: str) -> np.ndarray:
-        """`shapes[name]` of floats.
-
-        Raises:
-          UserError: when a part of it is damaged or was not copied.
-        """
-        if name not in self._stores:
-            return np.asarray(self._leaves[name])
+        """Floats of shape `shapes[name]`; raises `UserError` if a part is missing."""
         import tensorstore
 
-        store = self._stores[name]
-        out = np.empty(store.shape, store.dtype.numpy_dtype)
+        leaf = self._leaves[name]
+        if not isinstance(leaf, tensorstore.TensorStore):
+            return np.asarray(leaf)
+        out = np.empty(leaf.shape, leaf.dtype.numpy_dtype)
         try:
-            # Into memory of ours: tensorstore's threads keep for themselves what they
-            # allocated and freed.
-            tensorstore.array(out, copy=False).write(store).result()
-            return out
+            # Into memory of ours: tensorstore's threads keep what they allocated.
+            tensorstore.array(out, copy=False).write(leaf).result()
         except ValueError as error:
-            place = self._folder / _folder_of(self._leaves[name])
-            raise UserError(_damaged(place, error)) from None
+            raise _damaged(leaf.kvstore.path, error) from None
+        return out
 
 
-def _folder_of(leaf) -> str | None:
-    """The folder of a leaf's zarr array; None for an array in the msgpack file."""
-    if isinstance(leaf, str):
-        return leaf.removeprefix("PLACEHOLDER://")
-    if isinstance(leaf, dict):
-        return (leaf["kvstore"].get("path") or leaf["path"]).strip("/")
-    return None
+def _open_zarr(place: pathlib.Path):
+    import tensorstore
+
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{place.resolve()}/"},
+        # A chunk that was not copied would be read as zeros.
+        "fill_missing_data_reads": False,
+    }
+    # Few chunks at once, none kept: each is held compressed and decoded.
+    context = {
+        "cache_pool": {"total_bytes_limit": 0},
+        "data_copy_concurrency": {"limit": 4},
+        "file_io_concurrency": {"limit": 4},
+    }
+    try:
+        context = tensorstore.Context(context)
+        return tensorstore.open(spec, context=context, read=True).result()
+    except ValueError as error:
+        raise _damaged(place, error) from None
 
 
-def _damaged(place: pathlib.Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
-    return f"{str(place)!r} is damaged or was copied in part ({reason}): copy it again"
+def _damaged(place, error: Exception) -> UserError:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return UserError(
+        f"{str(place).rstrip('/')!r} is damaged, was copied in part or is not T5X's "
+        f"({reason}): copy it again"
+    )

@@ -21,8 +21,8 @@ from imagen_jax.models.t5 import SIZES, T5Config, T5Encoder
 from imagen_jax.sharding import state_shardings
 from imagen_jax.text import t5_checkpoints
 
-# Of a parameter its names: ours, transformers' and T5X's.
-_ONCE = (
+# Each parameter's names: ours, transformers' and T5X's.
+_MODEL = (
     ("token_embedding", "shared.weight", "target.token_embedder.embedding"),
     (
         "relative_bias",
@@ -43,30 +43,26 @@ _LAYER = (
     ("attention_{}.out", "0.SelfAttention.o", "attention.out.kernel"),
     ("feed_forward_norm_{}.scale", "1.layer_norm", "pre_mlp_layer_norm.scale"),
 )
-_FEED_FORWARD = {
-    True: (
-        ("feed_forward_{}.gate", "1.DenseReluDense.wi_0", "mlp.wi_0.kernel"),
-        ("feed_forward_{}.linear", "1.DenseReluDense.wi_1", "mlp.wi_1.kernel"),
-        ("feed_forward_{}.out", "1.DenseReluDense.wo", "mlp.wo.kernel"),
-    ),
-    False: (
-        ("feed_forward_{}.linear", "1.DenseReluDense.wi", "mlp.wi.kernel"),
-        ("feed_forward_{}.out", "1.DenseReluDense.wo", "mlp.wo.kernel"),
-    ),
-}
+_GATED = (
+    ("feed_forward_{}.gate", "1.DenseReluDense.wi_0", "mlp.wi_0.kernel"),
+    ("feed_forward_{}.linear", "1.DenseReluDense.wi_1", "mlp.wi_1.kernel"),
+    ("feed_forward_{}.out", "1.DenseReluDense.wo", "mlp.wo.kernel"),
+)
+_RELU = (
+    ("feed_forward_{}.linear", "1.DenseReluDense.wi", "mlp.wi.kernel"),
+    ("feed_forward_{}.out", "1.DenseReluDense.wo", "mlp.wo.kernel"),
+)
 # transformers stores the embedding under one of two names, or under both.
 _ALIASES = {"shared.weight": "encoder.embed_tokens.weight"}
-_OF_LAYER = re.compile(r"encoder\.block\.|target\.encoder\.layers_")
-_OF_ENCODER = re.compile(r"(target\.)?encoder\.|shared\.|target\.token_embedder\.")
+_IN_LAYER = re.compile(r"encoder\.block\.|target\.encoder\.layers_")
+_IN_ENCODER = re.compile(r"(target\.)?encoder\.|shared\.|target\.token_embedder\.")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """A parameter of ours in a checkpoint: its name there and how it is stored."""
+    """A parameter: its path in ours, and its name and shape in a checkpoint."""
 
     path: str
-    # The same parameter of the first layer.
-    first: str
     name: str
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
@@ -80,15 +76,14 @@ class _Tensor:
 
 def tensors(config: T5Config, kind: str) -> Iterator[_Tensor]:
     """Every parameter of an encoder as a checkpoint of `kind` stores it."""
-    first_layer = _first_layer(config)
-    names = [(ours, *others, ours) for ours, *others in _ONCE]
+    names = list(_MODEL)
     for i in range(config.num_layers):
-        for ours, theirs, t5x in (*_LAYER, *_FEED_FORWARD[config.gated]):
+        for ours, theirs, t5x in (*_LAYER, *(_GATED if config.gated else _RELU)):
             theirs = f"encoder.block.{i}.layer.{theirs}.weight"
-            t5x = f"target.encoder.layers_{i}.{t5x}"
-            names.append((ours.format(i), theirs, t5x, ours.format(0)))
-    for ours, theirs, t5x, first in names:
-        shape, leaf = first_layer[first].value.shape, ours.rpartition(".")[-1]
+            names.append((ours.format(i), theirs, f"target.encoder.layers_{i}.{t5x}"))
+    shapes = abstract_first_layer(config)
+    for path, theirs, t5x in names:
+        shape, leaf = shapes[in_first_layer(path)].value.shape, path.split(".")[-1]
         flat = shape
         if leaf in ("query", "key", "value"):
             flat = (shape[0], shape[1] * shape[2])
@@ -100,14 +95,20 @@ def tensors(config: T5Config, kind: str) -> Iterator[_Tensor]:
         else:
             transposed = leaf not in ("relative_bias", "token_embedding", "scale")
         stored = flat[::-1] if transposed else flat
-        name = t5x if kind == "t5x" else theirs
-        yield _Tensor(ours, first, name, shape, stored, transposed)
+        yield _Tensor(path, t5x if kind == "t5x" else theirs, shape, stored, transposed)
+
+
+def in_first_layer(path: str) -> str:
+    """The path of the same parameter in the first layer; its own outside of layers."""
+    return re.sub(r"_\d+\.", "_0.", path)
 
 
 @functools.cache
-def _first_layer(config: T5Config) -> dict:
-    """By path, what is not of a layer and what is of the first: abstract and boxed."""
-    # The other layers are like it, and tracing 24 of them takes a second.
+def abstract_first_layer(config: T5Config) -> dict:
+    """Abstract, boxed parameters by path, with the first layer only.
+
+    The others are like it, and tracing 24 of them takes a second.
+    """
     model = T5Encoder(dataclasses.replace(config, num_layers=1))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
@@ -119,32 +120,32 @@ def load_params(path: str, config: T5Config, mesh: Mesh) -> tuple[dict, str]:
     """Reads an encoder onto the devices of `mesh`.
 
     Kernels are kept in `config.dtype`, which they are cast to anyway where they are
-    used; embedding, norms and position bias in float32. On the host there is never
-    more than one tensor, as it is stored and as it is kept.
+    used; embedding, norms and position bias in float32. The host never holds more than
+    one tensor, as it is stored and as it is kept.
 
     Args:
-      path: as `t5_checkpoints.open_checkpoint` takes it.
+      path: a file or folder that `t5_checkpoints.open_checkpoint` takes.
       config: the sizes that the checkpoint must have.
-      mesh: of devices of this process.
+      mesh: devices of this process.
 
     Returns:
       The parameters of `T5Encoder(config)`, and the SHA-256 of their numbers. Equal
-      numbers have equal sums, from whichever kind of checkpoint and on any mesh.
+      numbers have equal sums, whatever the kind of checkpoint and the mesh.
 
     Raises:
-      UserError: when a tensor is missing, has another shape, is too many, or is not
-        finite; before anything is read but for the last.
+      UserError: when a tensor is missing, unknown, of another shape, or (found only
+        while reading) not finite.
     """
     checkpoint = t5_checkpoints.open_checkpoint(path)
     wanted = _check_shapes(checkpoint, path, config)
-    shardings = state_shardings(_first_layer(config), mesh)
+    shardings = state_shardings(abstract_first_layer(config), mesh)
     params, digest = {}, hashlib.sha256()
     for tensor in tqdm.tqdm(wanted, desc="weights", leave=False, disable=None):
         array = _read(checkpoint, tensor, config.dtype)
         digest.update(json.dumps([tensor.path, *tensor.shape]).encode())
         digest.update(array.view(np.uint8).reshape(-1))
-        # Waited for, or the next tensor would be read while this one is still sent.
-        placed = jax.block_until_ready(jax.device_put(array, shardings[tensor.first]))
+        placed = jax.device_put(array, shardings[in_first_layer(tensor.path)])
+        # Waits too, or the next tensor would be read while this one is still sent.
         if not jnp.isfinite(placed).all():
             raise UserError(
                 f"{tensor.name!r} in {path!r} holds values that are inf or NaN: the "
@@ -168,7 +169,7 @@ def _read(checkpoint, tensor: _Tensor, dtype: str) -> np.ndarray:
 
 
 def _check_shapes(checkpoint, path: str, config: T5Config) -> list[_Tensor]:
-    """The tensors that will be read, under the names that the checkpoint has."""
+    """The tensors to read, under the names that the checkpoint has."""
     have, found, faults = checkpoint.shapes, [], []
     for tensor in tensors(config, checkpoint.kind):
         alias = _ALIASES.get(tensor.name)
@@ -186,7 +187,7 @@ def _check_shapes(checkpoint, path: str, config: T5Config) -> list[_Tensor]:
     faults += [
         f"has {name!r} of shape {have[name]}, which this size does not have"
         for name in have
-        if _OF_ENCODER.match(name) and name not in known
+        if _IN_ENCODER.match(name) and name not in known
     ]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -197,12 +198,11 @@ def _check_shapes(checkpoint, path: str, config: T5Config) -> list[_Tensor]:
 
 
 def _size_hint(checkpoint, asked: T5Config) -> str:
-    have = checkpoint.shapes
+    """Names the other size that the checkpoint's layers have, if there is one."""
+    layers = {k: v for k, v in checkpoint.shapes.items() if _IN_LAYER.match(k)}
     for name, config in SIZES.items():
-        if dataclasses.replace(config, dtype=asked.dtype) == asked:
-            continue
         wanted = {t.name: t.stored_shape for t in tensors(config, checkpoint.kind)}
-        layers = {k: v for k, v in have.items() if _OF_LAYER.match(k)}
-        if layers and all(wanted.get(k) == v for k, v in layers.items()):
+        other = dataclasses.replace(config, dtype=asked.dtype) != asked
+        if other and layers and layers.items() <= wanted.items():
             return f": its shapes are those of {name}; give --encoder={name}"
     return ""

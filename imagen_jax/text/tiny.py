@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax.models.t5 import BUCKETS, T5Config, T5Encoder
-from imagen_jax.text.caption_groups import END, cut, encode_groups
+from imagen_jax.models.t5 import BUCKETS, END, T5Config, T5Encoder
+from imagen_jax.text.embeddings import encode_groups
 
-_TINY = T5Config(
+_CONFIG = T5Config(
     vocab_size=32_768,
     num_layers=2,
     d_model=64,
@@ -23,60 +23,52 @@ _TINY = T5Config(
     num_heads=4,
     dtype="float32",
 )
-_ADDED = 0.3
+_LAYER_SCALE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
 class TinyEncoder:
     """A small T5 with fixed random weights: no files, no training.
 
-    It has learnt nothing. Words are told apart and their order shows in the
+    It has learnt nothing. It tells words apart and their order shows in the
     embeddings, which is enough to train a small model on a small world of captions;
-    it does not know that "crimson" is near "red". Pretrained weights come through
-    the same door, `load_encoder`.
+    it does not know that "crimson" is near "red".
 
     The weights are drawn as T5 initialises them, with two exceptions. The position
-    bias is set so that three heads look at the word before, the word after and the one
-    two before, and the last at all words. What a layer adds is scaled by `_ADDED`: in a
-    random network of full strength a word's embedding depends on its neighbours so
-    much that words do not carry over to new combinations (benchmarks/README.md).
+    bias makes three heads look at the word before, the word after and the one two
+    before, and the last head at all words. The output of each layer is scaled by
+    `_LAYER_SCALE`: in a random network of full strength a word's embedding depends so
+    much on its neighbours that words do not carry over to new combinations
+    (benchmarks/README.md).
     """
 
     identity: str = "tiny@v2-seed0-2x64"
-    dim: int = _TINY.d_model
+    dim: int = _CONFIG.d_model
 
     def tokenize(self, caption: str) -> list[int]:
         """Words and punctuation marks, lower-cased and hashed; then the end."""
         words = re.findall(r"\w+|[^\w\s]", caption.lower())
-        free = _TINY.vocab_size - 2
+        free = _CONFIG.vocab_size - 2
         return [2 + zlib.crc32(word.encode()) % free for word in words] + [END]
 
     def encode(self, captions: list[str], length: int) -> list[np.ndarray]:
-        """Embeds captions; what is longer than `length` tokens loses its tail.
-
-        An embedding depends on its own caption only: neither on the other captions
-        nor on their number.
-
-        Returns:
-          one `[n_i, dim]` bfloat16 per caption, `1 <= n_i <= length`.
-        """
-        params = _tiny_params()
-        tokens = [cut(self.tokenize(caption), length) for caption in captions]
-        return encode_groups(tokens, functools.partial(_tiny_apply, params))
+        """See `encoders.TextEncoder`."""
+        tokens = [self.tokenize(caption) for caption in captions]
+        return encode_groups(tokens, length, functools.partial(_apply, _params()))
 
 
 @jax.jit
-def _tiny_apply(params, ids, mask):
+def _apply(params, ids, mask):
     # A TPU multiplies float32 in bfloat16 passes unless told otherwise.
     with jax.default_matmul_precision("highest"):
-        return T5Encoder(_TINY).apply({"params": params}, ids, mask)
+        return T5Encoder(_CONFIG).apply({"params": params}, ids, mask)
 
 
 @functools.cache
-def _tiny_params():
+def _params():
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    shapes = jax.eval_shape(T5Encoder(_TINY).init, jax.random.key(0), ids, mask)
+    shapes = jax.eval_shape(T5Encoder(_CONFIG).init, jax.random.key(0), ids, mask)
     # numpy's frozen generator: jax's bits depend on its version and its flags.
     random = np.random.RandomState(0)
 
@@ -91,7 +83,7 @@ def _tiny_params():
             "query": (shape[0] * shape[-1]) ** -0.5,
             "key": shape[0] ** -0.5,
             "value": shape[0] ** -0.5,
-            "out": _ADDED * math.prod(shape[:-1]) ** -0.5,
+            "out": _LAYER_SCALE * math.prod(shape[:-1]) ** -0.5,
         }.get(name, math.prod(shape[:-1]) ** -0.5)
         return (stddev * random.standard_normal(shape)).astype(np.float32)
 

@@ -14,6 +14,12 @@ from imagen_jax.shapes.judge import judge, look
 SCENES = list(shapes.generate(750, seed=7))
 
 
+def request(scene):
+    """What the caption of `scene` asks for."""
+    things = tuple((i.size, i.colour, i.shape) for i in scene.items)
+    return shapes.Request(things, scene.relation)
+
+
 def one(shape, colour="blue", radius=0.3, x=0.5, y=0.5):
     return shapes.Scene((shapes.Item(shape, colour, "", x, y, radius),))
 
@@ -117,7 +123,7 @@ def test_items_are_inside_and_apart():
 
 def test_parse_inverts_caption():
     for scene in [*SCENES, *shapes.heldout(500, seed=7)]:
-        assert shapes.parse(shapes.caption(scene)) == shapes.request(scene)
+        assert shapes.parse(shapes.caption(scene)) == request(scene)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,7 @@ def test_parse_refuses_other_text(text):
 
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_judge_is_right_on_drawn_scenes(size):
-    right = [judge(shapes.draw(s, size), shapes.caption(s)).right for s in SCENES]
+    right = [judge(shapes.draw(s, size), shapes.caption(s)).right for s in SCENES[:400]]
     assert np.mean(right) >= 0.99
 
 
@@ -166,7 +172,7 @@ def test_judge_is_right_on_drawn_scenes(size):
 def test_judge_is_right_on_noisy_and_blurred_scenes(size, blur, share):
     right = [
         judge(spoil(shapes.draw(s, size), blur, 10, seed), shapes.caption(s)).right
-        for seed, s in enumerate(SCENES)
+        for seed, s in enumerate(SCENES[:400])
     ]
     assert np.mean(right) >= share
 
@@ -195,7 +201,7 @@ def other(rng, value, values):
 def wrong(scene, what, rng):
     """The caption of `scene` with one wrong word, or None where it has no such word."""
     items, relation = list(scene.items), scene.relation
-    said = shapes.request(scene)
+    said = request(scene)
     if what == "count":
         if relation:
             items, relation = items[:1], ""
@@ -216,14 +222,14 @@ def wrong(scene, what, rng):
         for k in range(changed):
             items[k] = dataclasses.replace(items[k], **{what: new})
     fake = shapes.Scene(tuple(items), relation)
-    assert shapes.request(fake) != said
+    assert request(fake) != said
     return shapes.caption(fake)
 
 
 @pytest.mark.parametrize("what", ["colour", "shape", "count", "size", "relation"])
 def test_judge_refuses_wrong_captions(what):
     verdicts = []
-    for seed, scene in enumerate(SCENES):
+    for seed, scene in enumerate(SCENES if what == "relation" else SCENES[:300]):
         text = wrong(scene, what, np.random.default_rng(seed))
         if text:
             verdicts.append(getattr(judge(shapes.draw(scene, 32), text), what))

@@ -6,6 +6,37 @@ from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 
 
+def test_captions_come_back_in_their_order_without_padding():
+    shapes = []
+
+    def run(ids, mask):
+        shapes.append(ids.shape)
+        assert not ids[~mask].any()
+        # Each token's embedding holds its id and the number of tokens.
+        return np.stack([ids, np.broadcast_to(mask.sum(1)[:, None], ids.shape)], -1)
+
+    tokens = [[5, 1], [7] * 16 + [1], [0, 1], [5, 1], [9] * 200 + [1]]
+    rows = embeddings.encode_groups(tokens, 400, run, rows=2)
+    for caption, row in zip(tokens, rows, strict=True):
+        assert row.dtype == "bfloat16"
+        np.testing.assert_array_equal(row[:, 0].astype(int), caption)
+        assert (row[:, 1] == len(caption)).all()
+    # [5, 1] once only; a group for each padded length.
+    assert shapes == [(2, 16), (2, 32), (2, 256)]
+
+
+@pytest.mark.parametrize(
+    ("caption", "length", "kept"),
+    [([4, 5, 6, 1], 4, [4, 5, 6, 1]), ([4, 5, 6, 1], 3, [4, 5, 1]), ([4, 1], 1, [1])],
+)
+def test_a_caption_that_is_cut_keeps_its_end(caption, length, kept):
+    def run(ids, mask):
+        return ids[..., None]
+
+    (row,) = embeddings.encode_groups([caption], length, run)
+    assert row[:, 0].astype(int).tolist() == kept
+
+
 def _rows(n=7, dim=48):
     rows = (
         np.random.default_rng(0).normal(size=(n, dim))

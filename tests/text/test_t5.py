@@ -163,7 +163,7 @@ def test_what_is_missing_or_does_not_fit(weights, tmp_path):
         text.load_encoder("t5_1_1_small")
     with pytest.raises(UserError, match="no weights at '/nowhere'"):
         text.load_encoder("t5_1_1_small", "/nowhere")
-    with pytest.raises(UserError, match="float16: inside its feed-forward .* 65504"):
+    with pytest.raises(UserError, match="float16': inside its feed-forward .* 65504"):
         text.load_encoder("t5_1_1_small", weights, "float16")
     with pytest.raises(UserError, match="did you mean 't5_1_1_xxl'"):
         text.load_encoder("t5_1_1_xxxl", weights)

@@ -64,10 +64,10 @@ def test_what_is_not_whole(tmp_path):
     part = folder / "model-00002-of-00003.safetensors"
     content = part.read_bytes()
     part.write_bytes(content[:-100])
-    with pytest.raises(UserError, match="00002.*no safetensors file, or is damaged"):
+    with pytest.raises(UserError, match="00002.*no safetensors file, or is missing or"):
         load(folder)
     part.unlink()
-    with pytest.raises(UserError, match="1 are not there, first 'model-00002"):
+    with pytest.raises(UserError, match="00002.*is missing or damaged"):
         load(folder)
     eight = {n: x.astype(np.int8) for n, x in tensors.items()}
     with pytest.raises(UserError, match="is stored as I8"):
@@ -78,13 +78,13 @@ def test_what_is_not_whole(tmp_path):
         load(tmp_path / "run")
     # tensorstore would take a chunk that is not there for zeros.
     (folder / "target.encoder.layers_1.mlp.wo.kernel" / "1.1").unlink()
-    with pytest.raises(UserError, match="wo.kernel' is damaged or was copied in part"):
+    with pytest.raises(UserError, match="wo.kernel' is damaged, was copied in part"):
         load(folder)
     shutil.rmtree(folder / "target.encoder.layers_0.mlp.wo.kernel")
     with pytest.raises(UserError, match="lacks 'target.encoder.layers_0.mlp.wo.ker"):
         load(folder)
     (folder / "checkpoint").write_bytes(b"\xc1")
-    with pytest.raises(UserError, match="no checkpoint of T5X, or is damaged"):
+    with pytest.raises(UserError, match="checkpoint' is damaged, .* or is not T5X's"):
         load(folder)
 
 

@@ -5,7 +5,7 @@ import sys
 import jax
 import numpy as np
 
-from imagen_jax.text import caption_groups
+from imagen_jax.text import embeddings
 from imagen_jax.text import tiny as tiny_encoder
 
 ENCODER = tiny_encoder.TinyEncoder()
@@ -17,7 +17,7 @@ def _encode(*captions, length=128):
 
 def test_weights_are_what_the_identity_says():
     """Drawn by numpy's frozen generator: the same bits on every machine."""
-    leaves = jax.tree_util.tree_leaves_with_path(tiny_encoder._tiny_params())
+    leaves = jax.tree_util.tree_leaves_with_path(tiny_encoder._params())
     digest = hashlib.sha256()
     for path, leaf in leaves:
         digest.update(jax.tree_util.keystr(path).encode() + leaf.tobytes())
@@ -76,7 +76,7 @@ def test_an_embedding_is_of_its_own_caption_only():
 def test_padding_changes_nothing(monkeypatch):
     caption = "a red circle"
     short = _encode(caption)[0]
-    monkeypatch.setattr(caption_groups, "_LENGTHS", (64,))
+    monkeypatch.setattr(embeddings, "_LENGTHS", (64,))
     np.testing.assert_allclose(_encode(caption)[0], short, rtol=2**-7, atol=2**-10)
 
 

@@ -1,0 +1,87 @@
+"""The folder that sampled pictures are written to."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from imagen_jax import images
+from imagen_jax.api.cascade import Trained
+from imagen_jax.api.sweep import Cell, all_cells
+
+
+def write(
+    output: str,
+    trained: Sequence[Trained],
+    prompts: Sequence[str],
+    seeds: np.ndarray,
+    samples: Sequence[np.ndarray],
+    cells: Sequence[Cell] = (),
+    lowres: Sequence[str] = (),
+) -> None:
+    """Writes what `sample_prompts` returned.
+
+    NNNN.png of the last stage, NNNN_SIZEpx.png of earlier ones, samples.json (all that
+    is needed to make each picture again), grid.png and, for several cells,
+    sheet_NNNN.png of each prompt.
+
+    Args:
+      output: the folder.
+      trained, prompts, seeds, cells: as given to `sample_prompts`.
+      samples: `[N, H, W, 3]` uint8 of each stage.
+      lowres: the files that the first stage started from: none, one, or one per prompt.
+    """
+    folder = pathlib.Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = cells or all_cells([one.cfg for one in trained])
+    records = []
+    for i in range(len(samples[-1])):
+        prompt, cell = i // len(cells), cells[i % len(cells)]
+        names = [f"{i:04d}_{s.shape[1]}px.png" for s in samples[:-1]] + [f"{i:04d}.png"]
+        for name, of_stage in zip(names, samples, strict=True):
+            images.save(folder / name, of_stage[i])
+        record = {
+            "file": names[-1],
+            "prompt": prompts[prompt],
+            "seed": int(seeds[prompt]),
+            "earlier_stages": names[:-1],
+            "guidance": cell.guidance,
+            "aug_level": cell.aug_level,
+        }
+        if lowres:
+            record["lowres"] = lowres[prompt % len(lowres)]
+        records.append(record)
+    if len(cells) > 1:
+        columns = len({cell.guidance for cell in cells})
+        labels = [cell.label for cell in cells]
+        for i, shown in enumerate(np.split(samples[-1], len(prompts))):
+            write_sheet(folder / f"sheet_{i:04d}.png", shown, columns, labels)
+    captions = [record["prompt"] for record in records]
+    write_sheet(folder / "grid.png", samples[-1], min(8, len(captions)), captions)
+    description = {
+        "pictures": records,
+        "stages": [
+            {
+                "workdir": one.workdir,
+                "checkpoint_step": one.step,
+                "config": dataclasses.asdict(one.cfg),
+            }
+            for one in trained
+        ],
+        "versions": {"jax": jax.__version__},
+        "devices": [str(device) for device in jax.devices()],
+    }
+    (folder / "samples.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def write_sheet(
+    path: str | os.PathLike, shown: np.ndarray, columns: int, captions: Sequence[str]
+) -> None:
+    """Writes a captioned grid of `[N, H, W, 3]` uint8, small ones enlarged to 96."""
+    side = shown.shape[1]
+    shown = images.enlarge(shown, side * max(1, 96 // side))
+    images.save(path, images.grid(shown, columns, captions))
