@@ -56,7 +56,9 @@ class Checkpointer:
         self.damaged: dict[int, str] = {}
         self._folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
         self._training = training
-        options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+        options = ocp.CheckpointManagerOptions(
+            create=False, read_only=True, save_interval_steps=0
+        )
         if training:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation(training),
