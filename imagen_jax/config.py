@@ -322,7 +322,7 @@ def from_dict(values: Mapping[str, Any]) -> StageConfig:
     return _cast(StageConfig, values, "config")
 
 
-def from_json(text: str | dict, where: str = "config.json") -> StageConfig:
+def from_json(text: str | Mapping | None, where: str = "config.json") -> StageConfig:
     """Reads what `to_json` wrote (or that, parsed), in this version or an earlier one.
 
     Raises:

@@ -7,7 +7,6 @@ of the state), `config` (the resolved stage), `iterator` (the position in the da
 
 import base64
 import dataclasses
-import json
 import logging
 import math
 import sys
@@ -258,7 +257,7 @@ def described_stage(values: Mapping[str, Any], where: str) -> StageConfig:
             f"{where} has schema version {version}, this program reads "
             f"{SCHEMA_VERSION}: use the release that wrote it"
         )
-    return config_lib.from_json(json.dumps(values.get("stage")), where)
+    return config_lib.from_json(values.get("stage"), where)
 
 
 def _train_item(state: TrainState) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
     folder = epath.Path(workdir)
     path, partial = folder / "config.json", folder / "config.partial"
     if path.exists():
-        old = config_lib.from_dict(read_json(path, "the config of a run"))
+        old = config_lib.from_json(read_json(path, "the config of a run"), str(path))
         lines = [
             line
             for line in config_lib.difference(old, cfg)
