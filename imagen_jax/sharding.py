@@ -16,9 +16,12 @@ from imagen_jax.errors import UserError
 # The last axes exchange the most, so their neighbours are neighbours in the machine.
 AXES = ("data", "fsdp", "spatial", "tensor")
 
-# Mesh axes of the logical axes that parameters are declared with; others are whole.
+# Mesh axes of the logical axes that parameters are declared with; None is whole.
 # Weights are split along their input over fsdp and along their output over tensor.
-RULES = (("in", "fsdp"), ("out", "tensor"), ("heads", "tensor"), ("vocab", "tensor"))
+RULES = (
+    *(("in", "fsdp"), ("out", "tensor"), ("heads", "tensor"), ("vocab", "tensor")),
+    *dict.fromkeys(("kernel_h", "kernel_w", "head_dim", "norm", "buckets")).items(),
+)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
