@@ -1,6 +1,6 @@
 """Seconds from the command to the first step, with an empty cache and with a full one.
 
-JAX_PLATFORMS=cpu python -m benchmarks.startup --records=RECORDS [--config=configs/tiny.py:base]
+python -m benchmarks.startup --records=RECORDS [--config=configs/tiny.py:base]
 
 Runs `train` twice with one folder of compiled programs, which is empty at first, and
 reads events.jsonl: when the state was there, when the first step had been compiled and
