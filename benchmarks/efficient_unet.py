@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from configs import sr256
-from imagen_jax import config, timings
+from imagen_jax import benchmark, config
 from imagen_jax.compilation import compiler_options
 from imagen_jax.models import network
-from imagen_jax.planning import compile as compiled
+from imagen_jax.planning.compile import compile_step
 from imagen_jax.planning.flops import forward_flops
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import create_state
@@ -50,8 +50,8 @@ def stage(architecture):
 
 def runs(cfg, mesh):
     """`(forward, train)`, each to be called and waited for."""
-    train_step = compiled.compile_step(cfg, mesh).run
-    state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
+    train_step = compile_step(cfg, mesh)[0]
+    state, batch = create_state(cfg, mesh), benchmark.random_batch(cfg, mesh)
     inputs = jax.tree.map(
         lambda x: jnp.ones(x.shape, x.dtype), network.abstract_inputs(cfg)[1:]
     )
@@ -86,7 +86,7 @@ def main():
                 if turn:
                     seconds[name, what].append(time.perf_counter() - start)
     for (name, what), times in seconds.items():
-        size = compiled.params(stages[name])["parameters"] / 1e6
+        size = benchmark.params(stages[name])["parameters"] / 1e6
         flops = forward_flops(stages[name]) / 1e9
         milliseconds = [1e3 * f(times) for f in (statistics.median, min, max)]
         print(

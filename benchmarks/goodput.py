@@ -28,7 +28,7 @@ def train(folder, kills):
     import jax
 
     from configs import tiny
-    from imagen_jax import config, timings
+    from imagen_jax import benchmark, config
     from imagen_jax.sharding import make_mesh
     from imagen_jax.training import loop
     from imagen_jax.training.checkpoint import Checkpointer
@@ -44,7 +44,7 @@ def train(folder, kills):
     )
     cfg = config.from_dict(values.to_dict())
     mesh = make_mesh(cfg.mesh)
-    batch = timings.random_batch(cfg, mesh)
+    batch = benchmark.random_batch(cfg, mesh)
     truth = open(folder / "truth.jsonl", "a", buffering=1)  # noqa: SIM115
 
     def tell(what, seconds):

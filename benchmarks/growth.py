@@ -17,9 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import sr256
 from imagen_jax.config import MeshConfig, StageConfig, from_dict
-from imagen_jax.plan import plan
 from imagen_jax.planning.chips import slice_devices
-from imagen_jax.sharding import make_mesh
+from imagen_jax.planning.search import plan
 
 SLICES = ("v4-16", "v4-64", "v4-256", "v4-1024")
 A_CHIP = 16
@@ -58,7 +57,7 @@ def measure(name: str) -> dict:
     """The plan for one slice."""
     devices = slice_devices(name)
     cfg = dataclasses.replace(stage(len(devices)), mesh=MeshConfig(fsdp=8))
-    return plan(cfg, make_mesh(cfg.mesh, devices), "train")
+    return plan(cfg, devices, "train")
 
 
 def table(rows: list[dict]) -> str:

@@ -30,8 +30,8 @@ def ours(stage):
     """`(step, facts)` of imagen_jax."""
     import jax
 
-    from imagen_jax import config, timings
-    from imagen_jax.planning import compile as compiled
+    from imagen_jax import benchmark, config
+    from imagen_jax.planning.compile import compile_step
     from imagen_jax.sharding import make_mesh
     from imagen_jax.training.state import create_state
 
@@ -61,15 +61,15 @@ def ours(stage):
         }
     )
     mesh = make_mesh(cfg.mesh)
-    train_step = compiled.compile_step(cfg, mesh).run
-    state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
+    train_step = compile_step(cfg, mesh)[0]
+    state, batch = create_state(cfg, mesh), benchmark.random_batch(cfg, mesh)
 
     def step():
         nonlocal state
         state, metrics = train_step(state, batch)
         jax.block_until_ready(metrics)
 
-    sizes = compiled.params(cfg)
+    sizes = benchmark.params(cfg)
     return step, {
         "parameters": sizes["parameters"],
         "forward_flops": sizes["forward_flops_per_image"],

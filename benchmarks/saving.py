@@ -16,7 +16,7 @@ import time
 import jax
 
 from configs import tiny
-from imagen_jax import config, timings
+from imagen_jax import benchmark, config
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import checkpoint
 from imagen_jax.training.state import create_state
@@ -38,7 +38,7 @@ def stages():
 def measure(cfg, rounds):
     """`(bytes, {way: {what: seconds}})` of a stage."""
     mesh = make_mesh(cfg.mesh)
-    state, batch = create_state(cfg, mesh), timings.random_batch(cfg, mesh)
+    state, batch = create_state(cfg, mesh), benchmark.random_batch(cfg, mesh)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     step = compile_train_step(cfg, mesh)
     whats = ("quiet", "first held", "held", "next", "beside", "written")

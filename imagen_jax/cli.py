@@ -23,6 +23,13 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     that are wrong, 3 when stopped by a signal, 4 after a `PeerLost`.
     """
     argv = list(sys.argv if argv is None else argv)
+    flags.DEFINE_bool(
+        "compilation_cache",
+        True,
+        "keep compiled programs in JAX_COMPILATION_CACHE_DIR, or else in "
+        "~/.cache/imagen-jax/jax",
+        module_name=argv[0],
+    )
     if {"--help", "-help", "-h", "--helpfull", "-?"} & set(argv[1:]):
         _print_help()
         sys.exit(0)
@@ -35,6 +42,10 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         _exit(2, _unknown_key(str(error), argv))
     if rest:
         _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
+    if flags.FLAGS.compilation_cache:
+        from imagen_jax.compilation import use_compilation_cache
+
+        use_compilation_cache()
     try:
         main()
     except UserError as error:
@@ -72,6 +83,19 @@ def write_json(path: str | None, report: Mapping[str, Any]) -> None:
     """Writes what --json is to get, if it was given."""
     if path:
         pathlib.Path(path).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def table(report: Mapping[str, Any], indent: str = "") -> str:
+    """The report's names and values for people, one a line."""
+    lines = []
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}", table(value, indent + "  ")]
+        else:
+            form = {float: ",.4g", int: ","}.get(type(value), "")
+            shown = format(value, form)
+            lines.append(f"{indent}{name:32} {shown}")
+    return "\n".join(lines)
 
 
 def peak_memory_gib() -> float:

@@ -1,12 +1,11 @@
-"""How programs are compiled on each platform."""
+"""How programs are compiled, and where compiled programs are kept."""
 
 import functools
+import os
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from imagen_jax.planning.chips import is_absent
 
 # Convolutions run faster without the library that XLA hands them to on CPUs
 # (benchmarks/README.md).
@@ -22,6 +21,17 @@ _PLANNED = {
 }
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs from process to process; call it before any is compiled.
+
+    They lie in JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(caches, "imagen-jax", "jax")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
 def compiler_options(
     mesh: Mesh, *, dtype: str = "float32", once: bool = False
 ) -> dict[str, str | float]:
@@ -33,7 +43,7 @@ def compiler_options(
       once: whether it runs a single time, so that compiling is most of its cost.
     """
     device = mesh.devices.flat[0]
-    if is_absent(device):
+    if device.platform != jax.default_backend():  # absent: only planned for
         options = _PLANNED
     elif device.platform != "cpu":
         return {}
