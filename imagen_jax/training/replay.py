@@ -114,7 +114,7 @@ def compile_examine(cfg: StageConfig, mesh: Mesh) -> Callable[..., dict[str, Any
     return jax.jit(
         on_mesh(functools.partial(_examine, cfg=cfg), mesh),
         out_shardings=replicated(mesh),
-        compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
+        compiler_options=compiler_options(mesh),
     )
 
 
