@@ -66,8 +66,7 @@ def params(cfg: StageConfig) -> dict[str, Any]:
 
 def random_batch(cfg: StageConfig, mesh: Mesh) -> Batch:
     """Images of noise, with captions of full length."""
-    random = np.random.default_rng(0)
-    spec = batch_spec(cfg)
+    random, spec = np.random.default_rng(0), batch_spec(cfg)
     text = random.standard_normal(spec.text.shape, np.float32)
     batch = Batch(
         image=random.integers(0, 256, spec.image.shape, np.uint8),
@@ -249,6 +248,7 @@ def main() -> None:
         timers = {"train": time_steps, "sample": time_sampler, "data": time_data}
         if args.what == "compile":
             report = compile_step(cfg, mesh)[1]
+            report["host_memory_gib"] = cli.peak_memory_gib()
         else:
             report = timers[args.what](cfg, mesh, args.seconds)
     print(cli.table(report))

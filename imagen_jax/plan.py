@@ -31,11 +31,7 @@ _ATTEMPTS = 3
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """The sizes of "data:-1,fsdp:16" by axis.
-
-    Raises:
-      UserError: for text of another form.
-    """
+    """The sizes of "data:-1,fsdp:16" by axis, or `UserError`."""
     try:
         pairs = [part.split(":") for part in text.split(",")]
         return {axis.strip(): int(size) for axis, size in pairs}
@@ -88,6 +84,7 @@ def main() -> None:
     else:
         try:
             found |= search.plan(cfg, devices, args.what)
+            found["host_memory_gib"] = cli.peak_memory_gib()
         except DoesNotFit as error:
             found |= {"hbm_gib_per_chip": error.needed_gib or None, "nearest": None}
             print(f"{error}\nlooking for a setting that fits", flush=True)

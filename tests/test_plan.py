@@ -42,8 +42,9 @@ def call(monkeypatch, tmp_path):
 
 def test_a_stage_that_fits_is_told(call, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(search, "plan", lambda *args: asked.append(args) or FITS)
+    monkeypatch.setattr(search, "plan", lambda *args: asked.append(args) or {**FITS})
     written = call(mesh="data:-1, fsdp:2", what="sample")
+    assert written.pop("host_memory_gib") > 0
     assert written == {"topology": "here", "stage": "base", **FITS}
     (cfg, devices, what), *_ = asked
     assert (cfg.mesh.data, cfg.mesh.fsdp) == (4, 2) and len(devices) == 8

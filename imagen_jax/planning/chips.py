@@ -27,7 +27,6 @@ class Chip:
     """What one device can do, by its maker's data sheet.
 
     Attributes:
-      name: of the kind.
       flops: bfloat16 operations a second.
       memory_gib: of its main memory, what programs may use.
       bandwidth: bytes a second from and to that memory.
@@ -35,7 +34,6 @@ class Chip:
       clock: cycles a second; 0 where it is of no use.
     """
 
-    name: str
     flops: float
     memory_gib: float
     bandwidth: float
@@ -51,14 +49,14 @@ class Chip:
 # GPUs: NVIDIA's data sheets of the SXM forms, dense, NVLink one way; of their memory
 # JAX takes three quarters unless told otherwise.
 CHIPS = {
-    "TPU v4": Chip("TPU v4", 275e12, 30.75, 1200e9, 90e9, 1.05e9),
-    "TPU v5 lite": Chip("TPU v5e", 197e12, 15.75, 819e9, 90e9, 1.5e9),
-    "TPU v5": Chip("TPU v5p", 459e12, 95.73, 2765e9, 180e9, 1.75e9),
-    "TPU v6 lite": Chip("TPU v6e", 918e12, 31.24, 1640e9, 180e9, 1.75e9),
-    "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 29.5, 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Chip("A100 80 GB", 312e12, 59.4, 2039e9, 300e9),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 59.4, 3350e9, 450e9),
-    "NVIDIA H200": Chip("H200", 989e12, 104.8, 4800e9, 450e9),
+    "TPU v4": Chip(275e12, 30.75, 1200e9, 90e9, 1.05e9),
+    "TPU v5 lite": Chip(197e12, 15.75, 819e9, 90e9, 1.5e9),
+    "TPU v5": Chip(459e12, 95.73, 2765e9, 180e9, 1.75e9),
+    "TPU v6 lite": Chip(918e12, 31.24, 1640e9, 180e9, 1.75e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 29.5, 1555e9, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 59.4, 2039e9, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 59.4, 3350e9, 450e9),
+    "NVIDIA H200": Chip(989e12, 104.8, 4800e9, 450e9),
 }
 
 
@@ -73,11 +71,8 @@ def slice_devices(name: str) -> list[jax.Device]:
     The process itself stays on the CPU, or libtpu would look for a TPU here, and keeps
     no compiled programs: JAX's cache cannot read back one of an absent device.
 
-    Args:
-      name: a key of `SLICES`.
-
     Raises:
-      UserError: for another name, or where libtpu is not installed or fails.
+      UserError: for a name not in `SLICES`, or where libtpu is missing or fails.
     """
     if name not in SLICES:
         raise UserError(

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from imagen_jax import cli
 from imagen_jax.batch import batch_spec
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
@@ -17,16 +16,15 @@ from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.planning.chips import Chip, chip_of
 from imagen_jax.planning.flops import count_flops, forward_flops
-from imagen_jax.planning.program import Traffic, read_program
+from imagen_jax.planning.program import read_program
 from imagen_jax.sharding import batch_sharding, row_shards
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.step import compile_train_step
 
 ASSUMPTIONS = (
-    "peak rates of the data sheet, nothing was run; arithmetic and main memory work "
-    "side by side, exchanges beside nothing; an exchange is a ring over one axis of "
-    "the torus, both ways, without latency; input is ready in time; no checkpoints, "
-    "failures or previews"
+    "peak rates of the data sheet; arithmetic and main memory work side by side, "
+    "exchanges (rings over one axis of the torus, both ways, without latency) beside "
+    "nothing; no waiting for input, no checkpoints, previews or failures"
 )
 GIB = 2**30
 Figures = dict[str, Any]
@@ -41,12 +39,8 @@ class DoesNotFit(UserError):
 
 
 def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
-    """The compiled training step and its figures; docs/plan.md explains them.
-
-    Raises:
-      DoesNotFit: when a device has too little memory.
-    """
-    rows, steps = cfg.training.batch_size, cfg.training.steps
+    """The compiled training step and its figures (docs/plan.md), or `DoesNotFit`."""
+    rows = cfg.training.batch_size
     arguments = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     run, found = _compile(compile_train_step(cfg, mesh), arguments, mesh, rows)
     found |= {"stage": cfg.name, "what": "train", "remat": cfg.model.remat}
@@ -55,17 +49,13 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
         # What is computed again does not count.
         flops = 3 * forward_flops(cfg) * rows / mesh.size
         found["peak_share"] *= flops / found["flops_per_chip"]
-        found["days"] = seconds * steps / 86400
+        found["days"] = seconds * cfg.training.steps / 86400
         found["chip_hours"] = 24 * found["days"] * mesh.size
     return run, found
 
 
 def compile_sampling(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
-    """The stage's compiled sampler, all of its steps, and its figures.
-
-    Raises:
-      DoesNotFit: when a device has too little memory.
-    """
+    """The stage's compiled sampler and its figures, or `DoesNotFit`."""
     inputs = sampler_inputs(cfg, mesh)
     arguments = abstract_state(cfg, mesh).params, *_on_rows(inputs, mesh)
     jitted, rows = compile_sampler(network.apply, cfg, mesh), len(inputs[0])
@@ -141,8 +131,7 @@ def _compile(
     total, limit = sum(parts.values()), chip.memory_gib if chip else None
     flops = count_flops(traced.jaxpr.jaxpr) / mesh.size
     traffic = read_program(run.as_text(), mesh.size)
-    sent = sum(each["bytes"] for each in traffic.collectives.values())
-    return run, {
+    found = {
         "chip": mesh.devices.flat[0].device_kind,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
@@ -154,15 +143,13 @@ def _compile(
         "flops_per_chip": flops,
         "bytes_per_chip": traffic.bytes,
         "collectives": traffic.collectives,
-        "collective_bytes_per_chip": sent,
+        "collective_bytes_per_chip": traffic.sent,
         "loops_of_unknown_length": traffic.unknown_loops,
         "trace_seconds": middle - start,
         "compile_seconds": end - middle,
-        "host_memory_gib": cli.peak_memory_gib(),
-        **(
-            _times(flops, traffic, sent, chip, rows) if chip else {"step_seconds": None}
-        ),
+        "step_seconds": None,
     }
+    return run, found | (_times(found, traffic.cycles, chip) if chip else {})
 
 
 def needed_gib(message: str) -> float:
@@ -172,12 +159,11 @@ def needed_gib(message: str) -> float:
     return float(found[1]) * units[found[2]] if found else 0.0
 
 
-def _times(
-    flops: float, traffic: Traffic, sent: float, chip: Chip, rows: int
-) -> Figures:
+def _times(found: Figures, cycles: int, chip: Chip) -> Figures:
     """Times of one run by the data sheet, with `ASSUMPTIONS`."""
-    compute, memory = flops / chip.flops, traffic.bytes / chip.bandwidth
-    exchanges, cycles = sent / chip.link, traffic.cycles
+    compute = found["flops_per_chip"] / chip.flops
+    memory = found["bytes_per_chip"] / chip.bandwidth
+    exchanges = found["collective_bytes_per_chip"] / chip.link
     seconds = max(compute, memory) + exchanges
     return {
         "roofline": {
@@ -188,13 +174,13 @@ def _times(
         },
         "step_seconds": seconds,
         "peak_share": compute / seconds,
-        "images_per_second": rows / seconds,
+        "images_per_second": found["batch_size"] / seconds,
     }
 
 
 def summary(found: Figures) -> str:
     """The verdict in one line: "fits: 6.21 GiB a chip, 0.111 s a step"."""
     verdict = "fits" if found["fits"] else "does not fit"
+    text = f"{verdict}: {found['hbm_gib_per_chip']:.2f} GiB a chip"
     seconds = found.get("step_seconds")
-    time_ = f", {seconds:.4g} s a step" if seconds else ""
-    return f"{verdict}: {found['hbm_gib_per_chip']:.2f} GiB a chip{time_}"
+    return f"{text}, {seconds:.4g} s a step" if seconds else text

@@ -11,10 +11,7 @@ from imagen_jax.models import network
 
 
 def forward_flops(cfg: StageConfig) -> int:
-    """FLOPs of one training image or crop through the network.
-
-    A training step is taken to cost three times as much, as usual in this field.
-    """
+    """FLOPs of one training image or crop through the network, once."""
     trace = jax.make_jaxpr(network.apply, static_argnums=0)
     return count_flops(trace(cfg.model, *network.abstract_inputs(cfg)).jaxpr)
 

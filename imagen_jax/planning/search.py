@@ -29,13 +29,13 @@ def plan(cfg: StageConfig, devices: Sequence[jax.Device], what: str) -> Figures:
     """The figures of a stage's training step ("train") or sampler ("sample").
 
     Raises:
-      DoesNotFit: into the memory of a device. A compiler tries for long to make a
-        program fit, so it is spared those that are guessed to be far too large.
+      DoesNotFit: also without compiling a step that is guessed to be far too large, as
+        compilers try for very long.
     """
     mesh, limit = make_mesh(cfg.mesh, devices), _limit_gib(devices)
     if what == "sample":
         found = planning.compile_sampling(cfg, mesh)[1]
-    elif limit < math.inf and (needed := guess_gib(cfg, mesh)) > _HOPELESS * limit:
+    elif limit < math.inf and (needed := guess_gib(cfg, devices)) > _HOPELESS * limit:
         message = f"a training step is guessed, not compiled, to take {needed:.0f}"
         raise DoesNotFit(f"{message} of {limit:.2f} GiB a device", needed)
     else:
@@ -47,14 +47,12 @@ def plan(cfg: StageConfig, devices: Sequence[jax.Device], what: str) -> Figures:
 
 
 def _limit_gib(devices: Sequence[jax.Device]) -> float:
-    chip = chip_of(devices[0])
-    return chip.memory_gib if chip else math.inf
+    return chip.memory_gib if (chip := chip_of(devices[0])) else math.inf
 
 
 def flags(cfg: StageConfig) -> str:
     """What to write on the command line to get the setting of `cfg`."""
-    sizes = dataclasses.asdict(cfg.mesh)
-    axes = [f"{a}:{n}" for a, n in sizes.items() if n > 1 or a in ("data", "fsdp")]
+    axes = [f"{axis}:{size}" for axis, size in dataclasses.asdict(cfg.mesh).items()]
     return (
         f"--mesh={','.join(axes)} --config.model.remat={cfg.model.remat} "
         f"--config.training.microbatches={cfg.training.microbatches}"
@@ -84,19 +82,11 @@ def compile_settings(
 ) -> Iterator[Figures]:
     """Figures of the first `tries` settings that are guessed to fit, each compiled.
 
-    Args:
-      cfg: the stage.
-      devices: what it should fit.
-      tries: how many settings to compile.
-      needed_gib: what `cfg` is known to take of one device; corrects the guesses.
+    What `cfg` is known to take of one device, `needed_gib`, corrects the guesses.
     """
-
-    def guess(setting):
-        return guess_gib(setting, make_mesh(setting.mesh, devices))
-
-    factor = max(1.0, needed_gib / guess(cfg))
+    factor = max(1.0, needed_gib / guess_gib(cfg, devices))
     for setting in settings(cfg):
-        guessed = guess(setting)
+        guessed = guess_gib(setting, devices)
         if not tries or guessed * factor > _limit_gib(devices):
             continue
         tries -= 1
@@ -111,12 +101,13 @@ def compile_settings(
         yield found
 
 
-def guess_gib(cfg: StageConfig, mesh: Mesh) -> float:
+def guess_gib(cfg: StageConfig, devices: Sequence[jax.Device]) -> float:
     """What a training step would take of one device, by its shapes.
 
     Parameters, optimizer, EMA and batch are exact, but for tiles' padding. A compiler
     keeps less for the backward pass, as it fuses operations.
     """
+    mesh = make_mesh(cfg.mesh, devices)
     # What is traced is the same for all settings, but for what remat keeps.
     alike = dataclasses.replace(cfg, mesh=MeshConfig(), training=TrainingConfig())
     state = abstract_state(alike, mesh)

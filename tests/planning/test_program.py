@@ -7,28 +7,25 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from imagen_jax.planning.program import array_bytes, group_size, read_program
+from imagen_jax.planning.program import arrays, group_size, read_program
 
 
 @pytest.mark.parametrize(
-    ("text", "size", "main"),
+    ("text", "found"),
     [
-        ("f32[3,5]{1,0}", 60, 60),
-        # 3 x 5 in tiles of 8 x 128.
-        ("f32[3,5]{1,0:T(8,128)}", 60, 4 * 8 * 128),
-        # 48 is fastest, then 2: tiles of 2 x 128, for each of 8 x 8.
-        ("bf16[2,8,8,48]{3,0,2,1:T(2,128)(2,1)}", 12288, 2 * 2 * 128 * 64),
-        ("bf16[2,8,8,48]{3,0,2,1:T(2,128)(2,1)S(3)}", 12288, 0),
-        # Of a tile of one row of bfloat16 there are two.
-        ("bf16[1,128]{1,0:T(1,128)(2,1)}", 256, 512),
-        ("s32[]{:T(128)}", 4, 512),
-        ("pred[16,5]{0,1:T(8,128)(4,1)}", 80, 8 * 128),
-        ("s4[6]{0}", 3, 3),
-        ("((f32[2]{0}, /*index=1*/u32[]{:S(2)}), bf16[4,4]{1,0}, token[])", 44, 40),
+        ("f32[3,5]{1,0:T(8,128)}", [(60, True)]),
+        ("bf16[2,8,8,48]{3,0,2,1:T(2,128)(2,1)S(3)}", [(12288, False)]),
+        ("s32[]{:T(128)S(0)}", [(4, True)]),
+        ("pred[<=16,5]", [(80, True)]),
+        ("s4[6]{0}", [(3, True)]),
+        (
+            "((f32[2]{0}, /*index=1*/u32[]{:S(2)}), bf16[4,4]{1,0}, token[])",
+            [(8, True), (4, False), (32, True), (0, True)],
+        ),
     ],
 )
-def test_what_an_array_takes(text, size, main):
-    assert array_bytes(text) == (size, main)
+def test_the_arrays_of_a_type(text, found):
+    assert arrays(text) == found
 
 
 @pytest.mark.parametrize(
@@ -66,19 +63,50 @@ PROGRAM = """HloModule m, is_scheduled=true
   ROOT %neg.1 = f32[8]{0:T(128)} negate(%p)
 }
 
-ENTRY %main (x: f32[8], y: f32[8]) -> (f32[8], f32[8]) {
+%sliced (p: f32[8], i: s32[]) -> f32[2] {
+  %p = f32[8]{0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[8,1]{1,0} bitcast(%p)
+  %s.1 = f32[2,1]{1,0} dynamic-slice(%b, %i)
+  %s.2 = f32[2]{0} fusion(%p, %i), kind=kLoop, calls=%deeper
+  ROOT %sum = f32[2]{0} add(%s.1, %s.2)
+}
+
+%deeper (p: f32[8], i: s32[]) -> f32[2] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %s = f32[1]{0} slice(%p), slice={[0:1]}
+}
+
+ENTRY %main (x: f32[8], y: f32[8], i: s32[]) -> (f32[8], f32[8]) {
   %y = f32[8]{0:T(128)} parameter(1)
   %x = f32[8]{0:T(128)} parameter(0), sharding={replicated}
+  %i = s32[] parameter(2)
   %c = f32[2]{0} constant({1, 2}), metadata={op_name="k"}
-  %f.2 = f32[8]{0:T(128)} fusion(%x, /*index=1*/%y), kind=kLoop, calls=%inner
-  ROOT %t = (f32[8]{0:T(128)}, f32[8]{0:T(128)}) tuple(%f.2, %y)
+  WHAT
+  ROOT %t = (f32[8]{0:T(128)}, f32[8]{0:T(128)}) tuple(%x, %y)
 }
 """
 
 
-def test_operations_move_what_they_take_and_make():
-    """Names, constants and what is inside of fusions move nothing."""
-    assert read_program(PROGRAM, 1).bytes == 3 * 4 * 128
+@pytest.mark.parametrize(
+    ("what", "moved"),
+    [
+        # Names and constants move nothing, nor does what is inside of a fusion.
+        ("%f = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner", 32 + 32),
+        ("%f = f32[8]{0} add(%x, /*index=1*/%y)", 3 * 32),
+        # Slices of two elements and of one, the index (all of it), and the result.
+        ("%f = f32[2]{0} fusion(%x, %i), kind=kLoop, calls=%sliced", 8 + 4 + 4 + 8),
+        ("%f = f32[2]{0} dynamic-slice(%x, %i)", 2 * 8),
+        ("%f = f32[8]{0} dynamic-update-slice(%x, %c, %i)", 2 * 8),
+        # Read here, and written to the chip.
+        ("%f = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)", 32),
+        ("%f = ((f32[8]{0}), f32[2]{0:S(1)}, s32[]{:S(2)}) slice-start(%x)", 8),
+        ('%f = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        ("%f = f32[8]{0} conditional(%i, %x), branch_computations={%inner}", 2 * 32),
+    ],
+)
+def test_what_an_operation_moves(what, moved):
+    assert read_program(PROGRAM.replace("WHAT", what), 1).bytes == moved
 
 
 def read(run, *shapes, devices=1):
@@ -114,23 +142,22 @@ LOOP = """
 
 ENTRY %main (x: f32[8]) -> (f32[8], s32[]) {
   %x = f32[8]{0} parameter(0)
-  %first = s32[] constant(FIRST)
+  %first = s32[] constant(0)
   %t = (f32[8]{0}, s32[]) tuple(%x, %first)
   ROOT %w = (f32[8]{0}, s32[]) while(%t), condition=%condition, body=%body
 }
 """
 
 
-@pytest.mark.parametrize(
-    ("first", "step", "turns"), [(0, 1, 7), (0, 2, 4), (1, 2, 3), (3, 5, 1)]
-)
-def test_a_loop_is_counted_by_its_first_its_step_and_its_limit(first, step, turns):
-    """A TPU's compiler notes no counts, and makes loops in steps of two."""
-    text = LOOP.replace("STEP", str(step)).replace("FIRST", str(first))
-    program = read_program(text, 1)
+@pytest.mark.parametrize(("step", "turns"), [(1, 7), (2, 4), (7, 1)])
+def test_a_loop_is_counted_by_its_step_and_its_limit(step, turns):
+    """A TPU's compiler notes no counts, and may make loops in steps of two."""
+    program = read_program(LOOP.replace("STEP", str(step)), 1)
     # The sum of the counter, and y of x.
     assert program.bytes == turns * (2 * 4 * 8 + 3 * 4)
     assert not program.unknown_loops
+    unknown = read_program(LOOP.replace("direction=LT", "direction=NE"), 1)
+    assert unknown.unknown_loops == 1 and unknown.bytes == 2 * 4 * 8 + 3 * 4
 
 
 def test_loops_of_the_compiler():
@@ -245,7 +272,7 @@ def test_a_tpus_program():
         "collective-permute": {"count": 1, "bytes": 4 * 8 * 16},
         "reduce-scatter": {"count": 1, "bytes": 3 / 4 * 2 * 512},
     }
-    # y is read from the main memory in whole tiles, and kept on the chip.
+    # y is read from the main memory once, and kept on the chip.
     permuted, scattered = 2 * 4 * 8 * 16, 2 * (512 + 128)
-    assert program.bytes == 4 * 8 * 128 + permuted + scattered
+    assert program.bytes == 4 * 8 * 16 + permuted + scattered
     assert program.cycles == 700
