@@ -7,42 +7,217 @@ python -m imagen_jax.benchmark --config=configs/base64.py --what=compile \
     --topology=v4-512 --config.mesh.fsdp=16
 python -m imagen_jax.benchmark --config=configs/tiny.py:base --what=sample \
     --config.sampler.name=dpmpp --config.sampler.steps=25
-
 python -m imagen_jax.benchmark --config=configs/tiny.py:base --what=data \
     --config.data.records=RECORDS
 
 "params" counts parameters per block, without making them. "compile" compiles a
-training step for the devices here or for a TPU slice that is not here, and tells what
-it takes. "train" times training steps on a batch of random pictures. "sample" times
-the sampler of an untrained network, and how much of it is not the network. "data"
-times the input pipeline of config.data.records.
+training step for the devices here or for an absent TPU slice, and tells what it takes.
+"train" times training steps on a batch of random images. "sample" times the sampler of
+an untrained network, and how much of it is not the network. "data" times the input
+pipeline of config.data.records.
 """
 
+import math
+import statistics
+import time
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 
 from imagen_jax import cli
 from imagen_jax.api.run import resolve
-from imagen_jax.config import from_dict
+from imagen_jax.batch import Batch, batch_spec
+from imagen_jax.compilation import compiler_options
+from imagen_jax.config import StageConfig, from_dict
+from imagen_jax.data.pipeline import open_records, queue_bytes
+from imagen_jax.diffusion.cascade import compile_sampler
+from imagen_jax.diffusion.sampler import guidance_weights
 from imagen_jax.errors import UserError
+from imagen_jax.models import network
 from imagen_jax.planning.chips import slice_devices
-from imagen_jax.planning.compile import compile_step, params
-from imagen_jax.sharding import check_batch_size, make_mesh
-from imagen_jax.timings import time_data, time_sampler, time_steps
+from imagen_jax.planning.compile import GIB, compile_step, sampler_inputs
+from imagen_jax.planning.flops import forward_flops
+from imagen_jax.sharding import batch_sharding, check_batch_size, make_mesh
+from imagen_jax.training.state import abstract_state, create_state
+from imagen_jax.training.step import compile_train_step
 
 
-def _lines(report: dict[str, Any], indent: str = "") -> list[str]:
-    lines = []
-    for name, value in report.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
-        else:
-            form = {float: ",.4g", int: ","}.get(type(value), "")
-            shown = format(value, form)
-            lines.append(f"{indent}{name:32} {shown}")
-    return lines
+def params(cfg: StageConfig) -> dict[str, Any]:
+    """Parameters of the network and of each of its blocks."""
+    tree = network.abstract_inputs(cfg)[0]
+    blocks = {
+        name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(block))
+        for name, block in tree.items()
+    }
+    return {
+        "parameters": sum(blocks.values()),
+        "leaves": len(jax.tree.leaves(tree)),
+        "forward_flops_per_image": forward_flops(cfg),
+        "blocks": blocks,
+    }
+
+
+def random_batch(cfg: StageConfig, mesh: Mesh) -> Batch:
+    """Images of noise, with captions of full length."""
+    random, spec = np.random.default_rng(0), batch_spec(cfg)
+    text = random.standard_normal(spec.text.shape, np.float32)
+    batch = Batch(
+        image=random.integers(0, 256, spec.image.shape, np.uint8),
+        text=text.astype(spec.text.dtype),
+        mask=np.ones(spec.mask.shape, bool),
+        id=np.arange(cfg.training.batch_size, dtype=np.int32),
+    )
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def matmul_flops_per_second(dtype: str, device: jax.Device) -> float:
+    """What a large matrix product reaches on one device: the ceiling for all else."""
+    size = 2048 if device.platform == "cpu" else 8192
+    a = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(jnp.dot)
+    return 2 * size**3 / min(_times(lambda: product(a, a), 2.0))
+
+
+def _times(run: Callable[[], Any], seconds: float) -> list[float]:
+    """Seconds of each of at least three runs, after one that is not counted."""
+    times = []
+    while len(times) < 4 or sum(times[1:]) < seconds:
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return times[1:]
+
+
+def _spread(times: list[float]) -> dict[str, float]:
+    middle = statistics.median(times)
+    return {"median": middle, "min": min(times), "max": max(times)}
+
+
+def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
+    """Times training steps for about `seconds`, against a matrix product's speed."""
+    step, figures = compile_step(cfg, mesh)
+    state, batch = create_state(cfg, mesh), random_batch(cfg, mesh)
+
+    def run():
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics
+
+    times = _spread(steps := _times(run, seconds))
+    rate = cfg.training.batch_size / times["median"]
+    device, forward = mesh.devices.flat[0], forward_flops(cfg)
+    peak = matmul_flops_per_second(cfg.model.dtype, device) * mesh.size
+    memory = device.memory_stats()
+    return {
+        "device": device.device_kind,
+        "batch_size": cfg.training.batch_size,
+        "steps": len(steps),
+        "step_seconds": times,
+        "steps_per_second": 1 / times["median"],
+        "images_per_second": rate,
+        "forward_flops_per_image": forward,
+        "flops_per_second": 3 * forward * rate,
+        "matmul_flops_per_second": peak,
+        "share_of_matmul": 3 * forward * rate / peak,
+        "device_memory_gib": memory and memory["peak_bytes_in_use"] / GIB,
+        "host_memory_gib": cli.peak_memory_gib(),
+        "compilation": figures,
+    }
+
+
+def time_sampler(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
+    """Times batches of the stage's sampler, and the same with a network that is free.
+
+    The latter are thresholding, noise, conversions and the steps themselves.
+    """
+    shardings = jax.tree.map(lambda a: a.sharding, abstract_state(cfg, mesh).params)
+    own = jax.jit(
+        lambda: nn.unbox(network.init(cfg, jax.random.key(0))),
+        out_shardings=shardings,
+        compiler_options=compiler_options(mesh, once=True),
+    )()
+    inputs = jax.device_put(sampler_inputs(cfg, mesh), batch_sharding(mesh))
+
+    def times(apply):
+        run = compile_sampler(apply, cfg, mesh)
+        return _spread(_times(lambda: run(own, *inputs), seconds))
+
+    whole, rows, steps = times(network.apply), len(inputs[0]), cfg.sampler.steps
+    median, outside = whole["median"], times(_free)["median"]
+    passes = steps + int((guidance_weights(cfg.sampler) != 1).sum())
+    return {
+        "device": mesh.devices.flat[0].device_kind,
+        "batch_size": rows,
+        "sampler": cfg.sampler.name,
+        "steps": steps,
+        "network_passes": passes,
+        "batch_seconds": whole,
+        "images_per_second": rows / median,
+        "pass_seconds_per_image": (median - outside) / passes / rows,
+        "outside_seconds_per_image_and_step": outside / steps / rows,
+        "share_outside_the_network": outside / median,
+        "host_memory_gib": cli.peak_memory_gib(),
+    }
+
+
+def _free(cfg, params, z, logsnr, cond):
+    return z
+
+
+def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
+    """Times the input pipeline alone, and what a training step waits for it.
+
+    "queues_gib" is what this process has grown by since the first batch was asked for,
+    with what threads work on; "queues_bound_gib" is what the config allows the queues.
+    """
+    start = time.perf_counter()
+    batches = open_records(cfg, mesh)
+    before = cli.peak_memory_gib()
+    next(batches)
+    first = time.perf_counter() - start
+    size, count = cfg.training.batch_size, 0
+    start, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() - start < seconds or count < 3:
+        jax.block_until_ready(next(batches))
+        count += 1
+    taken, cpu = time.perf_counter() - start, time.process_time() - cpu
+    held = cli.peak_memory_gib() - before
+
+    state, step = create_state(cfg, mesh), compile_train_step(cfg, mesh)
+    state, metrics = step(state, next(batches))
+    jax.block_until_ready(metrics)
+    waited, steps, start = 0.0, 0, time.perf_counter()
+    while time.perf_counter() - start < seconds or steps < 3:
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        state, metrics = step(state, batch)
+        # Unlike in training each step is waited for, so that waiting for input is told
+        # from waiting for the step.
+        jax.block_until_ready(metrics)
+        steps += 1
+    trained = time.perf_counter() - start
+    return {
+        "batch_size": size,
+        "batches": count,
+        "first_batch_seconds": first,
+        "images_per_second": count * size / taken,
+        "images_per_core_second": count * size / cpu,
+        "queues_gib": held,
+        "queues_bound_gib": queue_bytes(cfg, jax.process_count()) / GIB,
+        "training_steps": steps,
+        "training_steps_per_second": steps / trained,
+        "wait_seconds_per_step": waited / steps,
+        "share_of_the_step_waiting": waited / trained,
+        "host_memory_gib": cli.peak_memory_gib(),
+    }
 
 
 def define_flags() -> None:
@@ -52,9 +227,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("what", None, kinds, "what to measure")
     flags.DEFINE_string("json", None, "file that gets the figures")
     flags.DEFINE_string("topology", None, "compile: for this slice, for example v4-512")
-    flags.DEFINE_float(
-        "seconds", 20.0, "train, sample, data: how long to measure", lower_bound=0
-    )
+    flags.DEFINE_float("seconds", 20.0, "how long to measure", lower_bound=0)
     flags.mark_flags_as_required(["config", "what"])
 
 
@@ -70,21 +243,15 @@ def main() -> None:
         report = params(cfg)
     else:
         mesh = make_mesh(cfg.mesh, args.topology and slice_devices(args.topology))
-        check_batch_size(
-            cfg.training.batch_size,
-            mesh,
-            "training.batch_size",
-            cfg.training.microbatches,
-        )
+        rows, parts = cfg.training.batch_size, cfg.training.microbatches
+        check_batch_size(rows, mesh, "training.batch_size", parts)
+        timers = {"train": time_steps, "sample": time_sampler, "data": time_data}
         if args.what == "compile":
-            report = compile_step(cfg, mesh).report
-        elif args.what == "sample":
-            report = time_sampler(cfg, mesh, args.seconds)
-        elif args.what == "data":
-            report = time_data(cfg, mesh, args.seconds)
+            report = compile_step(cfg, mesh)[1]
+            report["host_memory_gib"] = cli.peak_memory_gib()
         else:
-            report = time_steps(cfg, mesh, args.seconds)
-    print("\n".join(_lines(report)))
+            report = timers[args.what](cfg, mesh, args.seconds)
+    print(cli.table(report))
     cli.write_json(args.json, report)
 
 

@@ -1,4 +1,4 @@
-"""How programs are compiled on each platform."""
+"""How programs are compiled, and where compiled programs are kept."""
 
 import functools
 import os
@@ -7,11 +7,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from imagen_jax.planning.chips import is_absent
-
-# Convolutions run faster without the library that XLA hands them to on CPUs
-# (benchmarks/README.md).
-_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
 # What is only planned is not run: convolutions may be 4 % slower than the best that the
@@ -23,35 +18,38 @@ _PLANNED = {
 }
 
 
-def compiler_options(
-    mesh: Mesh, *, dtype: str = "float32", once: bool = False
-) -> dict[str, str | float]:
+def use_compilation_cache() -> None:
+    """Keeps compiled programs from process to process; call it before any is compiled.
+
+    They lie in JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory. JAX
+    keeps those that took more than a second, and never removes any.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(caches, "imagen-jax", "jax")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def compiler_options(mesh: Mesh, *, once: bool = False) -> dict[str, str | float]:
     """What to give as `compiler_options` to `jax.jit`.
 
     Args:
       mesh: where the program runs.
-      dtype: what its network computes in.
       once: whether it runs a single time, so that compiling is most of its cost.
     """
-    device = mesh.devices.flat[0]
-    if is_absent(device):
+    device, options = mesh.devices.flat[0], {}
+    if device.platform != jax.default_backend():  # absent: only planned for
         options = _PLANNED
-    elif device.platform != "cpu":
-        return {}
-    elif once:
+    elif device.platform == "cpu" and once:
         options = _CPU_ONCE
-    elif dtype == "float32":
-        options = _CPU
-    else:
-        # Without the library jaxlib 0.10.2 cannot compile the gradient of bfloat16
-        # attention with one query: "Dot with multiple contracting dimensions".
-        return {}
     return options if _accepted(tuple(options.items()), device) else {}
 
 
 @functools.cache
 def _accepted(options: tuple[tuple[str, str | float], ...], device: jax.Device) -> bool:
     """Whether this compiler knows the options; they are no stable interface."""
+    if not options:
+        return True
     here = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
     number = jax.ShapeDtypeStruct((), "float32", sharding=here)
     try:
@@ -59,17 +57,3 @@ def _accepted(options: tuple[tuple[str, str | float], ...], device: jax.Device) 
     except jax.errors.JaxRuntimeError:
         return False
     return True
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the next process need not compile.
-
-    In JAX_COMPILATION_CACHE_DIR if that is set, else in imagen-jax/jax of
-    XDG_CACHE_HOME or ~/.cache.
-    """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update(
-        "jax_compilation_cache_dir", os.path.join(cache, "imagen-jax", "jax")
-    )

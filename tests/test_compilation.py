@@ -1,14 +1,15 @@
-"""Compilers' options: which program gets which, and what they change."""
+"""Compilers' options and the cache: which program gets which, and what they change."""
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from imagen_jax import compilation, plan
-from imagen_jax.compilation import compiler_options
+from imagen_jax import compilation
+from imagen_jax.compilation import compiler_options, use_compilation_cache
 from imagen_jax.config import MeshConfig
-from imagen_jax.planning import chips as topology
+from imagen_jax.planning.chips import slice_devices
+from imagen_jax.planning.compile import compile_step
 from imagen_jax.sharding import make_mesh, replicated
 from tests import tiny
 
@@ -22,23 +23,43 @@ def forget():
 
 def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    assert compiler_options(mesh) == {}
     assert compiler_options(mesh, once=True) == {"xla_backend_optimization_level": 0}
     monkeypatch.setattr(compilation, "_CPU_ONCE", {"xla_no_such_option": 0})
     assert compiler_options(mesh, once=True) == {}
-    assert compiler_options(mesh, dtype="bfloat16") == {}
+
+
+def test_the_cache_lies_where_the_user_wants_it(monkeypatch, tmp_path):
+    given = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        use_compilation_cache()
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+        for name, value, folder in (
+            ("XDG_CACHE_HOME", tmp_path / "x", tmp_path / "x"),
+            ("XDG_CACHE_HOME", "", tmp_path / ".cache"),
+        ):
+            monkeypatch.setenv("HOME", str(tmp_path))
+            monkeypatch.setenv(name, str(value))
+            jax.config.update("jax_compilation_cache_dir", None)
+            use_compilation_cache()
+            found = jax.config.jax_compilation_cache_dir
+            assert found == str(folder / "imagen-jax" / "jax")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", given)
 
 
 @pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-4"])
 def test_what_is_only_planned_is_compiled_faster(name):
     pytest.importorskip("libtpu")
-    mesh = make_mesh(MeshConfig(), topology.slice_devices(name))
+    mesh = make_mesh(MeshConfig(), slice_devices(name))
     assert compiler_options(mesh) == compilation._PLANNED
 
 
 @pytest.mark.slow
 def test_convolutions_of_a_plan_are_shorter_programs():
     pytest.importorskip("libtpu")
-    mesh = make_mesh(MeshConfig(), topology.slice_devices("v4-8")[:1])
+    mesh = make_mesh(MeshConfig(), slice_devices("v4-8")[:1])
 
     def size(options):
         def array(*shape):
@@ -63,11 +84,11 @@ def test_a_plan_is_of_the_program_that_is_trained(monkeypatch):
     """All but the code of convolutions, and so the compiler's cycles, is the same."""
     pytest.importorskip("libtpu")
     cfg = tiny.stage(model={**tiny.ONE_LEVEL, "channels": (128,)})
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2), topology.slice_devices("v4-8"))
-    planned = plan.plan(cfg, mesh, "train")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), slice_devices("v4-8"))
+    planned = compile_step(cfg, mesh)[1]
     monkeypatch.setattr(compilation, "_PLANNED", {})
     jax.clear_caches()
-    trained = plan.plan(cfg, mesh, "train")
+    trained = compile_step(cfg, mesh)[1]
     cycles = [
         each["roofline"].pop("by_the_compilers_cycles") for each in (planned, trained)
     ]
@@ -76,6 +97,5 @@ def test_a_plan_is_of_the_program_that_is_trained(monkeypatch):
         each["memory_gib"].pop("program")
         for name in ("compile_seconds", "trace_seconds", "host_memory_gib"):
             each.pop(name)
-        for name in ("hbm_gib_per_chip", "peak_share_by_cycles"):
-            each.pop(name)
+        each.pop("hbm_gib_per_chip")
     assert planned == trained

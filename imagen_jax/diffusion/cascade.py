@@ -130,7 +130,7 @@ def compile_sampler(
     )
     return jax.jit(
         on_mesh(run, mesh),
-        compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
+        compiler_options=compiler_options(mesh),
     )
 
 

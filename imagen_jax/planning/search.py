@@ -1,210 +1,138 @@
-"""Settings that a stage could be trained with, and a quick guess of each.
+"""Settings with which a stage can be trained on the same devices, and which fit.
 
-A guess needs no compiler, only shapes. It says which settings are worth compiling.
+A guess from shapes alone says what is worth compiling.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from imagen_jax.config import MeshConfig, StageConfig, TrainingConfig
 from imagen_jax.models import network
-from imagen_jax.planning.chips import Chip
-from imagen_jax.planning.compile import abstract_batch
-from imagen_jax.planning.flops import forward_flops
-from imagen_jax.planning.report import shard_gib
-from imagen_jax.sharding import on_mesh, row_shards
+from imagen_jax.planning import compile as planning
+from imagen_jax.planning.chips import chip_of
+from imagen_jax.planning.compile import DoesNotFit, Figures, shard_gib
+from imagen_jax.sharding import make_mesh, on_mesh
 from imagen_jax.training.state import abstract_state
 
-_GIB = 2**30
 REMAT = ("none", "activations", "blocks")
-# Share of a forward pass that each policy does again.
-_AGAIN = {"none": 0.0, "activations": 0.0, "blocks": 1.0}
+# Guesses were within 1.6 of the paper's compiled stages, above and below.
+_HOPELESS = 3.0
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What a plan may change without changing what is learnt.
+def plan(cfg: StageConfig, devices: Sequence[jax.Device], what: str) -> Figures:
+    """The figures of a stage's training step ("train") or sampler ("sample").
 
-    Attributes:
-      axes: sizes of the mesh's axes, as pairs.
-      microbatches: see `TrainingConfig`.
-      remat: see `ModelConfig`.
+    Raises:
+      DoesNotFit: also without compiling a step that is guessed to be far too large, as
+        compilers try for very long.
     """
-
-    axes: tuple[tuple[str, int], ...]
-    microbatches: int
-    remat: str
-
-    @classmethod
-    def of(cls, cfg: StageConfig, mesh: Mesh) -> "Setting":
-        """The setting of a config on a mesh that is made."""
-        axes = tuple(mesh.shape.items())
-        return cls(axes, cfg.training.microbatches, cfg.model.remat)
-
-    def apply(self, cfg: StageConfig) -> StageConfig:
-        """`cfg` with this setting.
-
-        Raises:
-          UserError: for one that cannot be.
-        """
-        return dataclasses.replace(
-            cfg,
-            mesh=dataclasses.replace(cfg.mesh, **dict(self.axes)),
-            model=dataclasses.replace(cfg.model, remat=self.remat),
-            training=dataclasses.replace(cfg.training, microbatches=self.microbatches),
-        )
-
-    def flags(self, other: "Setting") -> str:
-        """What to write on the command line to get from `other` to this."""
-        axes = ",".join(f"{name}:{size}" for name, size in self.axes if size > 1)
-        words = []
-        if self.axes != other.axes:
-            words.append(f"--mesh={axes or 'data:1'}")
-        if self.remat != other.remat:
-            words.append(f"--config.model.remat={self.remat}")
-        if self.microbatches != other.microbatches:
-            words.append(f"--config.training.microbatches={self.microbatches}")
-        return " ".join(words)
-
-    def text(self) -> str:
-        """For a table: "data 16, fsdp 16; 2 microbatches; remat none"."""
-        axes = ", ".join(f"{name} {size}" for name, size in self.axes if size > 1)
-        parts = f"{self.microbatches} microbatch{'es' * (self.microbatches > 1)}"
-        return f"{axes or 'one device'}; {parts}; remat {self.remat}"
+    mesh, limit = make_mesh(cfg.mesh, devices), _limit_gib(devices)
+    if what == "sample":
+        found = planning.compile_sampling(cfg, mesh)[1]
+    elif limit < math.inf and (needed := guess_gib(cfg, devices)) > _HOPELESS * limit:
+        message = f"a training step is guessed, not compiled, to take {needed:.0f}"
+        raise DoesNotFit(f"{message} of {limit:.2f} GiB a device", needed)
+    else:
+        found = planning.compile_step(cfg, mesh)[1]
+    if not found["fits"]:
+        needed = found["hbm_gib_per_chip"]
+        raise DoesNotFit(f"it takes {needed:.2f} of {limit:.2f} GiB a device", needed)
+    return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Guess:
-    """Of one device.
+def _limit_gib(devices: Sequence[jax.Device]) -> float:
+    return chip.memory_gib if (chip := chip_of(devices[0])) else math.inf
 
-    Attributes:
-      state_gib: parameters, optimizer, EMA and batch: exact, but for tiles' padding.
-      step_gib: gradients and what the backward pass keeps: more than a compiler that
-        fuses operations keeps.
-      seconds: arithmetic at the peak rate, and exchanges of weights and gradients.
+
+def flags(cfg: StageConfig) -> str:
+    """What to write on the command line to get the setting of `cfg`."""
+    axes = [f"{axis}:{size}" for axis, size in dataclasses.asdict(cfg.mesh).items()]
+    return (
+        f"--mesh={','.join(axes)} --config.model.remat={cfg.model.remat} "
+        f"--config.training.microbatches={cfg.training.microbatches}"
+    )
+
+
+def settings(cfg: StageConfig) -> Iterator[StageConfig]:
+    """`cfg` with each division of data and fsdp, remat, and microbatches of 1 to 16.
+
+    Those that are likely to be fast come first: few microbatches before little remat
+    before little fsdp. No size of the mesh of `cfg` is -1.
     """
+    ways = cfg.mesh.data * cfg.mesh.fsdp
+    fsdps = [n for n in range(1, ways + 1) if ways % n == 0]
+    for parts, remat, fsdp in itertools.product((1, 2, 4, 8, 16), REMAT, fsdps):
+        if cfg.training.batch_size % (ways * parts) == 0:
+            yield dataclasses.replace(
+                cfg,
+                mesh=dataclasses.replace(cfg.mesh, data=ways // fsdp, fsdp=fsdp),
+                model=dataclasses.replace(cfg.model, remat=remat),
+                training=dataclasses.replace(cfg.training, microbatches=parts),
+            )
 
-    state_gib: float
-    step_gib: float
-    seconds: float
 
-    @property
-    def gib(self) -> float:
-        """All memory."""
-        return self.state_gib + self.step_gib
+def compile_settings(
+    cfg: StageConfig, devices: Sequence[jax.Device], tries: int, needed_gib: float = 0
+) -> Iterator[Figures]:
+    """Figures of the first `tries` settings that are guessed to fit, each compiled.
 
-
-def settings(cfg: StageConfig, mesh: Mesh) -> Iterator[Setting]:
-    """All that `--search` chooses from: data and fsdp, microbatches, remat.
-
-    The mesh's other axes stay as they are.
+    What `cfg` is known to take of one device, `needed_gib`, corrects the guesses.
     """
-    here = Setting.of(cfg, mesh)
-    ways = row_shards(mesh)
-    rows = cfg.training.batch_size // ways
-    for microbatches in (n for n in (1, 2, 4, 8, 16) if rows % n == 0):
-        for remat in REMAT:
-            for fsdp in (n for n in range(1, ways + 1) if ways % n == 0):
-                sizes = {**dict(here.axes), "data": ways // fsdp, "fsdp": fsdp}
-                yield Setting(tuple(sizes.items()), microbatches, remat)
+    factor = max(1.0, needed_gib / guess_gib(cfg, devices))
+    for setting in settings(cfg):
+        guessed = guess_gib(setting, devices)
+        if not tries or guessed * factor > _limit_gib(devices):
+            continue
+        tries -= 1
+        found = {"flags": flags(setting), "guessed_gib": guessed}
+        print(f"compiling {found['flags']}", flush=True)
+        try:
+            found |= plan(setting, devices, "train")
+        except DoesNotFit as error:
+            factor = max(factor, error.needed_gib / guessed)
+            found |= {"fits": False, "hbm_gib_per_chip": error.needed_gib}
+        print(planning.summary(found), flush=True)
+        yield found
 
 
-def next_settings(cfg: StageConfig, mesh: Mesh) -> Iterator[Setting]:
-    """Settings that take less memory than that of `cfg`, the nearest first.
+def guess_gib(cfg: StageConfig, devices: Sequence[jax.Device]) -> float:
+    """What a training step would take of one device, by its shapes.
 
-    More fsdp comes before more remat, and that before more microbatches.
+    Parameters, optimizer, EMA and batch are exact, but for tiles' padding. A compiler
+    keeps less for the backward pass, as it fuses operations.
     """
-    here = Setting.of(cfg, mesh)
-    fsdp, stronger = dict(here.axes)["fsdp"], REMAT.index(here.remat)
-    for each in settings(cfg, mesh):
-        if (
-            dict(each.axes)["fsdp"] >= fsdp
-            and each.microbatches >= here.microbatches
-            and each.microbatches % here.microbatches == 0
-            and REMAT.index(each.remat) >= stronger
-            and each != here
-        ):
-            yield each
-
-
-def guess(cfg: StageConfig, mesh: Mesh, chip: Chip | None) -> Guess:
-    """What a training step would take, by its shapes."""
+    mesh = make_mesh(cfg.mesh, devices)
     # What is traced is the same for all settings, but for what remat keeps.
     alike = dataclasses.replace(cfg, mesh=MeshConfig(), training=TrainingConfig())
-    plain = dataclasses.replace(
-        alike, model=dataclasses.replace(cfg.model, remat="none")
-    )
-    state = abstract_state(plain, mesh)
-    weights = shard_gib(state.params)
-    parts = cfg.training.microbatches
-    rows = cfg.training.batch_size // row_shards(mesh) // parts
-    # What is kept of a picture does not depend on where weights lie.
-    shape = {**mesh.shape, "data": row_shards(mesh), "fsdp": 1}
-    unsplit = Mesh(mesh.devices.reshape(tuple(shape.values())), tuple(shape))
-    kept = rows * kept_bytes(alike, unsplit) / _GIB
-    # Gradients; of several microbatches also their sum.
-    step = weights * (2 if parts > 1 else 1) + kept
-    seconds = 0.0
-    if chip:
-        flops, count = _weight(plain)
-        forward = flops * cfg.training.batch_size / mesh.size
-        seconds = forward * (3 + _AGAIN[cfg.model.remat]) / chip.flops
-        seconds += _exchanged_bytes(cfg, mesh, count) / chip.link
-    held = shard_gib(state) + shard_gib(abstract_batch(cfg, mesh))
-    return Guess(held, step, seconds)
+    state = abstract_state(alike, mesh)
+    held = shard_gib(state) + shard_gib(planning.abstract_batch(cfg, mesh))
+    # What is kept of an image does not depend on where weights lie.
+    ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], cfg.training.microbatches
+    places = mesh.devices.reshape(ways, 1, *mesh.devices.shape[2:])
+    kept = _kept_gib(alike, Mesh(places, mesh.axis_names))
+    # Of several microbatches also the sum of gradients.
+    gradients = min(parts, 2) * shard_gib(state.params)
+    return held + gradients + cfg.training.batch_size / ways / parts * kept
 
 
 @functools.lru_cache
-def _weight(cfg: StageConfig) -> tuple[int, int]:
-    """Forward operations of a picture, and parameters."""
-    leaves = jax.tree.leaves(network.abstract_inputs(cfg)[0])
-    return forward_flops(cfg), sum(math.prod(leaf.shape) for leaf in leaves)
+def _kept_gib(cfg: StageConfig, mesh: Mesh) -> float:
+    """What JAX's backward pass keeps of an image."""
 
-
-def _exchanged_bytes(cfg: StageConfig, mesh: Mesh, count: int) -> float:
-    """That a device sends for weights and their gradients, both in the compute type."""
-    item = jnp.dtype(cfg.model.dtype).itemsize
-    fsdp, data = mesh.shape["fsdp"], mesh.shape["data"]
-    own = count / mesh.shape["tensor"]
-    split, copies = (fsdp - 1) / fsdp, (data - 1) / data
-    passes = (2 + _AGAIN[cfg.model.remat]) * cfg.training.microbatches
-    gathered = own * item * split * passes
-    # Of each microbatch: sums are scattered over fsdp, and parts summed over data.
-    summed = own * item * (split + 2 / fsdp * copies) * cfg.training.microbatches
-    return gathered + summed
-
-
-# So many pictures that what is kept of weights does not count.
-_MANY = 64
-
-
-@functools.lru_cache
-def kept_bytes(cfg: StageConfig, mesh: Mesh) -> float:
-    """What the backward pass keeps of a picture.
-
-    As JAX has it: a compiler keeps less, as it computes cheap operations again.
-
-    Args:
-      cfg: the stage.
-      mesh: decides which kernels are taken.
-    """
-
-    def residuals(params, z, logsnr, cond):
-        def total(params):
-            return network.apply(cfg.model, params, z, logsnr, cond).sum()
-
-        return jax.vjp(total, params)[1]
+    def residuals(params, *inputs):
+        return jax.vjp(lambda p: network.apply(cfg.model, p, *inputs).sum(), params)[1]
 
     params, *inputs = network.abstract_inputs(cfg)
-    count = _MANY * row_shards(mesh)
+    # So many that what is kept of weights does not count.
+    rows = 64 * mesh.shape["data"]
     inputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), inputs
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), inputs
     )
-    kept = jax.eval_shape(on_mesh(residuals, mesh), params, *inputs)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept)) / count
+    kept = jax.tree.leaves(jax.eval_shape(on_mesh(residuals, mesh), params, *inputs))
+    return sum(x.size * x.dtype.itemsize for x in kept) / rows / planning.GIB

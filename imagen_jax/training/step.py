@@ -149,5 +149,5 @@ def compile_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
+        compiler_options=compiler_options(mesh),
     )

@@ -1,4 +1,4 @@
-"""TPU slices that are not here."""
+"""Absent TPU slices, and the data sheets of chips."""
 
 import importlib.util
 import math
@@ -6,15 +6,16 @@ import math
 import pytest
 
 from imagen_jax.errors import UserError
-from imagen_jax.planning import chips as topology
+from imagen_jax.planning import chips
 
 
 def test_slices_are_named_as_google_does():
     """v4 and v5p by cores, two to a chip, the others by chips."""
-    for name, chips in topology.SLICES.items():
+    assert len(chips.SLICES) == 2 * 10 + 3 * 7
+    for name, bounds in chips.SLICES.items():
         generation, _, size = name.partition("-")
         cores = 2 if generation in ("v4", "v5p") else 1
-        assert cores * math.prod(chips) == int(size)
+        assert cores * math.prod(map(int, bounds.split("x"))) == int(size)
 
 
 @pytest.mark.parametrize(
@@ -23,24 +24,36 @@ def test_slices_are_named_as_google_does():
 )
 def test_an_unknown_slice_is_refused(name, near):
     with pytest.raises(UserError, match=f"no slice '{name}'.*did you mean '{near}'"):
-        topology.slice_devices(name)
+        chips.slice_devices(name)
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
     [
         ("v4-16", "TPU v4", 8),
-        ("v5litepod-16", "TPU v5e", 16),
-        ("v5e-4", "TPU v5e", 4),
-        ("v5p-16", "TPU v5p", 8),
-        ("v6e-8", "TPU v6e", 8),
+        ("v5litepod-16", "TPU v5 lite", 16),
+        ("v5e-4", "TPU v5 lite", 4),
+        ("v5p-16", "TPU v5", 8),
+        ("v6e-8", "TPU v6 lite", 8),
     ],
 )
 def test_the_devices_of_a_slice(name, kind, count):
     if importlib.util.find_spec("libtpu") is None:
         with pytest.raises(UserError, match="pip install libtpu"):
-            topology.slice_devices(name)
+            chips.slice_devices(name)
     else:
-        devices = topology.slice_devices(name)
+        devices = chips.slice_devices(name)
         assert {d.platform for d in devices} == {"tpu"} and len(devices) == count
-        assert topology.chip_of(devices[0]).name == kind
+        assert chips.chip_of(devices[0]) is chips.CHIPS[kind]
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "side"),
+    [("TPU v4", 8, 128), ("TPU v5 lite", 4, 128), ("TPU v5", 8, 128)]
+    + [("TPU v6 lite", 4, 256)],
+)
+def test_clocks_agree_with_the_peaks(name, units, side):
+    """To the digits that data sheets have."""
+    chip = chips.CHIPS[name]
+    peak = 2 * units * side**2 * chip.clock
+    assert peak == pytest.approx(chip.flops, rel=0.002)

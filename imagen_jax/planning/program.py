@@ -1,0 +1,251 @@
+"""What one device moves and exchanges in a compiled program, read from its text (HLO).
+
+XLA's own `cost_analysis` takes each loop's body once, counts memory on a TPU's chip
+like main memory, and knows nothing of exchanges.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import NamedTuple
+
+_COLLECTIVE = re.compile(
+    r"(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-[a-z]+?)"
+    r"(-start)?"
+)
+# Operations that move nothing: they name what is there, or wait for it.
+_FREE = re.compile(
+    r"parameter|constant|(get-)?tuple(-element)?|bitcast|after-all|add-dependency"
+    r"|opt(imization)?-barrier|partition-id|replica-id|.*-done|.*[a-z]-update"
+)
+_SLICES = ("slice", "dynamic-slice", "gather")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+# name = type kind(operands), attributes. A literal instead of operands may hold
+# anything but the name of an attribute behind ")".
+_OPERATION = re.compile(
+    r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, [a-z_]+=.*)?$"
+)
+_NAME = re.compile(r"%([\w.-]+)")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What one device does in one run of a program.
+
+    Attributes:
+      bytes: read from and written to main memory, without tiles' padding.
+      cycles: of its clock, as the compiler estimates; 0 where it estimates nothing.
+      collectives: exchanges by kind: how many run ("count"), and "bytes" that the
+        device sends for them.
+      unknown_loops: loops of unknown length, counted once.
+    """
+
+    bytes: float = 0
+    cycles: int = 0
+    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    unknown_loops: int = 0
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the device sends for all exchanges."""
+        return sum(each["bytes"] for each in self.collectives.values())
+
+
+def read_program(text: str, devices: int) -> Traffic:
+    """The traffic of a program on each of `devices`, from `compiled.as_text()`.
+
+    Raises:
+      ValueError: for text of another form.
+    """
+    reader = _Reader(text, devices)
+    reader.add("ENTRY", 1)
+    return reader.total
+
+
+@functools.lru_cache(maxsize=2**16)
+def arrays(type_: str) -> list[tuple[float, bool]]:
+    """The bytes of each array of a type, and whether they lie in main memory.
+
+    "(f32[8,16]{1,0:T(8,128)S(1)}, u32[])" has one of 512 on the chip, and one of 4.
+    """
+    found = []
+    for dtype, shape, layout in _ARRAY.findall(type_):
+        bits = re.search(r"\d+", dtype)
+        item = int(bits[0]) / 8 if bits else int(dtype == "pred")
+        size = item * math.prod(int(n) for n in re.findall(r"\d+", shape))
+        found.append((size, not re.search(r"S\([1-9]", layout)))
+    return found
+
+
+def _main(type_: str) -> float:
+    return sum(size for size, main in arrays(type_) if main)
+
+
+class _Operation(NamedTuple):
+    type: str
+    kind: str
+    inside: str
+    rest: str
+    operands: list[str]
+
+    def attribute(self, name: str) -> str:
+        found = re.search(rf"\b{name}=%?([\w.-]+)", self.rest)
+        return found[1] if found else ""
+
+    @property
+    def number(self) -> int | None:
+        whole = self.kind == "constant" and re.fullmatch(r"-?\d+", self.inside)
+        return int(self.inside) if whole else None
+
+
+# Operations by name; the result is the last one.
+_Computation = dict[str, _Operation]
+
+
+def _parse(text: str) -> dict[str, _Computation]:
+    """Computations by name; the one that the device runs also as "ENTRY"."""
+    computations: dict[str, _Computation] = {}
+    current: _Computation = {}
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            current = computations[start[2]] = {}
+            if start[1]:
+                computations["ENTRY"] = current
+        elif match := _OPERATION.match(line):
+            is_root, name, type_, kind, inside, rest = match.groups()
+            operands = _NAME.findall(inside)
+            current[name] = _Operation(type_, kind, inside, rest or "", operands)
+    if "ENTRY" not in computations:
+        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
+    return computations
+
+
+class _Reader:
+    """Adds up what a program's computations do."""
+
+    def __init__(self, text: str, devices: int):
+        self.computations, self.devices, self.total = _parse(text), devices, Traffic()
+
+    def add(self, name: str, times: int) -> None:
+        """Adds a computation that runs `times` times."""
+        inside = self.computations[name]
+        for each in inside.values():
+            if each.kind == "while":
+                turns = self.turns(each)
+                self.total.unknown_loops += turns is None
+                self.add(each.attribute("body"), times * (turns or 1))
+            elif each.kind in ("conditional", "call", "async-start"):
+                # Which branch is taken is unknown: the longest.
+                names = [n for n in _NAME.findall(each.rest) if n in self.computations]
+                self.add(max(names, key=lambda n: len(self.computations[n])), times)
+            elif not _FREE.fullmatch(each.kind) and "AllocateBuffer" not in each.rest:
+                self.total.bytes += times * self.moved(each, inside)
+                if cycles := re.search(r'"estimated_cycles":"(\d+)"', each.rest):
+                    self.total.cycles += times * int(cycles[1])
+                self.add_exchange(each, inside, times)
+
+    def turns(self, loop: _Operation) -> int | None:
+        """How often a loop runs, where the compiler notes it or its condition says.
+
+        A TPU's compiler notes nothing, and may put two turns into one. The condition is
+        understood if it is `i < limit` and i grows by a constant; it begins at 0.
+        """
+        if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
+            return int(noted[1])
+        condition = self.computations[loop.attribute("condition")]
+        body = self.computations[loop.attribute("body")]
+        *_, test = condition.values()
+        *_, result = body.values()
+        if test.attribute("direction") != "LT":
+            return None
+        counter, limit = (condition[name] for name in test.operands)
+        if counter.kind != "get-tuple-element" or limit.number is None:
+            return None
+        grown = body[result.operands[int(counter.attribute("index"))]]
+        steps = [body[name].number for name in grown.operands]
+        return next((-(-limit.number // step) for step in steps if step), None)
+
+    def add_exchange(self, operation: _Operation, inside: _Computation, times: int):
+        """Adds the exchange that an operation is, or that is fused into it."""
+        fused = operation.attribute("calls") if operation.kind == "fusion" else ""
+        inside = self.computations[fused] if fused else inside
+        for each in inside.values() if fused else [operation]:
+            if found := _COLLECTIVE.fullmatch(each.kind):
+                # A TPU's program has these as all-reduces inside of such fusions.
+                kind = "reduce-scatter" if "all-reduce-scatter" in fused else found[1]
+                types = [inside[name].type for name in each.operands]
+                size = sum(size for type_ in types for size, _ in arrays(type_))
+                own = self.total.collectives.setdefault(kind, {"count": 0, "bytes": 0})
+                own["count"] += times
+                own["bytes"] += times * size * self.sent_share(kind, each.rest)
+                break
+
+    def sent_share(self, kind: str, rest: str) -> float:
+        """What a device sends for an exchange in a ring, over what it has."""
+        if kind.startswith("collective"):
+            return 1
+        group = group_size(rest, self.devices)
+        if kind == "all-gather":
+            return group - 1
+        return (2 if kind == "all-reduce" else 1) * (group - 1) / group
+
+    def moved(self, operation: _Operation, inside: _Computation) -> float:
+        """Bytes that an operation reads from and writes to main memory."""
+        made, kind = _main(operation.type), operation.kind
+        if kind in _SLICES:
+            return 2 * made
+        if kind == "dynamic-update-slice":
+            return 2 * _main(inside[operation.operands[1]].type)
+        if kind == "slice-start":
+            (_, source_main), (size, main), *_ = arrays(operation.type)
+            return size * (source_main + main)
+        if kind.endswith("-start"):
+            return made  # which repeats the operands
+        for number, name in enumerate(operation.operands):
+            if whole := _main(inside[name].type):
+                fused = operation.attribute("calls") if kind == "fusion" else ""
+                made += min(whole, self.read(number, fused) if fused else whole)
+        return made
+
+    def read(self, number: int, fused: str) -> float:
+        """Bytes of an operand's slices that a fusion reads; infinity for all of it."""
+        inside, total = self.computations[fused], 0.0
+        names = [
+            name
+            for name, each in inside.items()
+            if each.kind == "parameter" and each.inside == str(number)
+        ]
+        while names:
+            name = names.pop()
+            for key, user in inside.items():
+                if name in user.operands:
+                    if user.kind == "bitcast":
+                        names.append(key)
+                    elif user.kind in _SLICES:
+                        total += sum(size for size, _ in arrays(user.type))
+                    elif user.kind == "fusion":
+                        place = user.operands.index(name)
+                        total += self.read(place, user.attribute("calls"))
+                    else:
+                        return math.inf
+        return total
+
+
+def group_size(rest: str, devices: int) -> int:
+    """How many devices exchange with one another, by a collective's attributes.
+
+    Without groups it is all of `devices`.
+    """
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=\[[\d,]*?(\d+)\]<=", rest):
+        return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'?([\w.-]+)'?=(\d+)", found[1]))
+        axes = re.findall(r"'([\w.-]+)'(?::\((\d+)\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, _, part in axes)
+    if re.search(r"replica_groups=(?!\{\})", rest):
+        raise ValueError(f"unknown form of a collective's groups: {rest[:200]}")
+    return devices
