@@ -139,3 +139,7 @@ def _unknown_key(message: str, argv: Sequence[str]) -> str:
 def _exit(status: int, message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

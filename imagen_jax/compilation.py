@@ -23,6 +23,18 @@ _PLANNED = {
 }
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs from process to process; call it before any is compiled.
+
+    They lie in JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory. JAX
+    keeps those that took more than a second, and never removes any.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.path.join(caches, "imagen-jax", "jax")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
 def compiler_options(
     mesh: Mesh, *, dtype: str = "float32", once: bool = False
 ) -> dict[str, str | float]:
@@ -59,17 +71,3 @@ def _accepted(options: tuple[tuple[str, str | float], ...], device: jax.Device) 
     except jax.errors.JaxRuntimeError:
         return False
     return True
-
-
-def use_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that the next process need not compile.
-
-    In JAX_COMPILATION_CACHE_DIR if that is set, else in imagen-jax/jax of
-    XDG_CACHE_HOME or ~/.cache.
-    """
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    jax.config.update(
-        "jax_compilation_cache_dir", os.path.join(cache, "imagen-jax", "jax")
-    )

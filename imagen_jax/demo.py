@@ -221,7 +221,9 @@ def _curve(name: str, points: Sequence[tuple[int, float]]) -> str:
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     flags.DEFINE_string("output", None, "folder for everything the demo writes")
-    flags.DEFINE_float("seconds", _SECONDS, "how long to train, about, on two CPU cores")
+    flags.DEFINE_float(
+        "seconds", _SECONDS, "how long to train, about, on two CPU cores"
+    )
     flags.mark_flags_as_required(["output"])
 
 

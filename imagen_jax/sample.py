@@ -72,7 +72,9 @@ def define_flags() -> None:
         "stage; once for all prompts or once per prompt",
     )
     flags.DEFINE_string("output", None, "folder for the pictures")
-    flags.DEFINE_integer("seed", 0, "seed of the first prompt; the next prompt has the next seed")
+    flags.DEFINE_integer(
+        "seed", 0, "seed of the first prompt; the next prompt has the next seed"
+    )
     flags.DEFINE_string("encoder_weights", "", "file or folder of the text encoder")
     each = "; once for all stages or once per stage"
     sweep = each + "; values with commas between them are compared"
