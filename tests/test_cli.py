@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from imagen_jax import cli, compilation
+from imagen_jax import cli
 from imagen_jax.errors import PeerLost, Stopped, UserError
 
 
@@ -61,18 +61,18 @@ def test_statuses(raised, status, message, capsys):
 
 def test_programs_are_cached_where_the_environment_says(monkeypatch, tmp_path):
     was = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     try:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        compilation.use_compilation_cache()
-        # The tests' own JAX_COMPILATION_CACHE_DIR wins.
-        assert jax.config.jax_compilation_cache_dir == was
-        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        # JAX has read JAX_COMPILATION_CACHE_DIR, which wins.
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
         _status(lambda: None, "--number=3")
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+        jax.config.update("jax_compilation_cache_dir", None)
+        _status(lambda: None, "--number=3", "--compilation_cache=False")
+        assert jax.config.jax_compilation_cache_dir is None
+        _status(lambda: None, "--number=3", "--compilation_cache=True")
         wanted = str(tmp_path / "imagen-jax" / "jax")
         assert jax.config.jax_compilation_cache_dir == wanted
-        jax.config.update("jax_compilation_cache_dir", was)
-        _status(lambda: None, "--number=3", "--nocompilation_cache")
-        assert jax.config.jax_compilation_cache_dir == was
     finally:
         jax.config.update("jax_compilation_cache_dir", was)
 

@@ -39,6 +39,7 @@ ONLY_IN = {
     "orbax": {"training"},
     "absl": {"doors"},
     "ml_collections": {"doors"},
+    "scipy": {"shapes"},
     **dict.fromkeys(("PIL", "tqdm", "etils"), set(ARROWS) - {"diffusion", "models"}),
 }
 TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio"}
