@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from imagen_jax.errors import PeerLost, Stopped, UserError, did_you_mean
+from imagen_jax.errors import Stopped, UserError, did_you_mean
 
 DOORS = ("prepare", "train", "sample", "export", "goodput", "plan", "benchmark", "demo")
 
@@ -39,7 +39,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     that others can import it.
 
     Exits with 0 when done, 1 after a `UserError` (printed as one line), 2 for wrong
-    flags, 3 when stopped by a signal, 4 after a `PeerLost`.
+    flags, 3 when stopped by a signal.
     """
     argv = list(sys.argv if argv is None else argv)
     if "compilation_cache" not in flags.FLAGS:
@@ -74,8 +74,6 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         _exit(1, str(error))
     except (Stopped, KeyboardInterrupt) as stopped:
         _exit(3, str(stopped) or "interrupted")
-    except PeerLost as lost:
-        _exit(4, str(lost))
     sys.exit(0)
 
 

@@ -20,13 +20,6 @@ class Stopped(Exception):
     """The run was asked to stop, and has saved its state; doors exit with status 3."""
 
 
-class PeerLost(Exception):
-    """Another process of the training is missing or gone; doors exit with status 4.
-
-    Running the same command again on all hosts continues the training.
-    """
-
-
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" for the nearest allowed word, or ""."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
