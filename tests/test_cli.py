@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 from imagen_jax import cli
-from imagen_jax.errors import PeerLost, Stopped, UserError
+from imagen_jax.errors import Stopped, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,6 @@ def test_usage(argv, message, capsys):
         (UserError("it is wrong"), 1, "it is wrong"),
         (Stopped("saved"), 3, "saved"),
         (KeyboardInterrupt(), 3, "interrupted"),
-        (PeerLost("process 1 is gone"), 4, "process 1 is gone"),
     ],
 )
 def test_statuses(raised, status, message, capsys):
