@@ -194,7 +194,7 @@ def _read_config(folder: pathlib.Path) -> tuple[StageConfig, int]:
     stage, step = found.get("stage"), found.get("step")
     if type(step) is not int or not isinstance(stage, dict):
         raise UserError(f"{path} is not what `export` writes: no stage, or no step")
-    return config_lib.from_dict(stage), step
+    return config_lib.from_json(stage, str(path)), step
 
 
 def _indexed(folder: pathlib.Path) -> list[str]:
