@@ -112,9 +112,10 @@ class GroupNorm(nn.Module):
 
         def group_means(values):
             groups = values.mean((1, 2)).reshape(len(x), self.num_groups, -1)
-            return groups.mean(-1).repeat(groups.shape[-1], axis=-1)
+            means = jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape)
+            return means.reshape(len(x), -1)
 
-        mean, square = group_means(x), group_means(jnp.square(x))
+        mean, square = map(group_means, (x, jnp.square(x)))
         return mean, jnp.maximum(0.0, square - jnp.square(mean))
 
 
