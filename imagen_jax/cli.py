@@ -103,6 +103,18 @@ def write_json(path: str | None, report: Mapping[str, Any]) -> None:
         pathlib.Path(path).write_text(json.dumps(report, indent=2) + "\n")
 
 
+def table(report: Mapping[str, Any], indent: str = "") -> str:
+    """The names and values of a report as lines of text, groups indented."""
+    lines = []
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}", table(value, indent + "  ")]
+        else:
+            form = {float: ",.4g", int: ","}.get(type(value), "")
+            lines.append(f"{indent}{name:32} {format(value, form)}")
+    return "\n".join(lines)
+
+
 def peak_memory_gib() -> float:
     """The most memory that this process has held, in GiB."""
     status = pathlib.Path("/proc/self/status")
