@@ -4,19 +4,12 @@ import functools
 import shlex
 
 from imagen_jax.errors import UserError
-from imagen_jax.preparing.job import Job, open_job, write_shard
+from imagen_jax.preparing.job import Job, open_source, write_shard
 from imagen_jax.preparing.settings import Settings
 
 
-def write_shards(settings: Settings, numbers: list[int]) -> None:
-    """Writes shards of a job of images; each is an element of the pipeline.
-
-    The workers open the job themselves, so its source and its folder lie where all of
-    them see it. A shard that is tried twice is written twice, with the same bytes.
-
-    Raises:
-      UserError: when Beam is not installed or knows no such runner.
-    """
+def write_shards(job: Job) -> None:
+    """Writes the shards that are not finished, by workers that open the source anew."""
     try:
         import apache_beam as beam
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -24,31 +17,23 @@ def write_shards(settings: Settings, numbers: list[int]) -> None:
         raise UserError(
             "--runner needs Apache Beam: pip install 'imagen-jax[prepare]'"
         ) from None
+    settings = job.settings
     words = shlex.split(settings.runner_options)
     try:
-        pipeline = beam.Pipeline(
-            settings.runner, PipelineOptions(words, save_main_session=False)
-        )
+        options = PipelineOptions(words, save_main_session=False)
+        pipeline = beam.Pipeline(settings.runner, options)
     except ValueError as error:
-        brief = str(error).splitlines()[0]
-        raise UserError(f"--runner is {settings.runner!r}: {brief}") from None
+        raise UserError(f"--runner is {settings.runner!r}: {error}") from None
+    todo = [n for n in range(job.source.shards) if not job.report(n)]
     with pipeline:
         # Without a reshuffle Beam would fuse the list into one bundle.
-        (
-            pipeline
-            | "shards" >> beam.Create(numbers)
-            | "spread" >> beam.Reshuffle()
-            | "write" >> beam.Map(_write, settings)
-        )
+        (pipeline | beam.Create(todo) | beam.Reshuffle() | beam.Map(_write, settings))
 
 
-def _write(number: int, settings: Settings) -> int:
-    job = _job(settings)
-    if not job.report(number):
-        write_shard(job, number)
-    return number
+def _write(number: int, settings: Settings) -> None:
+    write_shard(_job(settings), number)
 
 
 @functools.cache
 def _job(settings: Settings) -> Job:
-    return open_job(settings)
+    return Job(settings, open_source(settings), embedder=None)
