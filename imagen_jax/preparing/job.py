@@ -145,7 +145,7 @@ def start(job: Job) -> Manifest | None:
     _check_same(job, read_json(file, "what a job of `prepare` was asked for"))
     for name in (manifests.FILE_NAME, manifests.PICTURES_FILE):
         if (output / name).is_file():
-            old = manifests.from_json((output / name).read_text("utf8"), name)
+            old = manifests.from_values(read_json(output / name, "a manifest"), name)
             if all((output / shard["file"]).is_file() for shard in old.shards):
                 return old
     return None
