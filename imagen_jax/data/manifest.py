@@ -18,6 +18,8 @@ FILE_NAME = "manifest.json"
 FORMAT = 3
 # Prefix of the name of a TensorFlow Datasets data set.
 TFDS = "tfds:"
+# As which TensorFlow Datasets reads a folder of records.
+_TFDS_FILES = ("dataset_info.json", "features.json")
 # The arguments of a job; a folder that has it and no manifest is not finished.
 JOB_FILE = "prepare.json"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -130,10 +132,11 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
         )
     file = path / FILE_NAME
     manifest = from_values(read_json(file, "the manifest of records"), str(file))
-    missing = [s["file"] for s in manifest.shards if s["file"] not in names]
+    files = [*_TFDS_FILES, *(shard["file"] for shard in manifest.shards)]
+    missing = [file for file in files if file not in names]
     if missing:
         raise UserError(
-            f"{str(path)!r} lacks {len(missing)} of its {len(manifest.shards)} files, "
+            f"{str(path)!r} lacks {len(missing)} of its {len(files)} files, "
             f"first {missing[0]!r}: copy it again or prepare again"
         )
     return manifest

@@ -90,11 +90,7 @@ def picture(
 def padded_text(
     data: tf.Tensor, length: int, dim: int, dtype: str
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """`imagen_jax.batch.pad_text` of the bytes of one caption (`embeddings.to_bytes`).
-
-    Returns:
-      `[length, dim]` bfloat16 and `[length]` bool.
-    """
+    """`batch.pad_text` of one caption: `[length, dim]` bfloat16, `[length]` bool."""
     if dtype == "bfloat16":
         values = tf.bitcast(tf.io.decode_raw(data, tf.uint16), tf.bfloat16)
         rows = tf.reshape(values, [-1, dim])[:length]

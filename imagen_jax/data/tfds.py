@@ -16,20 +16,18 @@ from imagen_jax.data.manifest import TFDS, Manifest
 from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 
-SPLIT = "train"
+_SPLIT = "train"
 # Files that are read by turns, by all readers of a data set together.
 _OPEN_FILES = 16
 
 
 def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """A data set that is prepared in tfds' folder (TFDS_DATA_DIR), and its split.
+    """A data set in tfds' folder (TFDS_DATA_DIR), and its split.
 
-    Args:
-      name: as tfds knows it, like "coco_captions" or "coco_captions/2014:1.1.0"; a
-        split other than "train" follows an "@".
+    `name` is like "coco_captions", "coco_captions/2014:1.1.0" or "coco_captions@val".
     """
     name, _, split = name.partition("@")
-    split = split or SPLIT
+    split = split or _SPLIT
     try:
         builder = tfds.builder(name)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
@@ -101,15 +99,15 @@ class DataSource(seqio.DataSource):
         if path.startswith(TFDS):
             self._builder, self._split = open_builder(path.removeprefix(TFDS))
         else:
-            self._builder, self._split = tfds.builder_from_directory(path), SPLIT
-        super().__init__([SPLIT])
+            self._builder, self._split = tfds.builder_from_directory(path), _SPLIT
+        super().__init__([_SPLIT])
 
     def list_shards(self, split: str) -> list[str]:
         """All files."""
         return self._builder.info.splits[self._split].filenames
 
     def get_dataset(
-        self, split=SPLIT, shuffle=True, seed=None, shard_info=None, **_
+        self, split=_SPLIT, shuffle=True, seed=None, shard_info=None, **_
     ) -> tf.data.Dataset:
         """Rows as they are stored; shard i of n has the files i::n."""
         shard = shard_info or seqio.ShardInfo(0, 1)

@@ -18,10 +18,7 @@ class TransformersEncoder:
     """
 
     def __init__(self, name: str, weights: str = "", dtype: str = "float32"):
-        """Loads a model of the Hugging Face Hub, or of a folder of save_pretrained.
-
-        `weights` is a folder that replaces `name`.
-        """
+        """Loads a model of the Hub or a folder; the folder `weights` replaces it."""
         if dtype != "float32":
             raise UserError(f"'hf:' encoders run in float32 only, not in {dtype!r}")
         model, self._tokenizer = _load(weights or name)

@@ -80,7 +80,11 @@ def test_round_trip(records):
             "no manifest.json: it is half-written, or has pictures without embeddings",
         ),
         (lambda f: shutil.rmtree(f), "there is no '.*prepare"),
-        (lambda f: (f / "records-00002.tfrecord").unlink(), "lacks 1 of its 5 files"),
+        (lambda f: (f / "records-00002.tfrecord").unlink(), "lacks 1 of its 7 files"),
+        (
+            lambda f: (f / "features.json").unlink(),
+            "lacks 1 .*'features.json': copy it",
+        ),
         (
             lambda f: (f / "manifest.json").write_text('{"format": 3'),
             "is not the manifest of records: ",
@@ -101,7 +105,7 @@ def test_files_outside_of_the_folder_are_not_read(copy):
     shards = json.loads((copy / "manifest.json").read_text())["shards"]
     shards[1]["file"] = "../other/records-00001.tfrecord"
     _edit(copy, shards=shards)
-    with pytest.raises(UserError, match="lacks 1 of its 5 files, first '../other/"):
+    with pytest.raises(UserError, match="lacks 1 of its 7 files, first '../other/"):
         read_manifest(copy)
 
 
