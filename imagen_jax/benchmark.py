@@ -35,7 +35,7 @@ from imagen_jax.api.run import resolve
 from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig, from_dict
-from imagen_jax.data.pipeline import open_records, queue_bytes
+from imagen_jax.data.pipeline import open_records
 from imagen_jax.diffusion.cascade import compile_sampler
 from imagen_jax.diffusion.sampler import guidance_weights
 from imagen_jax.errors import UserError
@@ -176,7 +176,7 @@ def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
     """Times the input pipeline alone, and what a training step waits for it.
 
     "queues_gib" is what this process has grown by since the first batch was asked for,
-    with what threads work on; "queues_bound_gib" is what the config allows the queues.
+    with what threads work on.
     """
     start = time.perf_counter()
     batches = open_records(cfg, mesh)
@@ -211,7 +211,6 @@ def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
         "images_per_second": count * size / taken,
         "images_per_core_second": count * size / cpu,
         "queues_gib": held,
-        "queues_bound_gib": queue_bytes(cfg, jax.process_count()) / GIB,
         "training_steps": steps,
         "training_steps_per_second": steps / trained,
         "wait_seconds_per_step": waited / steps,

@@ -77,6 +77,4 @@ def test_a_timed_pipeline_agrees_with_itself(tmp_path):
     waited = report["wait_seconds_per_step"] * report["training_steps_per_second"]
     assert report["share_of_the_step_waiting"] == pytest.approx(waited)
     assert report["queues_gib"] >= 0
-    batch = 8 * (8 * 8 * 3 + cfg.text.length * (64 * 2 + 1) + 4)
-    assert report["queues_bound_gib"] == batch / 2**30
     assert json.loads(json.dumps(report)) == report

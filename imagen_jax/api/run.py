@@ -9,8 +9,7 @@ from jax.experimental import multihost_utils
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
-from imagen_jax.data.mixture import open_sources
-from imagen_jax.data.pipeline import open_records
+from imagen_jax.data.pipeline import open_records, open_sources
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.goodput import Stopwatch
 from imagen_jax.training.loop import BatchIterator, train

@@ -26,19 +26,14 @@ def encode_groups(
     run: Callable[[np.ndarray, np.ndarray], np.ndarray],
     rows: int = ROWS,
 ) -> list[np.ndarray]:
-    """Embeds captions in groups that are padded to one of a few lengths.
-
-    Equal captions are embedded once.
+    """`[n_i, D]` bfloat16 for each caption, embedded in groups of one padded length.
 
     Args:
-      tokens: ids of each caption, not empty.
+      tokens: ids of each caption, not empty; equal captions are embedded once.
       length: tokens kept of each caption; a longer one keeps its last, the end token.
       run: `(ids, mask) -> [rows, L, D]`, with ids `[rows, L]` int32 that are zero
         where the mask `[rows, L]` is False.
       rows: captions in a group; the last group is filled up with empty rows.
-
-    Returns:
-      `[n_i, D]` bfloat16 for each caption.
     """
     tokens = [
         tuple(t if len(t) <= length else t[: length - 1] + t[-1:]) for t in tokens
@@ -64,17 +59,16 @@ def encode_groups(
 
 
 def _padded_length(n: int) -> int:
-    longest = _LENGTHS[-1]
-    steps = (*_LENGTHS, math.ceil(n / longest) * longest)
-    return next(step for step in steps if n <= step)
+    fitting = (step for step in _LENGTHS if n <= step)
+    return next(fitting, math.ceil(n / _LENGTHS[-1]) * _LENGTHS[-1])
 
 
 def check_dtype(dtype: str) -> None:
     """Raises `UserError` unless `dtype` is one of `DTYPES`."""
     if dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
         raise UserError(
-            f"--embedding_dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}; it is one "
-            f"of {', '.join(DTYPES)}"
+            f"--embedding_dtype is {dtype!r}{hint}; it is one of {', '.join(DTYPES)}"
         )
 
 
@@ -95,16 +89,7 @@ def to_bytes(rows: np.ndarray, dtype: str = "bfloat16") -> bytes:
 
 
 def from_bytes(data: bytes, dim: int, dtype: str = "bfloat16") -> np.ndarray:
-    """The inverse of `to_bytes`: `[n, dim]` bfloat16.
-
-    Raises:
-      UserError: when `data` is not a whole number of rows.
-    """
-    if len(data) % row_bytes(dim, dtype):
-        raise UserError(
-            f"{len(data)} bytes are no {dtype} embeddings of width {dim}: the records "
-            "and their manifest disagree"
-        )
+    """The inverse of `to_bytes`: `[n, dim]` bfloat16."""
     if dtype == "bfloat16":
         return np.frombuffer(data, "<u2").view(ml_dtypes.bfloat16).reshape(-1, dim)
     rows = np.frombuffer(data, np.int8).reshape(-1, SCALE_BYTES + dim)

@@ -2,7 +2,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 
 
@@ -91,15 +90,3 @@ def test_cosine_error():
     np.testing.assert_allclose(
         embeddings.cosine_error(a, b), [1, 1 - 0.5**0.5, 0], atol=1e-15
     )
-
-
-@pytest.mark.parametrize(
-    "data, dtype, message",
-    [
-        (b"x" * 8, "bfloat16", "8 bytes are no bfloat16 embeddings of width 3"),
-        (b"x" * 8, "int8", "8 bytes are no int8 embeddings of width 3"),
-    ],
-)
-def test_wrong_lengths(data, dtype, message):
-    with pytest.raises(UserError, match=message):
-        embeddings.from_bytes(data, 3, dtype)
