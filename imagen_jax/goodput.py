@@ -18,18 +18,13 @@ from imagen_jax.training.goodput import EVENTS, Report, goodput
 
 
 def read_goodput(workdir: str) -> Report:
-    """The sums of the events of a workdir.
-
-    Raises:
-      UserError: when there are none.
-    """
+    """The sums of the events of a workdir; a `UserError` when there are none."""
     path = epath.Path(workdir) / EVENTS
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     report = goodput(text.splitlines())
     if not report.runs:
         raise UserError(
-            f"{path} does not exist or tells of no run: give the --workdir of a "
-            "`python -m imagen_jax.train` that has begun"
+            f"{path} does not exist or tells of no run: give the --workdir of `train`"
         )
     return report
 

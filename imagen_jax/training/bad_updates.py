@@ -14,24 +14,16 @@ _REDEEMED_BY = 10
 
 @flax.struct.dataclass
 class Guard:
-    """A run's memory of its updates; scalars, replicated.
+    """A run's memory of its updates; scalars, replicated."""
 
-    Attributes:
-      skipped: int32, updates skipped since the start of the run.
-      debt: int32, grows by 10 with a skipped update and falls by 1 with each other one,
-        down to 0.
-      spent: bool, whether the debt has reached the budget; the state then stands still.
-      averaged: int32, updates in the averages.
-      loss: float32, its running average.
-      gradient_norm: float32, its running average.
-    """
-
-    skipped: jax.Array
+    skipped: jax.Array  # int32, updates skipped since the start of the run
+    # int32, grows by 10 with a skipped update and falls by 1 with another, down to 0.
     debt: jax.Array
+    # bool, whether the debt has reached the budget; the state then stands still.
     spent: jax.Array
-    averaged: jax.Array
-    loss: jax.Array
-    gradient_norm: jax.Array
+    averaged: jax.Array  # int32, updates in the averages
+    loss: jax.Array  # float32, its running average
+    gradient_norm: jax.Array  # float32, its running average
 
 
 def new_guard() -> Guard:
@@ -51,14 +43,9 @@ def judge(
 ) -> tuple[jax.Array, Guard]:
     """Whether to skip the update of a step, and the guard after the step.
 
-    An update is skipped when the loss or the gradient norm is not finite or a spike,
-    and always once the budget is spent; then the guard no longer changes.
-
-    Args:
-      guard: before the step.
-      loss: float32 scalar.
-      gradient_norm: float32 scalar, before clipping.
-      cfg: the budget, and how far above its average a spike is.
+    An update is skipped when the loss or the gradient norm (before clipping) is not
+    finite or a spike, and always once the budget is spent; then the guard no longer
+    changes.
     """
     skip = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
     if cfg.spike_factor:

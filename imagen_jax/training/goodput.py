@@ -27,12 +27,7 @@ class Stopwatch:
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ):
-        """Starts in the bucket "start".
-
-        Args:
-          monotonic: clock, in seconds, that durations are measured by.
-          wall: seconds since 1970, for the time between runs; may jump.
-        """
+        """Starts in the bucket "start"; `wall`, between runs only, may jump."""
         self._monotonic, self._wall = monotonic, wall
         self._bucket, self._since = "start", monotonic()
         self._spent: collections.Counter[str] = collections.Counter()
@@ -71,24 +66,15 @@ class Stopwatch:
 
 @dataclasses.dataclass
 class Report:
-    """All runs of a workdir.
+    """All runs of a workdir."""
 
-    Attributes:
-      seconds: time in each of `BUCKETS`; together the wall time.
-      steps: steps done, including those that were lost.
-      steps_lost: steps that a restart or a rollback threw away.
-      runs: how often the training was started.
-      last_event, last_step: values of the last line.
-      bad_lines: lines that cannot be read and were passed over.
-    """
-
-    seconds: dict[str, float]
-    steps: int = 0
-    steps_lost: int = 0
-    runs: int = 0
+    seconds: dict[str, float]  # in each of `BUCKETS`; together the wall time
+    steps: int = 0  # done, including those that were lost
+    steps_lost: int = 0  # thrown away by a restart or a rollback
+    runs: int = 0  # how often the training was started
     last_event: str = ""
     last_step: int = 0
-    bad_lines: int = 0
+    bad_lines: int = 0  # that cannot be read and were passed over
 
     @property
     def wall_seconds(self) -> float:

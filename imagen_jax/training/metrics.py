@@ -45,13 +45,16 @@ class MetricWriter:
         if "://" in workdir:
             self.bucket = epath.Path(workdir)
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="imagen-logs-"))
-            self._copied: dict[pathlib.Path, int] = {}
             self._copied_at = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVENTS):
+            path = self.folder / name
             if self.bucket and (self.bucket / name).exists():
-                (self.folder / name).write_bytes((self.bucket / name).read_bytes())
-            _end_line(self.folder / name)
+                path.write_bytes((self.bucket / name).read_bytes())
+            # A kill may have cut the last line: the next one must be whole.
+            if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+                with path.open("a") as file:
+                    file.write("\n")
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -83,7 +86,7 @@ class MetricWriter:
         """Writes what is left."""
         if self.active:
             self._tensorboard.close()
-            self._copy(0.0)
+            self._copy()
         if self.bucket:
             shutil.rmtree(self.folder)
 
@@ -91,25 +94,15 @@ class MetricWriter:
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _copy(self, interval: float) -> None:
-        """Copies the files that have grown, unless that was done `interval` s ago."""
-        if not self.bucket or time.monotonic() - self._copied_at < interval:
+    def _copy(self, seconds: float = 0.0) -> None:
+        """Copies the files to the bucket, unless that was done `seconds` ago."""
+        if not self.bucket or time.monotonic() - self._copied_at < seconds:
             return
-        for path in filter(pathlib.Path.is_file, sorted(self.folder.rglob("*"))):
-            size = path.stat().st_size
-            if self._copied.get(path) != size:
-                place = self.bucket / path.relative_to(self.folder).as_posix()
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(path.read_bytes())
-                self._copied[path] = size
+        for path in filter(pathlib.Path.is_file, self.folder.rglob("*")):
+            place = self.bucket / path.relative_to(self.folder).as_posix()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
         self._copied_at = time.monotonic()
-
-
-def _end_line(path: pathlib.Path) -> None:
-    """Ends a line that a kill has cut, so that the next one is whole."""
-    text = path.read_bytes() if path.exists() else b""
-    if text and not text.endswith(b"\n"):
-        path.write_bytes(text + b"\n")
 
 
 class IntervalMeans:
@@ -117,15 +110,12 @@ class IntervalMeans:
 
     They are fetched when the step after them has been handed to the devices, so that
     these have work while the host writes. Skipped updates do not enter the means.
-
-    Attributes:
-      spent: "loss" and "gradient_norm" of the step that spent the budget of skipped
-        updates; None while there is budget left.
     """
 
     def __init__(self, cfg: StageConfig, writer: MetricWriter, bar: tqdm):
         """Starts the first interval; `bar` shows the loss."""
         self.cfg, self.writer, self.bar = cfg, writer, bar
+        # "loss" and "gradient_norm" of the step that spent the budget, if one has.
         self.spent: dict[str, float] | None = None
         self._rows: list[Mapping[str, Any]] = []  # on the devices, not written yet
         self._unsaved: list[Mapping[str, Any]] = []  # on the host, not in a checkpoint

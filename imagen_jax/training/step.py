@@ -38,17 +38,12 @@ def ema_decay(step: jax.Array, decay: float) -> jax.Array:
 def train_step(
     state: TrainState, batch: Batch, *, cfg: StageConfig
 ) -> tuple[TrainState, Metrics]:
-    """Loss, gradient, update and average.
+    """Loss, gradient, update and average, for a global batch.
 
     When `bad_updates.judge` finds the numbers bad, parameters, average and optimizer
     state stay as they are to the bit; only the step counts on, so that the next one
     draws other noise. Once the budget of skipped updates is spent, the step counter
     stands still as well.
-
-    Args:
-      state: before the step.
-      batch: `[B]` examples; B is the global batch.
-      cfg: the stage.
 
     Returns:
       The state after the step, and metrics: scalars, and "loss_by_logsnr" as
