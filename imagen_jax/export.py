@@ -54,7 +54,7 @@ All values are in `config.json`.
 python -m imagen_jax.sample --stage={folder} --prompt="..." --output=samples
 ```
 
-{place} The text encoder is not part of this folder: all encoders but the tiny one need
+The text encoder is not part of this folder: all encoders but the tiny one need
 `--encoder_weights`. To train on from these weights:
 `--config.training.init_from={folder}`.
 
@@ -68,19 +68,15 @@ python -m imagen_jax.sample --stage={folder} --prompt="..." --output=samples
 
 def model_card(stage: Trained, count: int, folder: str) -> str:
     """Text of README.md for a stage with `count` parameters, in `folder`."""
-    size, lowres = stage.cfg.image_size, stage.cfg.lowres_size
-    makes = f"images of {size} x {size} pixels from a caption"
-    place = "It is the first stage of a cascade."
-    if lowres:
-        makes += f" and an image of {lowres} x {lowres}"
-        place = (
-            f"It enlarges: give `--lowres=IMAGE` of {lowres} pixels, or `--stage` of "
-            "the stages before it first."
+    cfg = stage.cfg
+    makes = f"images of {cfg.image_size} x {cfg.image_size} pixels from a caption"
+    if cfg.lowres_size:
+        makes += (
+            f" and an image of {cfg.lowres_size} x {cfg.lowres_size} (`--lowres=IMAGE`,"
+            " or `--stage` of the stages before it first)"
         )
-    filled = {"makes": makes, "place": place, "count": count, "step": stage.step}
-    return _TEXT.format(
-        cfg=stage.cfg, text=stage.cfg.text, version=__version__, folder=folder, **filled
-    )
+    about = {"version": __version__, "makes": makes, "step": stage.step}
+    return _TEXT.format(cfg=cfg, text=cfg.text, count=count, folder=folder, **about)
 
 
 def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
@@ -88,13 +84,8 @@ def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
 
     The config is stored without the paths of its records and first weights. A file has
     at most `shard_bytes` of parameters, if it holds several.
-
-    Returns:
-      The names of the files that hold parameters.
-
-    Raises:
-      UserError: for a workdir without checkpoints, or an output that is in use or
-        cannot be written.
+    Returns the names of the files that hold parameters; raises `UserError` for a
+    workdir without checkpoints, or an output that is in use or cannot be written.
     """
     import safetensors.numpy
 

@@ -12,8 +12,8 @@ from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.mixture import open_sources
 from imagen_jax.data.pipeline import Stream, open_records
 from imagen_jax.sharding import make_mesh
-from imagen_jax.training.goodput import Stopwatch
 from imagen_jax.training.loop import train
+from imagen_jax.training.metrics import Stopwatch
 from imagen_jax.training.state import TrainState
 
 

@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from imagen_jax.config import TrainingConfig
 
@@ -56,12 +57,12 @@ def judge(
 
     # A plain mean at first, so that it needs no start value.
     weight = 1.0 / jnp.minimum(guard.averaged + 1, AVERAGED_STEPS)
+    norm = guard.gradient_norm
     done = guard.replace(
         debt=jnp.maximum(guard.debt - 1, 0),
         averaged=guard.averaged + 1,
         loss=guard.loss + weight * (loss - guard.loss),
-        gradient_norm=guard.gradient_norm
-        + weight * (gradient_norm - guard.gradient_norm),
+        gradient_norm=norm + weight * (gradient_norm - norm),
     )
     debt = guard.debt + _REDEEMED_BY
     budget = _REDEEMED_BY * cfg.skip_budget_steps
@@ -70,7 +71,8 @@ def judge(
         debt=debt,
         spent=(debt >= budget) if budget else guard.spent,
     )
-    return skip | guard.spent, select(guard.spent, guard, select(skip, not_done, done))
+    where = optax.tree.where
+    return skip | guard.spent, where(guard.spent, guard, where(skip, not_done, done))
 
 
 def before_the_last_skip(guard: Guard) -> Guard:
@@ -85,8 +87,3 @@ def before_the_last_skip(guard: Guard) -> Guard:
 def after_rollback(guard: Guard, lost: jax.Array) -> Guard:
     """A checkpoint's guard, for a run that goes on from it `lost` steps later."""
     return guard.replace(skipped=guard.skipped + lost, debt=guard.debt * 0)
-
-
-def select(condition: jax.Array, yes, no):
-    """`yes` where the scalar `condition` holds, else `no`: trees of equal structure."""
-    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)

@@ -8,7 +8,6 @@ of the state), `config` (the resolved stage), `iterator` (the position in the da
 import base64
 import dataclasses
 import logging
-import math
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -267,9 +266,5 @@ def _preservation(training: TrainingConfig):
 
 def _metric(training: TrainingConfig):
     """A function of a checkpoint's metrics; NaN and a missing value are the worst."""
-
-    def value(metrics: Mapping[str, float]) -> float:
-        found = metrics.get(training.best_metric, math.inf)
-        return math.inf if math.isnan(found) else found
-
-    return value
+    name = training.best_metric
+    return lambda metrics: np.nan_to_num(metrics.get(name, np.nan), nan=np.inf)

@@ -22,8 +22,12 @@ from imagen_jax.errors import Stopped, UserError, did_you_mean, read_json
 from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training.checkpoint import Checkpointer
-from imagen_jax.training.goodput import Stopwatch
-from imagen_jax.training.metrics import IntervalMeans, MetricWriter, bucket_names
+from imagen_jax.training.metrics import (
+    IntervalMeans,
+    MetricWriter,
+    Stopwatch,
+    bucket_names,
+)
 from imagen_jax.training.replay import Recovery
 from imagen_jax.training.state import TrainState, abstract_state, create_state
 from imagen_jax.training.step import compile_train_step
@@ -43,10 +47,10 @@ def train(
     preview: Batch | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> TrainState:
-    """Trains from where `first_state` starts to the last step.
+    """Trains from where `first_state` starts; returns the state after the last step.
 
     Args:
-      cfg: the stage, resolved.
+      cfg: the stage.
       workdir: local or gs://; gets config.json, checkpoints/, metrics.jsonl,
         tensorboard/, samples/, events.jsonl and, after bad numbers, bundles/.
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
@@ -55,9 +59,6 @@ def train(
       preview: examples on the host whose captions are sampled as training goes; None
         for no previews.
       stopwatch: measures this run, and is already running; None for a new one.
-
-    Returns:
-      The state after the last step.
 
     Raises:
       UserError: for a workdir of another config or that cannot be written, a batch that
@@ -179,12 +180,6 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     means = IntervalMeans(cfg, writer, bar)
     loss, previewed = None, False
 
-    def save():
-        with stopwatch.bucket("checkpoint"):
-            position = batches.get_state()
-            checkpointer.save(state, cfg, position, means.since_checkpoint())
-        writer.event("checkpoint", step)
-
     stopwatch.switch("step")
     with bar, stopping() as stops_after:
         while step < last:
@@ -225,7 +220,10 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
                 bar.update(step - bar.n)
                 saves, samples = step == last, False
             if saves or stops:
-                save()
+                with stopwatch.bucket("checkpoint"):
+                    position = batches.get_state()
+                    checkpointer.save(state, cfg, position, means.since_checkpoint())
+                writer.event("checkpoint", step)
             if samples:
                 # The first preview compiles the sampler.
                 with stopwatch.bucket("evaluation" if previewed else "compile"):

@@ -1,12 +1,14 @@
-"""Metrics and events of a run: metrics.jsonl, tensorboard/, events.jsonl."""
+"""Metrics, events and times of a run: metrics.jsonl, tensorboard/, events.jsonl."""
 
+import collections
+import contextlib
 import itertools
 import json
 import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +18,56 @@ from tqdm import tqdm
 
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import LOGSNR_EDGES
-from imagen_jax.training.goodput import EVENTS, Stopwatch
 
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
 # Metrics averaged over the steps of a line.
 MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
 # Files in a bucket are replaced as a whole; a kill loses at most this much of them.
 _COPY_SECONDS = 60.0
+
+
+class Stopwatch:
+    """Puts every second of a run, from its beginning, into one bucket."""
+
+    def __init__(
+        self,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ):
+        """Starts in the bucket "start"; `wall`, between runs only, may jump."""
+        self._monotonic, self._wall = monotonic, wall
+        self._bucket, self._since = "start", monotonic()
+        self._spent: collections.Counter[str] = collections.Counter()
+
+    def switch(self, bucket: str) -> str:
+        """What comes now is in `bucket`; returns the one before."""
+        now = self._monotonic()
+        self._spent[self._bucket] += now - self._since
+        before, self._bucket, self._since = self._bucket, bucket, now
+        return before
+
+    @contextlib.contextmanager
+    def bucket(self, name: str, running: jax.Array | None = None) -> Iterator[None]:
+        """Puts what happens inside into the bucket `name`, as docs/goodput.md has them.
+
+        If `running`, a result of the last step, is not ready at the end, the devices
+        were busy all the while and the time stays in the bucket from before.
+        """
+        before = self.switch(name)
+        try:
+            yield
+        finally:
+            if running is not None and not running.is_ready():
+                self._bucket = before
+            self.switch(before)
+
+    def lap(self) -> dict[str, Any]:
+        """Values of an event: both clocks, and the seconds by bucket since the last."""
+        self.switch(self._bucket)
+        spent, self._spent = self._spent, collections.Counter()
+        # A Counter's + drops what is zero.
+        return {"seconds": self._wall(), "monotonic": self._since, "spent": +spent}
 
 
 class MetricWriter:
@@ -72,10 +117,8 @@ class MetricWriter:
     def event(self, kind: str, step: int, **details: Any) -> None:
         """One line of events.jsonl: what happened, and where the time went.
 
-        Args:
-          kind: the event; docs/goodput.md lists them.
-          step: the last step that the devices have finished.
-          details: further values of the line.
+        `step` is the last one that the devices have finished; docs/goodput.md lists the
+        events.
         """
         lap = self.stopwatch.lap()
         if self.active:
@@ -142,15 +185,12 @@ class IntervalMeans:
         skipped = int(rows[-1]["skipped_updates"])
         line = {"skipped_updates": skipped, **_means(rows)}
         if seconds is not None:
-            line["steps_per_second"] = len(rows) / seconds
-            line["images_per_second"] = (
-                line["steps_per_second"] * self.cfg.training.batch_size
-            )
+            rate = len(rows) / seconds
+            line["steps_per_second"] = rate
+            line["images_per_second"] = rate * self.cfg.training.batch_size
         self.writer.scalars(step, line)
         self.writer.event("steps", step)
-        shown = {"loss": f"{line['loss']:.4f}"} if "loss" in line else {}
-        shown |= {"skipped": skipped} if skipped else {}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(loss=line.get("loss"), skipped=skipped, refresh=False)
         if self.cfg.training.keep_best_checkpoints:
             self._unsaved += rows
 

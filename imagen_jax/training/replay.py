@@ -76,12 +76,11 @@ class Recovery:
         """The state to go on from; the data source then stands after the bad batch.
 
         Args:
-          state: the state after the step that spent the budget; its arrays are freed.
+          state: after the step that spent the budget; its arrays are freed.
           recorded: "loss" and "gradient_norm" of that step.
 
         Raises:
-          UserError: when the run is to stop, or was rolled back to the same checkpoint
-            before.
+          UserError: when the run is to stop, or was rolled back to here before.
         """
         step, training = int(state.step), self.cfg.training
         folder, cause = self._write_bundle(state, recorded)
@@ -94,9 +93,10 @@ class Recovery:
                 f"stopped at step {step} of {self.workdir}: the budget of skipped "
                 f"updates, training.skip_budget_steps={training.skip_budget_steps}, is "
                 f"spent (loss {recorded['loss']:.6g}, gradient norm "
-                f"{recorded['gradient_norm']:.6g}; {_told(cause)}; newest checkpoint: "
-                f"{newest}). See why: python -m imagen_jax.train --replay={folder}. Go "
-                "on with the next data: --config.training.on_spent_budget=rollback"
+                f"{recorded['gradient_norm']:.6g}; first not finite: "
+                f"{cause or 'nothing'}; newest checkpoint: {newest}). See why: python "
+                f"-m imagen_jax.train --replay={folder}. Go on with the next data: "
+                "--config.training.on_spent_budget=rollback"
             )
         skipped_to = state.step
         # There may be no room for two states.
@@ -192,6 +192,10 @@ def compile_examine(cfg: StageConfig, mesh: Mesh) -> Callable[..., dict[str, Any
     )
 
 
+def _largest(x):
+    return jnp.abs(x).max()
+
+
 def _examine(params, step, batch, *, cfg):
     noised, key = draw(step, batch, cfg)
     each, gradients = loss_and_gradients(params, noised, key, cfg)
@@ -207,10 +211,6 @@ def _examine(params, step, batch, *, cfg):
         )
 
     found = jax.lax.map(layers, (jnp.arange(parts), deal(noised, parts)))
-
-    def largest(x):
-        return jnp.abs(x).max()
-
     return {
         "loss": each.mean(),
         "gradient_norm": optax.tree.norm(gradients),
@@ -220,9 +220,9 @@ def _examine(params, step, batch, *, cfg):
             "loss": each,
             "text": jnp.abs(batch.text.astype(jnp.float32)).max((1, 2)),
         },
-        "parameters": jax.tree.map(largest, params),
+        "parameters": jax.tree.map(_largest, params),
         "layers": jax.tree.map(lambda x: x.max(0), found),
-        "gradients": jax.tree.map(largest, gradients),
+        "gradients": jax.tree.map(_largest, gradients),
     }
 
 
@@ -238,10 +238,6 @@ def first_not_finite(found: Mapping[str, Any]) -> str:
         ("the gradient norm", found["gradient_norm"]),
     ]
     return next((name for name, value in values if not math.isfinite(value)), "")
-
-
-def _told(cause: str) -> str:
-    return f"first not finite: {cause or 'nothing, all numbers are finite'}"
 
 
 def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -301,18 +297,15 @@ def print_replay(bundle: str) -> None:
         both_bad = not math.isfinite(now) and not math.isfinite(was)
         same &= both_bad or math.isclose(now, was, rel_tol=_TOLERANCE)
     print(f"\nthe numbers {'agree' if same else 'DO NOT AGREE'} (to {_TOLERANCE:.0%})")
-    print(_told(first_not_finite(found)))
-    print(f"\n{'largest losses':>16}{'example':>12}{'log-SNR':>12}{'text up to':>12}")
-    examples = found["examples"]
-    examples.sort(key=lambda e: np.nan_to_num(e["loss"], nan=np.inf), reverse=True)
-    for example in examples[:_SHOWN]:
-        print(
-            f"{example['loss']:16.6g}{example['id']:12d}"
-            f"{example['logsnr']:12.4g}{example['text']:12.4g}"
-        )
-    for kind in ("parameters", "layers", "gradients"):
-        finite = {n: v for n, v in found[kind].items() if math.isfinite(v)}
-        bad = len(found[kind]) - len(finite)
-        print(f"\n{kind}: {bad} of {len(found[kind])} not finite; the largest are")
-        for name in sorted(finite, key=finite.get, reverse=True)[:_SHOWN]:
-            print(f"{finite[name]:16.6g}  {name}")
+    print(f"first not finite: {first_not_finite(found) or 'nothing'}")
+    found["losses"] = {
+        f"of example {e['id']} at log-SNR {e['logsnr']:.4g}": e["loss"]
+        for e in found["examples"]
+    }
+    for kind in ("losses", "parameters", "layers", "gradients"):
+        values = found[kind]
+        bad = sum(not math.isfinite(value) for value in values.values())
+        print(f"\n{kind}: {bad} of {len(values)} not finite; the largest are")
+        ranks = {n: np.nan_to_num(v, nan=np.inf) for n, v in values.items()}
+        for name in sorted(ranks, key=ranks.get, reverse=True)[:_SHOWN]:
+            print(f"{values[name]:16.6g}  {name}")

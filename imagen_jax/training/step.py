@@ -20,7 +20,7 @@ from imagen_jax.diffusion.loss import (
 )
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
-from imagen_jax.training.bad_updates import judge, select
+from imagen_jax.training.bad_updates import judge
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
 
@@ -61,7 +61,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
     ema = optax.incremental_update(params, state.ema, 1 - decay)
-    params, ema, opt_state = select(
+    params, ema, opt_state = optax.tree.where(
         skip, (state.params, state.ema, state.opt_state), (params, ema, opt_state)
     )
     metrics = {

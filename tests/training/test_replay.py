@@ -145,7 +145,7 @@ def test_one_device_gives_the_numbers_of_eight(tmp_path, eight):
     state = state.replace(guard=state.guard.replace(**low))
     checkpointer.save(state, CFG, b"0")
     checkpointer.close()
-    with pytest.raises(UserError, match="all numbers are finite"):
+    with pytest.raises(UserError, match="first not finite: nothing;"):
         loop.train(CFG, str(tmp_path / "run"), Batches(CFG, eight), eight)
     folder = tmp_path / "run" / "bundles" / "2"
     record, found = replay.replay(str(folder))
