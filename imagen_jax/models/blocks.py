@@ -154,9 +154,9 @@ class LevelAttention(nn.Module):
         cfg, kind = self.cfg, self.cfg.text_conditioning
         pixels = cfg.self_attention[self.level]
         text = cfg.text_attention[self.level] and kind in ("concatenate", "cross")
-        passes = (
-            [(pixels, False), (False, text)] if kind == "cross" else [(pixels, text)]
-        )
+        passes = [(pixels, text)]
+        if kind == "cross":
+            passes = [(pixels, False), (False, text)]
         for over in filter(any, passes):
             name = "_and_".join(itertools.compress(("pixels", "text"), over))
             block = checkpointed(AttentionBlock, cfg.remat)
@@ -214,7 +214,7 @@ class Chain(nn.Module):
     def __call__(
         self, x: jax.Array, skips: list[jax.Array], emb: jax.Array, cond: Cond
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """The output of the last block, and all outputs; a skip per block, or none."""
+        """The output of the last block, and those of all; `skips` may be empty."""
         outputs = []
         for i in range(self.count):
             block = Block(self.features, self.cfg, self.level, name=f"block_{i}")

@@ -5,6 +5,8 @@ The references are recorded in float64 by tests/references/make_torch.py.
 
 import pathlib
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -145,6 +147,36 @@ def test_a_new_attention_block_only_scales():
     block = blocks.AttentionBlock(cfg, True, True, 2)
     have, _ = block.init_with_output(KEY, x, cond)
     np.testing.assert_array_equal(have, x * np.float32(0.5))
+
+
+def test_recomputing_changes_memory_and_not_gradients():
+    """Of a residual block and its level's attention, with drawn parameters."""
+    model = {"self_attention": (True,), "text_attention": (False,), "head_channels": 8}
+    x, emb = _normal(2, 4, 4, 8), _normal(2, 8, seed=1)
+    cond = Cond(text=_normal(2, 3, 8), mask=np.ones((2, 3), bool))
+
+    def block(remat):
+        cfg = ModelConfig(**model, dtype="float32", remat=remat)
+        return blocks.Block(8, cfg, level=0)
+
+    shapes = jax.eval_shape(block("none").init, KEY, x, None, emb, cond)
+    params = jax.tree.map(lambda leaf: _normal(*leaf.shape), nn.unbox(shapes))
+
+    def gradient(remat):
+        def loss(params):
+            return jnp.sum(jnp.sin(block(remat).apply(params, x, None, emb, cond)))
+
+        program = jax.jit(jax.grad(loss)).lower(params).compile()
+        return jax.tree.leaves(program(params)), program.cost_analysis()["flops"]
+
+    kept, flops = gradient("none")
+    # Some leaves are zero up to roundings, which are those of the largest.
+    bound = 10 * (9 * 8) ** 0.5 * EPS * max(np.abs(leaf).max() for leaf in kept)
+    for remat in ("activations", "blocks"):
+        recomputed, more = gradient(remat)
+        for a, b in zip(kept, recomputed, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+        assert more > flops, remat
 
 
 def test_network_input_puts_the_enlarged_picture_beside_the_noised_one():
