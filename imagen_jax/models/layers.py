@@ -73,16 +73,11 @@ class GroupNorm(nn.Module):
 
     Both are folded into one product and one sum per pixel, in float32; flax's GroupNorm
     has more of them, and no scale and shift (benchmarks/README.md).
-
-    Attributes:
-      num_groups: number of groups that the channels are divided into.
-      dtype: type of the result.
-      epsilon: added to the variance.
     """
 
-    num_groups: int
-    dtype: jnp.dtype
-    epsilon: float = 1e-5
+    num_groups: int  # of equally many channels
+    dtype: jnp.dtype  # of the result
+    epsilon: float = 1e-5  # added to the variance
 
     @nn.compact
     def __call__(
