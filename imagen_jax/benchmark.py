@@ -10,11 +10,10 @@ python -m imagen_jax.benchmark --config=configs/tiny.py:base --what=sample \
 python -m imagen_jax.benchmark --config=configs/tiny.py:base --what=data \
     --config.data.records=RECORDS
 
-"params" counts parameters per block, without making them. "compile" compiles a
-training step for the devices here or for an absent TPU slice, and tells what it takes.
-"train" times training steps on a batch of random images. "sample" times the sampler of
-an untrained network, and how much of it is not the network. "data" times the input
-pipeline of config.data.records.
+"params" counts parameters per block. "compile" compiles a training step for the
+devices here or for an absent TPU slice, and tells what it takes. "train" times training
+steps on random images. "sample" times the sampler of an untrained network, and how much
+of it is not the network. "data" times the input pipeline of config.data.records.
 """
 
 import math
@@ -42,7 +41,7 @@ from imagen_jax.diffusion.sampler import guidance_weights
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.planning.chips import slice_devices
-from imagen_jax.planning.compile import GIB, compile_step, sampler_inputs
+from imagen_jax.planning.compile import GIB, compile_step, sampler_inputs, summary
 from imagen_jax.planning.flops import forward_flops
 from imagen_jax.sharding import batch_sharding, check_batch_size, make_mesh
 from imagen_jax.training.state import abstract_state, create_state
@@ -103,6 +102,8 @@ def _spread(times: list[float]) -> dict[str, float]:
 def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
     """Times training steps for about `seconds`, against a matrix product's speed."""
     step, figures = compile_step(cfg, mesh)
+    if step is None:
+        raise UserError(summary(figures))
     state, batch = create_state(cfg, mesh), random_batch(cfg, mesh)
 
     def run():
@@ -190,9 +191,8 @@ def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
     taken, cpu = time.perf_counter() - start, time.process_time() - cpu
     held = cli.peak_memory_gib() - before
 
-    state, step = create_state(cfg, mesh), compile_train_step(cfg, mesh)
-    state, metrics = step(state, next(batches))
-    jax.block_until_ready(metrics)
+    step = compile_train_step(cfg, mesh)
+    state, _ = jax.block_until_ready(step(create_state(cfg, mesh), next(batches)))
     waited, steps, start = 0.0, 0, time.perf_counter()
     while time.perf_counter() - start < seconds or steps < 3:
         asked = time.perf_counter()
@@ -247,8 +247,8 @@ def main() -> None:
         check_batch_size(rows, mesh, "training.batch_size", parts)
         timers = {"train": time_steps, "sample": time_sampler, "data": time_data}
         if args.what == "compile":
-            report = compile_step(cfg, mesh)[1]
-            report["host_memory_gib"] = cli.peak_memory_gib()
+            figures = compile_step(cfg, mesh)[1]
+            report = {**figures, "host_memory_gib": cli.peak_memory_gib()}
         else:
             report = timers[args.what](cfg, mesh, args.seconds)
     print(cli.table(report))

@@ -5,10 +5,9 @@ python -m imagen_jax.plan --config=configs/base64.py --topology=v4-512 \
 python -m imagen_jax.plan --config=configs/sr256.py --topology=v5p-256 --search
 python -m imagen_jax.plan --config=configs/sr1024.py --topology=v4-8 --what=sample
 
-Compiles the real training step, or sampler, for a TPU slice (pip install libtpu), or,
-without --topology, for the devices here, and prints what it takes of each chip. Exit
-status 1 when it does not fit, with the nearest setting that does. docs/plan.md tells
-how to read it.
+Compiles the training step, or sampler, for a TPU slice (pip install libtpu) or for the
+devices here, and prints what it takes of each chip: see docs/plan.md. Exit status 1
+when it does not fit, with the nearest setting that does.
 """
 
 import dataclasses
@@ -23,11 +22,8 @@ from imagen_jax.config import MeshConfig, from_dict
 from imagen_jax.errors import UserError
 from imagen_jax.planning import search
 from imagen_jax.planning.chips import slice_devices
-from imagen_jax.planning.compile import ASSUMPTIONS, DoesNotFit, summary
+from imagen_jax.planning.compile import ASSUMPTIONS, summary
 from imagen_jax.sharding import check_batch_size, make_mesh
-
-# Programs that are compiled to find one that fits.
-_ATTEMPTS = 3
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -37,8 +33,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
         return {axis.strip(): int(size) for axis, size in pairs}
     except ValueError:
         raise UserError(
-            f"--mesh={text} is not a list of axes with sizes; write for example "
-            "data:-1,fsdp:16, where -1 is all devices that are left"
+            f"--mesh={text} is not a list of axes with sizes, as data:-1,fsdp:16"
         ) from None
 
 
@@ -69,35 +64,31 @@ def main() -> None:
     if args.what == "train":
         parts = cfg.training.microbatches
         check_batch_size(cfg.training.batch_size, mesh, "training.batch_size", parts)
-    where = args.topology or f"the {mesh.size} devices here"
-    print(f"compiling for {where}; minutes, if the network is large", flush=True)
-    # Of the millions of objects that tracing makes next to none are garbage: looking
-    # for it takes a seventh of the time.
+    print("compiling; minutes, if the network is large", flush=True)
+    # Tracing makes millions of objects and next to no garbage.
     gc.disable()
-    found = {"topology": args.topology or "here", "stage": cfg.name, "fits": False}
+    found = {"topology": args.topology or "here", "stage": cfg.name}
     advice = "nothing that fits was found; take more chips or a smaller batch"
     if args.search:
         rows = list(search.compile_settings(cfg, devices, args.tries))
         rows.sort(key=lambda row: (not row["fits"], row.get("step_seconds") or 0))
-        found |= rows[0] if rows else {}
-        cli.write_json(args.json, {**found, "settings": rows})
+        found |= {**(rows[0] if rows else {"fits": False}), "settings": rows}
     else:
-        try:
-            found |= search.plan(cfg, devices, args.what)
-            found["host_memory_gib"] = cli.peak_memory_gib()
-        except DoesNotFit as error:
-            found |= {"hbm_gib_per_chip": error.needed_gib or None, "nearest": None}
-            print(f"{error}\nlooking for a setting that fits", flush=True)
+        found |= search.plan(cfg, devices, args.what)
+        if not found["fits"]:
+            print(f"{summary(found)}\nlooking for a setting that fits", flush=True)
+            needed, found["nearest"] = found["hbm_gib_per_chip"], None
             if args.what == "train":
-                needed = error.needed_gib
-                others = search.compile_settings(cfg, devices, _ATTEMPTS, needed)
+                others = search.compile_settings(cfg, devices, 3, needed)
                 found["nearest"] = next((each for each in others if each["fits"]), None)
             if nearest := found["nearest"]:
-                advice = f"{nearest['flags']} does: {summary(nearest)}"
-            advice = f"{error}; {advice}"
-        cli.write_json(args.json, found)
+                advice = f"{nearest['flags']} {summary(nearest)}"
+            advice = f"{summary(found)}; {advice}"
+    found["host_memory_gib"] = cli.peak_memory_gib()
+    cli.write_json(args.json, found)
     if not found["fits"]:
         raise UserError(advice)
+    found.pop("settings", None)
     print(f"{cli.table(found)}\n\nassumed: {ASSUMPTIONS}\n\n{summary(found)}")
 
 

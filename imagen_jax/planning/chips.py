@@ -41,13 +41,11 @@ class Chip:
     clock: float = 0
 
 
-# Peak, memory and its bandwidth: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e. Usable
-# memory: the limit that libtpu 0.0.52 names when a program does not fit. A link is 45
-# (v4, v5e) or 90 GB/s each way (jax-ml.github.io/scaling-book/tpus); an exchange takes
-# one axis of the torus, both ways round. Clock: peak over 2 x 128 x 128 (v6e: 2 x 256 x
-# 256) operations a cycle in each of the chip's 8, 4, 8 and 4 matrix units.
-# GPUs: NVIDIA's data sheets of the SXM forms, dense, NVLink one way; of their memory
-# JAX takes three quarters unless told otherwise.
+# TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e. Memory: the limit that libtpu
+# names. Link: jax-ml.github.io/scaling-book/tpus, one axis of the torus, both ways.
+# Clock: peak over 2 x 128 x 128 (v6e: 2 x 256 x 256) operations a cycle in each of the
+# chip's 8, 4, 8 and 4 matrix units. GPUs: NVIDIA's data sheets of the SXM forms, dense,
+# NVLink one way; of their memory JAX takes three quarters unless told otherwise.
 CHIPS = {
     "TPU v4": Chip(275e12, 30.75, 1200e9, 90e9, 1.05e9),
     "TPU v5 lite": Chip(197e12, 15.75, 819e9, 90e9, 1.5e9),
@@ -68,8 +66,8 @@ def chip_of(device: jax.Device) -> Chip | None:
 def slice_devices(name: str) -> list[jax.Device]:
     """The devices of a slice, one per chip: to compile for, not to run on.
 
-    The process itself stays on the CPU, or libtpu would look for a TPU here, and keeps
-    no compiled programs: JAX's cache cannot read back one of an absent device.
+    The process stays on the CPU, or libtpu would look for a TPU here, and does without
+    JAX's cache, which cannot read back a program for an absent device.
 
     Raises:
       UserError: for a name not in `SLICES`, or where libtpu is missing or fails.

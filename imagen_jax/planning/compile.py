@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from imagen_jax.batch import batch_spec
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
-from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.planning.chips import Chip, chip_of
 from imagen_jax.planning.flops import count_flops, forward_flops
@@ -30,22 +29,14 @@ GIB = 2**30
 Figures = dict[str, Any]
 
 
-class DoesNotFit(UserError):
-    """A program needs more memory than a device has: `needed_gib`, 0 if unknown."""
-
-    def __init__(self, message: str, needed_gib: float):
-        super().__init__(message)
-        self.needed_gib = needed_gib
-
-
 def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
-    """The compiled training step and its figures (docs/plan.md), or `DoesNotFit`."""
+    """The compiled training step, None if it does not fit, and its figures."""
     rows = cfg.training.batch_size
     arguments = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
     run, found = _compile(compile_train_step(cfg, mesh), arguments, mesh, rows)
     found |= {"stage": cfg.name, "what": "train", "remat": cfg.model.remat}
     found["microbatches"] = cfg.training.microbatches
-    if seconds := found["step_seconds"]:
+    if seconds := found.get("step_seconds"):
         # What is computed again does not count.
         flops = 3 * forward_flops(cfg) * rows / mesh.size
         found["peak_share"] *= flops / found["flops_per_chip"]
@@ -55,13 +46,13 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
 
 
 def compile_sampling(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
-    """The stage's compiled sampler and its figures, or `DoesNotFit`."""
+    """The stage's compiled sampler, None if it does not fit, and its figures."""
     inputs = sampler_inputs(cfg, mesh)
     arguments = abstract_state(cfg, mesh).params, *_on_rows(inputs, mesh)
     jitted, rows = compile_sampler(network.apply, cfg, mesh), len(inputs[0])
     run, found = _compile(jitted, arguments, mesh, rows)
     found |= {"stage": cfg.name, "what": "sample"}
-    if seconds := found["step_seconds"]:
+    if seconds := found.get("step_seconds"):
         found["step_seconds"] = seconds / cfg.sampler.steps
         found["chip_seconds_per_image"] = seconds * mesh.size / rows
     return run, found
@@ -73,10 +64,7 @@ def abstract_batch(cfg: StageConfig, mesh: Mesh) -> Any:
 
 
 def sampler_inputs(cfg: StageConfig, mesh: Mesh) -> tuple:
-    """What the sampler takes beside parameters: captions of full length, grey images.
-
-    Its batch is filled up to a multiple of the mesh's shards of rows.
-    """
+    """What the sampler takes beside parameters, for rows that the mesh divides."""
     rows = -(-cfg.sampler.batch_size // row_shards(mesh)) * row_shards(mesh)
     text, low, own = cfg.text, cfg.lowres_size, Settings.of(cfg.sampler, rows)
     return (
@@ -115,8 +103,8 @@ def _compile(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = str(error).splitlines()[0]
-        raise DoesNotFit(f"the compiler says: {said}", needed_gib(said)) from None
+        why = str(error).splitlines()[0]
+        return None, {"fits": False, "hbm_gib_per_chip": needed_gib(why), "why": why}
     end = time.perf_counter()
 
     chip, memory = chip_of(mesh.devices.flat[0]), run.memory_analysis()
@@ -131,6 +119,7 @@ def _compile(
     total, limit = sum(parts.values()), chip.memory_gib if chip else None
     flops = count_flops(traced.jaxpr.jaxpr) / mesh.size
     traffic = read_program(run.as_text(), mesh.size)
+    sent = sum(each["bytes"] for each in traffic.collectives.values())
     found = {
         "chip": mesh.devices.flat[0].device_kind,
         "chips": mesh.size,
@@ -143,7 +132,7 @@ def _compile(
         "flops_per_chip": flops,
         "bytes_per_chip": traffic.bytes,
         "collectives": traffic.collectives,
-        "collective_bytes_per_chip": traffic.sent,
+        "collective_bytes_per_chip": sent,
         "loops_of_unknown_length": traffic.unknown_loops,
         "trace_seconds": middle - start,
         "compile_seconds": end - middle,
@@ -182,5 +171,7 @@ def summary(found: Figures) -> str:
     """The verdict in one line: "fits: 6.21 GiB a chip, 0.111 s a step"."""
     verdict = "fits" if found["fits"] else "does not fit"
     text = f"{verdict}: {found['hbm_gib_per_chip']:.2f} GiB a chip"
-    seconds = found.get("step_seconds")
-    return f"{text}, {seconds:.4g} s a step" if seconds else text
+    seconds, why = found.get("step_seconds"), found.get("why")
+    return text + (
+        f", {seconds:.4g} s a step" if seconds else f" ({why})" if why else ""
+    )

@@ -19,10 +19,9 @@ def forward_flops(cfg: StageConfig) -> int:
 def count_flops(jaxpr: Jaxpr) -> int:
     """FLOPs of a traced function's matrix products and convolutions, on all devices.
 
-    A multiplication and its addition are two operations; elements that a convolution
-    pads with are none. A loop's body counts as often as the loop runs (once for a
-    `while` loop, whose length nobody knows), a kernel's as often as its grid has
-    cells, and of a conditional the branch with the most operations.
+    A multiplication and its addition are two, what a convolution pads with is nothing.
+    A loop counts by its length (`while`, of unknown length, once), a kernel by its
+    grid, and a conditional by its costliest branch.
     """
     return sum(_count(equation) for equation in jaxpr.eqns)
 

@@ -1,7 +1,6 @@
 """What one device moves and exchanges in a compiled program, read from its text (HLO).
 
-XLA's own `cost_analysis` takes each loop's body once, counts memory on a TPU's chip
-like main memory, and knows nothing of exchanges.
+XLA's own count takes loops once, a TPU's chip as main memory, and knows no exchanges.
 """
 
 import dataclasses
@@ -47,18 +46,9 @@ class Traffic:
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     unknown_loops: int = 0
 
-    @property
-    def sent(self) -> float:
-        """Bytes that the device sends for all exchanges."""
-        return sum(each["bytes"] for each in self.collectives.values())
-
 
 def read_program(text: str, devices: int) -> Traffic:
-    """The traffic of a program on each of `devices`, from `compiled.as_text()`.
-
-    Raises:
-      ValueError: for text of another form.
-    """
+    """The traffic of a program on each of `devices`, from `compiled.as_text()`."""
     reader = _Reader(text, devices)
     reader.add("ENTRY", 1)
     return reader.total
@@ -66,10 +56,7 @@ def read_program(text: str, devices: int) -> Traffic:
 
 @functools.lru_cache(maxsize=2**16)
 def arrays(type_: str) -> list[tuple[float, bool]]:
-    """The bytes of each array of a type, and whether they lie in main memory.
-
-    "(f32[8,16]{1,0:T(8,128)S(1)}, u32[])" has one of 512 on the chip, and one of 4.
-    """
+    """The bytes of each array of a type, and whether they lie in main memory."""
     found = []
     for dtype, shape, layout in _ARRAY.findall(type_):
         bits = re.search(r"\d+", dtype)
@@ -196,8 +183,6 @@ class _Reader:
         made, kind = _main(operation.type), operation.kind
         if kind in _SLICES:
             return 2 * made
-        if kind == "dynamic-update-slice":
-            return 2 * _main(inside[operation.operands[1]].type)
         if kind == "slice-start":
             (_, source_main), (size, main), *_ = arrays(operation.type)
             return size * (source_main + main)
@@ -211,25 +196,20 @@ class _Reader:
 
     def read(self, number: int, fused: str) -> float:
         """Bytes of an operand's slices that a fusion reads; infinity for all of it."""
-        inside, total = self.computations[fused], 0.0
-        names = [
-            name
-            for name, each in inside.items()
-            if each.kind == "parameter" and each.inside == str(number)
-        ]
-        while names:
-            name = names.pop()
-            for key, user in inside.items():
-                if name in user.operands:
-                    if user.kind == "bitcast":
-                        names.append(key)
-                    elif user.kind in _SLICES:
-                        total += sum(size for size, _ in arrays(user.type))
-                    elif user.kind == "fusion":
-                        place = user.operands.index(name)
-                        total += self.read(place, user.attribute("calls"))
-                    else:
-                        return math.inf
+        inside, total, names = self.computations[fused], 0.0, set()
+        for key, each in inside.items():
+            if each.kind == "parameter" and each.inside == str(number):
+                names.add(key)
+            elif used := names.intersection(each.operands):
+                if each.kind == "bitcast":
+                    names.add(key)
+                elif each.kind in _SLICES:
+                    total += sum(size for size, _ in arrays(each.type))
+                elif each.kind == "fusion":
+                    place = each.operands.index(used.pop())
+                    total += self.read(place, each.attribute("calls"))
+                else:
+                    return math.inf
         return total
 
 

@@ -1,7 +1,4 @@
-"""Settings with which a stage can be trained on the same devices, and which fit.
-
-A guess from shapes alone says what is worth compiling.
-"""
+"""Settings with which a stage can be trained on given devices, and which fit."""
 
 import dataclasses
 import functools
@@ -16,7 +13,7 @@ from imagen_jax.config import MeshConfig, StageConfig, TrainingConfig
 from imagen_jax.models import network
 from imagen_jax.planning import compile as planning
 from imagen_jax.planning.chips import chip_of
-from imagen_jax.planning.compile import DoesNotFit, Figures, shard_gib
+from imagen_jax.planning.compile import Figures, shard_gib
 from imagen_jax.sharding import make_mesh, on_mesh
 from imagen_jax.training.state import abstract_state
 
@@ -28,22 +25,16 @@ _HOPELESS = 3.0
 def plan(cfg: StageConfig, devices: Sequence[jax.Device], what: str) -> Figures:
     """The figures of a stage's training step ("train") or sampler ("sample").
 
-    Raises:
-      DoesNotFit: also without compiling a step that is guessed to be far too large, as
-        compilers try for very long.
+    A step that is guessed to be far too large is not compiled, as compilers try for
+    very long to make it fit.
     """
     mesh, limit = make_mesh(cfg.mesh, devices), _limit_gib(devices)
     if what == "sample":
-        found = planning.compile_sampling(cfg, mesh)[1]
-    elif limit < math.inf and (needed := guess_gib(cfg, devices)) > _HOPELESS * limit:
-        message = f"a training step is guessed, not compiled, to take {needed:.0f}"
-        raise DoesNotFit(f"{message} of {limit:.2f} GiB a device", needed)
-    else:
-        found = planning.compile_step(cfg, mesh)[1]
-    if not found["fits"]:
-        needed = found["hbm_gib_per_chip"]
-        raise DoesNotFit(f"it takes {needed:.2f} of {limit:.2f} GiB a device", needed)
-    return found
+        return planning.compile_sampling(cfg, mesh)[1]
+    if limit < math.inf and (needed := guess_gib(cfg, devices)) > _HOPELESS * limit:
+        why = f"a guess for {limit} GiB, not compiled"
+        return {"fits": False, "hbm_gib_per_chip": needed, "why": why}
+    return planning.compile_step(cfg, mesh)[1]
 
 
 def _limit_gib(devices: Sequence[jax.Device]) -> float:
@@ -90,22 +81,19 @@ def compile_settings(
         if not tries or guessed * factor > _limit_gib(devices):
             continue
         tries -= 1
-        found = {"flags": flags(setting), "guessed_gib": guessed}
-        print(f"compiling {found['flags']}", flush=True)
-        try:
-            found |= plan(setting, devices, "train")
-        except DoesNotFit as error:
-            factor = max(factor, error.needed_gib / guessed)
-            found |= {"fits": False, "hbm_gib_per_chip": error.needed_gib}
+        print(f"compiling {flags(setting)}", flush=True)
+        found = {"flags": flags(setting), **plan(setting, devices, "train")}
         print(planning.summary(found), flush=True)
+        if not found["fits"]:
+            factor = max(factor, found["hbm_gib_per_chip"] / guessed)
         yield found
 
 
 def guess_gib(cfg: StageConfig, devices: Sequence[jax.Device]) -> float:
     """What a training step would take of one device, by its shapes.
 
-    Parameters, optimizer, EMA and batch are exact, but for tiles' padding. A compiler
-    keeps less for the backward pass, as it fuses operations.
+    The state is exact but for tiles' padding; for the backward pass a compiler keeps
+    less, as it fuses operations.
     """
     mesh = make_mesh(cfg.mesh, devices)
     # What is traced is the same for all settings, but for what remat keeps.

@@ -97,7 +97,6 @@ ENTRY %main (x: f32[8], y: f32[8], i: s32[]) -> (f32[8], f32[8]) {
         # Slices of two elements and of one, the index (all of it), and the result.
         ("%f = f32[2]{0} fusion(%x, %i), kind=kLoop, calls=%sliced", 8 + 4 + 4 + 8),
         ("%f = f32[2]{0} dynamic-slice(%x, %i)", 2 * 8),
-        ("%f = f32[8]{0} dynamic-update-slice(%x, %c, %i)", 2 * 8),
         # Read here, and written to the chip.
         ("%f = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)", 32),
         ("%f = ((f32[8]{0}), f32[2]{0:S(1)}, s32[]{:S(2)}) slice-start(%x)", 8),

@@ -1,7 +1,6 @@
 """Guesses and settings: against shapes, compiled programs, and a compiler by hand."""
 
 import dataclasses
-import math
 
 import jax
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from imagen_jax.config import MeshConfig
 from imagen_jax.planning import chips, search
 from imagen_jax.planning import compile as planning
-from imagen_jax.planning.compile import DoesNotFit, compile_step
+from imagen_jax.planning.compile import compile_step
 from imagen_jax.planning.search import flags, guess_gib
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import abstract_state
@@ -118,19 +117,15 @@ def test_guesses_are_made_right_by_what_was_needed(monkeypatch, compiler, capsys
     assert f"compiling {known[0]['flags']}\nfits: " in capsys.readouterr().out
 
 
-def test_a_program_too_large_is_refused(monkeypatch, compiler):
-    """Without compiling it, where the guess is far off."""
+def test_a_program_that_is_hopeless_is_not_compiled(monkeypatch, compiler):
     cfg = on(stage(), data=8)
     limit(monkeypatch, gib(cfg) * 0.3)
-    with pytest.raises(DoesNotFit, match="guessed, not compiled, to take") as raised:
-        search.plan(cfg, jax.devices(), "train")
-    assert raised.value.needed_gib == gib(cfg) and not compiler.asked
+    found = search.plan(cfg, jax.devices(), "train")
+    assert not found["fits"] and found["hbm_gib_per_chip"] == gib(cfg)
+    assert "not compiled" in planning.summary(found) and not compiler.asked
     limit(monkeypatch, gib(cfg) * 0.9)
-    with pytest.raises(DoesNotFit, match="takes .* of .* GiB a device") as raised:
-        search.plan(cfg, jax.devices(), "train")
-    assert raised.value.needed_gib == gib(cfg) and compiler.asked
-    limit(monkeypatch, math.inf)
-    assert search.plan(cfg, jax.devices(), "train")["fits"]
+    found = search.plan(cfg, jax.devices(), "train")
+    assert not found["fits"] and compiler.asked
 
 
 @pytest.mark.slow
