@@ -7,8 +7,8 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from imagen_jax.api.sweep import Cell, all_cells, settings
-from imagen_jax.config import SamplerConfig, StageConfig
+from imagen_jax.api.sweep import Cell, all_cells, check_uses, settings
+from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
@@ -20,19 +20,12 @@ from imagen_jax.training.weights import Exported
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained stage on disk.
+    """A trained stage on disk."""
 
-    Attributes:
-      workdir: the training's workdir, or a folder that `export` wrote.
-      step: step of the checkpoint.
-      cfg: the stage's config.
-      weights: its averaged parameters, not loaded yet.
-    """
-
-    workdir: str
-    step: int
+    workdir: str  # of its training, or a folder that `export` wrote
+    step: int  # of the checkpoint
     cfg: StageConfig
-    weights: Workdir | Exported
+    weights: Workdir | Exported  # averaged parameters, not loaded yet
 
     def load(self, mesh: Mesh) -> Stage:
         """The stage with its averaged parameters on `mesh`."""
@@ -57,10 +50,11 @@ def open_stages(workdirs: Sequence[str]) -> list[Trained]:
         if isinstance(weights, Exported):
             check_fit(weights, weights.cfg, "--stage")
         trained.append(Trained(workdir, weights.step, weights.cfg, weights))
-    if len({one.cfg.text for one in trained}) > 1:
+    texts = {one.cfg.text: one.workdir for one in trained}
+    if len(texts) > 1:
         found = "; ".join(
-            f"{one.workdir}: {one.cfg.text.encoder}, {one.cfg.text.length} tokens"
-            for one in trained
+            f"{workdir}: {text.encoder}, {text.length} tokens"
+            for text, workdir in texts.items()
         )
         raise UserError(f"the stages were trained on different text ({found})")
     return trained
@@ -77,16 +71,12 @@ def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Traine
     Raises:
       UserError: for another number of values, or a value out of range.
     """
-    result = []
     for name, values in changes.items():
-        if len(values) not in (0, 1, len(trained)):
-            raise UserError(
-                f"--{name} is given {len(values)} times for {len(trained)} stages: "
-                "give it once for all of them or once for each"
-            )
+        check_uses(name, values, len(trained))
+    result = []
     for i, one in enumerate(trained):
         new = {name: v[i % len(v)] for name, v in changes.items() if v}
-        sampler = SamplerConfig(**dataclasses.asdict(one.cfg.sampler) | new)
+        sampler = dataclasses.replace(one.cfg.sampler, **new)
         cfg = dataclasses.replace(one.cfg, sampler=sampler)
         result.append(dataclasses.replace(one, cfg=cfg))
     return result
@@ -100,8 +90,7 @@ def sample_prompts(
     encoder_weights: str = "",
     lowres: np.ndarray | None = None,
     cells: Sequence[Cell] = (),
-    recorded_steps: Sequence[tuple[int, ...]] | None = None,
-    progress: bool = True,
+    recorded_steps: tuple[int, ...] = (),
     show_steps: bool = False,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Encodes prompts and runs them through the stages, one stage in memory at a time.
@@ -114,10 +103,9 @@ def sample_prompts(
       encoder_weights: weights of the text encoder, if it has none built in.
       lowres: `[N, h, w, 3]` uint8 when the first stage is a super-resolution stage.
       cells: combinations of values; each prompt is sampled in all of them with the same
-        seed, which makes N = prompts x cells pictures. None: the stages' own values.
-      recorded_steps: for each stage, the steps whose estimates are returned too.
-      progress: whether to show a bar.
-      show_steps: whether the bar counts the steps of a batch too.
+        seed, N = prompts x cells pictures in all. Empty for the stages' own values.
+      recorded_steps: steps whose estimates are returned too.
+      show_steps: whether the progress bar counts the steps of a batch too.
 
     Returns:
       What `sample_cascade` returns, the cells of one prompt side by side.
@@ -142,9 +130,7 @@ def sample_prompts(
     del encoder
     text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
     total = len(seeds) * len(trained)
-    with tqdm.tqdm(
-        total=total, desc="sample", unit="picture", disable=not progress
-    ) as bar:
+    with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
         return sample_cascade(
             (one.load(mesh) for one in trained),
             text,
@@ -153,7 +139,7 @@ def sample_prompts(
             mesh,
             lowres,
             [settings(c, i, cells, len(prompts)) for i, c in enumerate(configs)],
-            recorded_steps,
+            [recorded_steps] * len(trained),
             bar.update,
             (lambda step: bar.set_postfix(step=int(step) + 1)) if show_steps else None,
         )

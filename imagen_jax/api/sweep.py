@@ -13,17 +13,11 @@ from imagen_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One combination of the compared values.
+    """One combination of values, one for each stage."""
 
-    Attributes:
-      label: text under its pictures.
-      guidance: w for each stage; None where the stage has a schedule.
-      aug_level: level for each stage; None for a base stage.
-    """
-
-    label: str
-    guidance: tuple[float | None, ...]
-    aug_level: tuple[float | None, ...]
+    label: str  # the compared values, shown under the pictures
+    guidance: tuple[float | None, ...]  # None where the stage has a schedule
+    aug_level: tuple[float | None, ...]  # None for a base stage
 
 
 def all_cells(
@@ -35,7 +29,7 @@ def all_cells(
 
     Args:
       configs: the stages.
-      guidance: the values to compare: no list, one list for all stages, or one list per
+      guidance: values to compare: no list, one list for all stages, or one list per
         stage, to be combined in every way.
       aug_level: the same for super-resolution stages only.
 
@@ -45,56 +39,49 @@ def all_cells(
     for level in itertools.chain(*aug_level):
         if not 0 <= level <= 1:
             raise UserError(f"--aug_level={level:g}: levels lie in [0, 1]")
-    super_resolution = [i for i, cfg in enumerate(configs) if cfg.lowres_size]
-    levels = _combinations("aug_level", aug_level, super_resolution)
-    weights = _combinations("guidance", guidance, range(len(configs)))
+    weights, levels = [], []
+    for cfg in configs:
+        sampler = cfg.sampler
+        weights.append(None if sampler.guidance_schedule else sampler.guidance)
+        levels.append(sampler.aug_level if cfg.lowres_size else None)
+    enlarging = [i for i, cfg in enumerate(configs) if cfg.lowres_size]
+    levels = _combinations("aug_level", aug_level, levels, enlarging)
+    weights = _combinations("guidance", guidance, weights, range(len(configs)))
     cells = []
-    for aug, w in itertools.product(levels, weights):
-        label = ", ".join(
-            f"{name} " + "/".join(f"{v:g}" for v in dict.fromkeys(values.values()))
-            for name, values in (("w", w), ("aug", aug))
-            if values
-        )
-        guided, noised = [], []
-        for i, cfg in enumerate(configs):
-            default = None if cfg.sampler.guidance_schedule else cfg.sampler.guidance
-            guided.append(w.get(i, default))
-            default = cfg.sampler.aug_level if cfg.lowres_size else None
-            noised.append(aug.get(i, default))
-        cells.append(Cell(label, tuple(guided), tuple(noised)))
+    for (aug, level), (w, weight) in itertools.product(levels, weights):
+        labels = [f"w {w}"] * bool(w) + [f"aug {aug}"] * bool(aug)
+        cells.append(Cell(", ".join(labels), weight, level))
     return cells
 
 
-def parse(name: str, given: Sequence[str]) -> list[tuple[float, ...]]:
-    """The numbers in each use of a flag.
-
-    Raises:
-      UserError: for text that is no number.
-    """
-    try:
-        return [tuple(float(v) for v in one.split(",")) for one in given]
-    except ValueError:
-        raise UserError(
-            f"--{name}={' '.join(given)}: give numbers with commas between them"
-        ) from None
-
-
-def _combinations(name, lists, stages) -> list[dict[int, float]]:
-    """Each combination of values, by the number of the stage."""
+def _combinations(
+    name: str,
+    lists: Sequence[Sequence[float]],
+    own: Sequence[float | None],
+    stages: Sequence[int],
+) -> list[tuple[str, tuple[float | None, ...]]]:
+    """A label and each stage's value, for every combination at `stages`."""
     if not lists:
-        return [{}]
-    if not stages:
-        raise UserError(f"--{name} is given, but no stage is a super-resolution stage")
+        return [("", tuple(own))]
+    check_uses(name, lists, len(stages), "stages that take it")
+    chosen = itertools.product(*lists)
     if len(lists) == 1:
-        return [dict.fromkeys(stages, value) for value in lists[0]]
-    if len(lists) != len(stages):
+        chosen = ([value] * len(stages) for value in lists[0])
+    found = []
+    for values in chosen:
+        of_stages = dict(enumerate(own)) | dict(zip(stages, values, strict=True))
+        label = "/".join(f"{value:g}" for value in dict.fromkeys(values))
+        found.append((label, tuple(of_stages.values())))
+    return found
+
+
+def check_uses(flag: str, given: Sequence, count: int, what: str = "stages") -> None:
+    """Raises `UserError` unless a flag is given never, or once for all or for each."""
+    if given and (not count or len(given) not in (1, count)):
         raise UserError(
-            f"--{name} is given {len(lists)} times for {len(stages)} stages: "
+            f"--{flag} is given {len(given)} times for {count} {what}: "
             "give it once for all of them or once for each"
         )
-    return [
-        dict(zip(stages, values, strict=True)) for values in itertools.product(*lists)
-    ]
 
 
 def settings(
