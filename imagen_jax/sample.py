@@ -17,9 +17,14 @@ from absl import flags
 from PIL import Image
 
 from imagen_jax import cli, images
-from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
+from imagen_jax.api.cascade import (
+    all_cells,
+    check_uses,
+    open_stages,
+    sample_prompts,
+    with_sampler,
+)
 from imagen_jax.api.samples import write
-from imagen_jax.api.sweep import all_cells, check_uses
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh

@@ -1,15 +1,15 @@
 """Trained cascades: opened from their workdirs, and given prompts."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from imagen_jax.api.sweep import Cell, all_cells, check_uses, settings
 from imagen_jax.config import StageConfig
-from imagen_jax.diffusion.cascade import Stage, check_order, sample_cascade
+from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.text.encoders import embed, load_encoder
@@ -82,6 +82,80 @@ def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Traine
     return result
 
 
+def check_uses(flag: str, given: Sequence, count: int, what: str = "stages") -> None:
+    """Raises `UserError` unless a flag is given never, or once for all or for each."""
+    if given and (not count or len(given) not in (1, count)):
+        raise UserError(
+            f"--{flag} is given {len(given)} times for {count} {what}: "
+            "give it once for all of them or once for each"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination of the values that are compared."""
+
+    label: str  # the compared values, shown under the pictures
+    configs: tuple[StageConfig, ...]  # the stages with these values
+
+
+def all_cells(
+    configs: Sequence[StageConfig],
+    guidance: Sequence[Sequence[float]] = (),
+    aug_level: Sequence[Sequence[float]] = (),
+) -> list[Cell]:
+    """All combinations of values; guidance changes fastest.
+
+    Args:
+      configs: the stages.
+      guidance: values to compare: no list, one list for all stages, or one list per
+        stage, to be combined in every way.
+      aug_level: the same for super-resolution stages only.
+
+    Raises:
+      UserError: for another number of lists, or a value out of range.
+    """
+    every = range(len(configs))
+    enlarging = [i for i in every if configs[i].lowres_size]
+    levels = _choices("aug_level", aug_level, enlarging)
+    weights = _choices("guidance", guidance, every)
+    cells = []
+    for level, weight in itertools.product(levels, weights):
+        compared = {"w": weight, "aug": level}
+        label = ", ".join(
+            f"{name} " + "/".join(f"{v:g}" for v in dict.fromkeys(values.values()))
+            for name, values in compared.items()
+            if values
+        )
+        changed = []
+        for i, cfg in enumerate(configs):
+            new = {"aug_level": level[i]} if i in level else {}
+            if i in weight:
+                new |= {"guidance": weight[i], "guidance_schedule": ()}
+            sampler = dataclasses.replace(cfg.sampler, **new)
+            changed.append(dataclasses.replace(cfg, sampler=sampler))
+        cells.append(Cell(label, tuple(changed)))
+    return cells
+
+
+def _choices(
+    flag: str, lists: Sequence[Sequence[float]], stages: Sequence[int]
+) -> list[dict[int, float]]:
+    """Every combination of a flag's values, by the number of the stage."""
+    check_uses(flag, lists, len(stages), "stages that take it")
+    if len(lists) == 1:
+        return [dict.fromkeys(stages, value) for value in lists[0]]
+    return [dict(zip(stages, values)) for values in itertools.product(*lists)]
+
+
+def settings(configs: Sequence[StageConfig], prompts: int) -> Settings:
+    """The settings of every picture: all `configs` of the first prompt, and so on."""
+    each = [Settings.of(cfg.sampler, prompts) for cfg in configs]
+    guidance = np.stack([one.guidance for one in each], 1)
+    aug_level = np.stack([one.aug_level for one in each], 1)
+    return Settings(guidance.reshape(-1, guidance.shape[-1]), aug_level.ravel())
+
+
 def sample_prompts(
     trained: Sequence[Trained],
     prompts: Sequence[str],
@@ -129,6 +203,7 @@ def sample_prompts(
     # T5-XXL's weights leave the devices before the stages run.
     del encoder
     text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
+    stages = zip(*(cell.configs for cell in cells), strict=True)
     total = len(seeds) * len(trained)
     with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
         return sample_cascade(
@@ -138,7 +213,7 @@ def sample_prompts(
             seeds,
             mesh,
             lowres,
-            [settings(c, i, cells, len(prompts)) for i, c in enumerate(configs)],
+            [settings(stage, len(prompts)) for stage in stages],
             [recorded_steps] * len(trained),
             bar.update,
             (lambda step: bar.set_postfix(step=int(step) + 1)) if show_steps else None,

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from imagen_jax import images
-from imagen_jax.api.cascade import Trained
-from imagen_jax.api.sweep import Cell, all_cells
+from imagen_jax.api.cascade import Cell, Trained, all_cells
 
 
 def write(
@@ -48,14 +47,20 @@ def write(
             "prompt": prompts[prompt],
             "seed": int(seeds[prompt]),
             "earlier_stages": names[:-1],
-            "guidance": cell.guidance,
-            "aug_level": cell.aug_level,
+            "guidance": [
+                cfg.sampler.guidance_schedule or cfg.sampler.guidance
+                for cfg in cell.configs
+            ],
+            "aug_level": [
+                cfg.sampler.aug_level if cfg.lowres_size else None
+                for cfg in cell.configs
+            ],
         }
         if lowres:
             record["lowres"] = lowres[prompt % len(lowres)]
         records.append(record)
     if len(cells) > 1:
-        columns = len({cell.guidance for cell in cells})
+        columns = len({str(record["guidance"]) for record in records})
         labels = [cell.label for cell in cells]
         for i, shown in enumerate(np.split(samples[-1], len(prompts))):
             images.save_sheet(folder / f"sheet_{i:04d}.png", shown, columns, labels)
