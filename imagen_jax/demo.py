@@ -40,7 +40,7 @@ _ASPECTS = [field.name for field in dataclasses.fields(Verdict)]
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; }
-pre, svg { background: #fafafa; padding: 1em; }
+pre { background: #fafafa; padding: 1em; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, 112px); gap: 12px; }
 figure { margin: 0; font-size: 12px; } img { width: 112px; image-rendering: pixelated; }
 .wrong { color: #b00020; }
@@ -137,33 +137,24 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         "training_steps": {t.cfg.name: t.step for t in trained},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    metrics = {name: (folder / name / "metrics.jsonl").read_text() for name in _STAGES}
-    (folder / "index.html").write_text(page(report, prompts, verdicts, metrics), "utf8")
+    (folder / "index.html").write_text(page(report, prompts, verdicts), "utf8")
     return report
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The report's accuracies as lines of text."""
-    head = ("held-out captions", "pictures", *_ASPECTS)
-    rows = [
-        (
-            label,
-            row["judged_pictures"],
-            *(f"{row[f'{a}_accuracy']:.0%}" for a in _ASPECTS),
-        )
-        for label, row in report["accuracy"].items()
-    ]
-    return "\n".join(
-        f"{label:30}" + "".join(f"{cell:>10}" for cell in cells)
-        for label, *cells in (head, *rows)
-    )
+    head = "".join(f"{name:>10}" for name in ("pictures", *_ASPECTS))
+    lines = [f"{'held-out captions':30}{head}"]
+    for label, row in report["accuracy"].items():
+        shares = "".join(f"{row[f'{name}_accuracy']:10.0%}" for name in _ASPECTS)
+        lines.append(f"{label:30}{row['judged_pictures']:10}{shares}")
+    return "\n".join(lines)
 
 
 def page(
     report: Mapping[str, Any],
     prompts: Sequence[str],
     verdicts: Sequence[Verdict],
-    metrics: Mapping[str, str],
 ) -> str:
     """The demo's HTML page; its pictures are samples/NNNN.png beside it.
 
@@ -171,7 +162,6 @@ def page(
       report: what `demo` returns.
       prompts: the captions, one per picture.
       verdicts: the judge's, with guidance on.
-      metrics: the text of each stage's metrics.jsonl.
     """
     steps = ", ".join(f"{k} {v} steps" for k, v in report["training_steps"].items())
     guidance = ", ".join(f"{w:g} for {k}" for k, w in report["guidance"].items())
@@ -196,25 +186,8 @@ most {report["peak_memory_gib"]:.1f} GiB of memory.</p>
 <p>With guidance (w = {guidance}). What the judge finds wrong is in red.</p>
 <div class="pictures">
 {figures}</div>
-<h2>Loss</h2>
-{"".join(_curve(name, text) for name, text in metrics.items())}
 </html>
 """
-
-
-def _curve(name: str, metrics: str) -> str:
-    """An SVG of a loss over steps; the loss axis starts at 0, at the bottom."""
-    rows = [json.loads(line) for line in metrics.splitlines()]
-    last, top = rows[-1]["step"], max(row["loss"] for row in rows)
-    line = " ".join(
-        f"{row['step'] / last * 400:.1f},{200 - row['loss'] / top * 190:.1f}"
-        for row in rows
-    )
-    return (
-        f'<svg width="400" height="225" font-size="12"><polyline points="{line}" '
-        'fill="none" stroke="#0b57d0"/><path d="M0 200H400" stroke="#888"/>'
-        f'<text y="218">{name}: 0 to {top:.2f}, {last} steps</text></svg>\n'
-    )
 
 
 def define_flags() -> None:
