@@ -5,15 +5,13 @@ python -m imagen_jax.benchmark --config=configs/sr256.py:tiny --what=train \
 python -m imagen_jax.benchmark --config=configs/base64.py --what=params
 python -m imagen_jax.benchmark --config=configs/base64.py --what=compile \
     --topology=v4-512 --config.mesh.fsdp=16
-python -m imagen_jax.benchmark --config=configs/tiny.py:base --what=sample \
-    --config.sampler.name=dpmpp --config.sampler.steps=25
 python -m imagen_jax.benchmark --config=configs/tiny.py:base --what=data \
     --config.data.records=RECORDS
 
 "params" counts parameters per block. "compile" compiles a training step for the
 devices here or for an absent TPU slice, and tells what it takes. "train" times training
-steps on random images. "sample" times the sampler of an untrained network, and how much
-of it is not the network. "data" times the input pipeline of config.data.records.
+steps. "sample" times the sampler of an untrained network, and how much of it is not the
+network. "data" times the input pipeline of config.data.records.
 """
 
 import math
@@ -33,7 +31,6 @@ from ml_collections import config_flags
 from imagen_jax import cli
 from imagen_jax.api.run import resolve
 from imagen_jax.batch import Batch, batch_spec
-from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.pipeline import open_records
 from imagen_jax.diffusion.cascade import compile_sampler
@@ -49,7 +46,7 @@ from imagen_jax.training.step import compile_train_step
 
 
 def params(cfg: StageConfig) -> dict[str, Any]:
-    """Parameters of the network and of each of its blocks."""
+    """Parameters of the network and of each of its blocks, without making them."""
     tree = network.abstract_inputs(cfg)[0]
     blocks = {
         name: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(block))
@@ -64,12 +61,11 @@ def params(cfg: StageConfig) -> dict[str, Any]:
 
 
 def random_batch(cfg: StageConfig, mesh: Mesh) -> Batch:
-    """Images of noise, with captions of full length."""
+    """Images and embeddings of noise, with captions of full length."""
     random, spec = np.random.default_rng(0), batch_spec(cfg)
-    text = random.standard_normal(spec.text.shape, np.float32)
     batch = Batch(
         image=random.integers(0, 256, spec.image.shape, np.uint8),
-        text=text.astype(spec.text.dtype),
+        text=random.standard_normal(spec.text.shape, np.float32).astype(jnp.bfloat16),
         mask=np.ones(spec.mask.shape, bool),
         id=np.arange(cfg.training.batch_size, dtype=np.int32),
     )
@@ -111,39 +107,35 @@ def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
         state, metrics = step(state, batch)
         return metrics
 
-    times = _spread(steps := _times(run, seconds))
-    rate = cfg.training.batch_size / times["median"]
-    device, forward = mesh.devices.flat[0], forward_flops(cfg)
+    times = _times(run, seconds)
+    median = statistics.median(times)
+    rate, forward = cfg.training.batch_size / median, forward_flops(cfg)
+    device = mesh.devices.flat[0]
     peak = matmul_flops_per_second(cfg.model.dtype, device) * mesh.size
     memory = device.memory_stats()
     return {
         "device": device.device_kind,
         "batch_size": cfg.training.batch_size,
-        "steps": len(steps),
-        "step_seconds": times,
-        "steps_per_second": 1 / times["median"],
+        "steps": len(times),
+        "step_seconds": _spread(times),
+        "steps_per_second": 1 / median,
         "images_per_second": rate,
         "forward_flops_per_image": forward,
         "flops_per_second": 3 * forward * rate,
         "matmul_flops_per_second": peak,
         "share_of_matmul": 3 * forward * rate / peak,
         "device_memory_gib": memory and memory["peak_bytes_in_use"] / GIB,
-        "host_memory_gib": cli.peak_memory_gib(),
         "compilation": figures,
     }
 
 
 def time_sampler(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
-    """Times batches of the stage's sampler, and the same with a network that is free.
-
-    The latter are thresholding, noise, conversions and the steps themselves.
-    """
+    """Times batches of the stage's sampler, and the same without its network."""
     shardings = jax.tree.map(lambda a: a.sharding, abstract_state(cfg, mesh).params)
-    own = jax.jit(
-        lambda: nn.unbox(network.init(cfg, jax.random.key(0))),
-        out_shardings=shardings,
-        compiler_options=compiler_options(mesh, once=True),
-    )()
+    init = jax.jit(
+        lambda key: nn.unbox(network.init(cfg, key)), out_shardings=shardings
+    )
+    own = init(jax.random.key(0))
     inputs = jax.device_put(sampler_inputs(cfg, mesh), batch_sharding(mesh))
 
     def times(apply):
@@ -164,7 +156,6 @@ def time_sampler(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]
         "pass_seconds_per_image": (median - outside) / passes / rows,
         "outside_seconds_per_image_and_step": outside / steps / rows,
         "share_outside_the_network": outside / median,
-        "host_memory_gib": cli.peak_memory_gib(),
     }
 
 
@@ -173,49 +164,44 @@ def _free(cfg, params, z, logsnr, cond):
 
 
 def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
-    """Times the input pipeline alone, and what a training step waits for it.
+    """Times the input pipeline alone, and how long a training step waits for it.
 
-    "queues_gib" is what this process has grown by since the first batch was asked for,
-    with what threads work on.
+    "queues_gib" is what this process has grown by since the first batch was asked for.
     """
-    start = time.perf_counter()
+    size, start = cfg.training.batch_size, time.perf_counter()
     batches = open_records(cfg, mesh)
     before = cli.peak_memory_gib()
     next(batches)
     first = time.perf_counter() - start
-    size, count = cfg.training.batch_size, 0
-    start, cpu = time.perf_counter(), time.process_time()
-    while time.perf_counter() - start < seconds or count < 3:
-        jax.block_until_ready(next(batches))
-        count += 1
-    taken, cpu = time.perf_counter() - start, time.process_time() - cpu
+    cpu = time.process_time()
+    alone = _times(lambda: next(batches), seconds)
+    cpu = time.process_time() - cpu
     held = cli.peak_memory_gib() - before
 
-    step = compile_train_step(cfg, mesh)
-    state, _ = jax.block_until_ready(step(create_state(cfg, mesh), next(batches)))
-    waited, steps, start = 0.0, 0, time.perf_counter()
-    while time.perf_counter() - start < seconds or steps < 3:
+    state, step, waits = create_state(cfg, mesh), compile_train_step(cfg, mesh), []
+
+    def run():
+        nonlocal state
         asked = time.perf_counter()
         batch = next(batches)
-        waited += time.perf_counter() - asked
+        waits.append(time.perf_counter() - asked)
         state, metrics = step(state, batch)
-        # Unlike in training each step is waited for, so that waiting for input is told
-        # from waiting for the step.
-        jax.block_until_ready(metrics)
-        steps += 1
-    trained = time.perf_counter() - start
+        return metrics
+
+    # Each step is waited for, so that only waiting for input is counted as such.
+    trained = _times(run, seconds)
+    waited, count = sum(waits[1:]), len(trained)
     return {
         "batch_size": size,
-        "batches": count,
+        "batches": len(alone),
         "first_batch_seconds": first,
-        "images_per_second": count * size / taken,
-        "images_per_core_second": count * size / cpu,
+        "images_per_second": len(alone) * size / sum(alone),
+        "images_per_core_second": (len(alone) + 1) * size / cpu,
         "queues_gib": held,
-        "training_steps": steps,
-        "training_steps_per_second": steps / trained,
-        "wait_seconds_per_step": waited / steps,
-        "share_of_the_step_waiting": waited / trained,
-        "host_memory_gib": cli.peak_memory_gib(),
+        "training_steps": count,
+        "training_steps_per_second": count / sum(trained),
+        "wait_seconds_per_step": waited / count,
+        "share_of_the_step_waiting": waited / sum(trained),
     }
 
 
@@ -246,10 +232,10 @@ def main() -> None:
         check_batch_size(rows, mesh, "training.batch_size", parts)
         timers = {"train": time_steps, "sample": time_sampler, "data": time_data}
         if args.what == "compile":
-            figures = compile_step(cfg, mesh)[1]
-            report = {**figures, "host_memory_gib": cli.peak_memory_gib()}
+            report = compile_step(cfg, mesh)[1]
         else:
             report = timers[args.what](cfg, mesh, args.seconds)
+        report["host_memory_gib"] = cli.peak_memory_gib()
     print(cli.table(report))
     cli.write_json(args.json, report)
 

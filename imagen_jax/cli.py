@@ -35,11 +35,8 @@ def main() -> None:
 def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn:
     """Parses the flags of `argv` (default: the command line) and runs `main`.
 
-    A door defines its flags just before it calls this, not when it is imported, so
-    that others can import it.
-
-    Exits with 0 when done, 1 after a `UserError` (printed as one line), 2 for wrong
-    flags, 3 when stopped by a signal.
+    Exits with 0 when done, 1 after a `UserError`, 2 for wrong flags, 3 when stopped by
+    a signal. A door defines its flags just before, so that others can import it.
     """
     argv = list(sys.argv if argv is None else argv)
     if "compilation_cache" not in flags.FLAGS:
@@ -56,11 +53,8 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         sys.exit(0)
     try:
         rest = flags.FLAGS(argv)[1:]
-    except flags.Error as error:
+    except (flags.Error, AttributeError, KeyError) as error:
         _exit(2, f"{_brief(error)} (see --help)")
-    except (AttributeError, KeyError) as error:
-        # ml_collections lets these through for a key that a config does not have.
-        _exit(2, _unknown_key(str(error), argv))
     if rest:
         _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
     try:
@@ -91,10 +85,9 @@ def config_values() -> dict[str, Any]:
 
 def check_json(path: str | None) -> None:
     """Raises `UserError` unless a file can be written to the `path` of --json."""
-    if path and pathlib.Path(path).is_dir():
-        raise UserError(f"--json={path} is a folder; name a file in it")
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
-        raise UserError(f"--json={path}: there is no such folder; make it first")
+    file = pathlib.Path(path or "report.json")
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UserError(f"--json={path}: name a file in a folder that exists")
 
 
 def write_json(path: str | None, report: Mapping[str, Any]) -> None:
@@ -104,7 +97,7 @@ def write_json(path: str | None, report: Mapping[str, Any]) -> None:
 
 
 def table(report: Mapping[str, Any], indent: str = "") -> str:
-    """The names and values of a report as lines of text, groups indented."""
+    """The names and values of a report, one a line."""
     lines = []
     for name, value in report.items():
         if isinstance(value, Mapping):
@@ -121,29 +114,21 @@ def peak_memory_gib() -> float:
     if status.exists():
         # getrusage would count what the process held that started this one.
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts in bytes.
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    # macOS, which counts bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
-def _brief(error: flags.Error) -> str:
-    """The error without the traceback that ml_collections puts into its text."""
+def _brief(error: Exception) -> str:
+    """What ml_collections and absl say of a wrong flag, without a traceback."""
+    if isinstance(error, AttributeError | KeyError):  # a key that a config has not
+        inner = error.args[0]
+        text = inner.args[0] if isinstance(inner, KeyError) else inner
+        return f"--config has no such key: {text}".replace("\n", ". ")
     first, _, rest = str(error).partition("\n")
     if "Traceback" not in rest:
         return str(error)
     last = rest.strip().splitlines()[-1]
     return f"{first.split(': ')[0]}: {last.partition(': ')[2] or last}"
-
-
-def _unknown_key(message: str, argv: Sequence[str]) -> str:
-    """Names the override whose key the config lacks, and the nearest right key."""
-    quoted = re.findall(r"'(\w+)", message)
-    key = quoted[0] if quoted else ""
-    overrides = [a.split("=")[0] for a in argv if "." in a.split("=")[0]]
-    given = [a for a in overrides if key in a.split(".")] or overrides
-    hint = re.search(r'Did you mean "(.+?)"', message)
-    near = f" (did you mean {hint[1]!r}?)" if hint else ""
-    return f"{given[0] if given else 'an override'}: there is no {key!r}{near}"
 
 
 def _exit(status: int, message: str) -> NoReturn:

@@ -4,14 +4,12 @@ import functools
 import os
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, SingleDeviceSharding
 
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
-# What is only planned is not run: convolutions may be 4 % slower than the best that the
-# compiler knows, for which it takes more than twice as long (benchmarks/README.md).
-# Equal code is written once: less than half of the base's program.
+# For plans: content with convolutions up to 4 % slower, and writing equal code once, the
+# compiler takes less than half the time (benchmarks/README.md).
 _PLANNED = {
     "xla_jf_convolution_performance_target": 0.96,
     "xla_tpu_enable_deduplicated_calls": True,
@@ -19,10 +17,10 @@ _PLANNED = {
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs from process to process; call it before any is compiled.
+    """Keeps programs in JAX_COMPILATION_CACHE_DIR or the user's cache directory.
 
-    They lie in JAX_COMPILATION_CACHE_DIR, or else in the user's cache directory. JAX
-    keeps those that took more than a second, and never removes any.
+    Call it before any is compiled. JAX keeps those that took more than a second, and
+    never removes any.
     """
     if not jax.config.jax_compilation_cache_dir:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -42,18 +40,16 @@ def compiler_options(mesh: Mesh, *, once: bool = False) -> dict[str, str | float
         options = _PLANNED
     elif device.platform == "cpu" and once:
         options = _CPU_ONCE
-    return options if _accepted(tuple(options.items()), device) else {}
+    known = options and _accepted(tuple(options.items()), device)
+    return options if known else {}
 
 
 @functools.cache
 def _accepted(options: tuple[tuple[str, str | float], ...], device: jax.Device) -> bool:
     """Whether this compiler knows the options; they are no stable interface."""
-    if not options:
-        return True
-    here = NamedSharding(Mesh(np.array([device]), ("one",)), PartitionSpec())
-    number = jax.ShapeDtypeStruct((), "float32", sharding=here)
+    one = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
     try:
-        jax.jit(lambda x: x, compiler_options=dict(options)).lower(number).compile()
+        jax.jit(lambda x: x, compiler_options=dict(options)).lower(one).compile()
     except jax.errors.JaxRuntimeError:
         return False
     return True

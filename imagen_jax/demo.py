@@ -39,12 +39,11 @@ _STAGES = ("base", "sr")
 _ASPECTS = [field.name for field in dataclasses.fields(Verdict)]
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto;
-  padding: 0 1em; } pre { background: #fafafa; padding: 1em; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, 112px);
-  gap: 14px 10px; } figure { margin: 0; font-size: 12px; line-height: 1.3; }
-img { width: 112px; image-rendering: pixelated; border: 1px solid #ddd; }
-.wrong { color: #b00020; } svg { background: #fafafa; margin-right: 2em; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; }
+pre { background: #fafafa; padding: 1em; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, 112px); gap: 12px; }
+figure { margin: 0; font-size: 12px; } img { width: 112px; image-rendering: pixelated; }
+.wrong { color: #b00020; }
 """
 
 
@@ -118,9 +117,8 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     guidance = [one.cfg.sampler.guidance for one in trained]
     accuracy = {}
     for label, weights in (("guidance off", [1.0]), ("guidance on", guidance)):
-        samples, _ = sample_prompts(
-            with_sampler(trained, guidance=weights), prompts, seeds, mesh
-        )
+        stages = with_sampler(trained, guidance=weights)
+        samples, _ = sample_prompts(stages, prompts, seeds, mesh)
         verdicts = [judge(p, c) for p, c in zip(samples[-1], prompts, strict=True)]
         accuracy[label] = summarise(verdicts)
     kinds = [_kind(scene) for scene in scenes]
@@ -129,8 +127,7 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         accuracy[f"of these, {kind}"] = summarise(same)
 
     write(str(folder / "samples"), trained, prompts, seeds, samples)
-    sheet = images.grid(images.enlarge(samples[-1], 96), 8, prompts)
-    images.save(folder / "samples.png", sheet)
+    images.save_sheet(folder / "samples.png", samples[-1], 8, prompts)
     report = {
         "seconds": time.perf_counter() - started,
         "peak_memory_gib": cli.peak_memory_gib(),
@@ -140,33 +137,24 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         "training_steps": {t.cfg.name: t.step for t in trained},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    curves = {name: read_curve(folder / name / "metrics.jsonl") for name in _STAGES}
-    (folder / "index.html").write_text(page(report, prompts, verdicts, curves), "utf8")
+    (folder / "index.html").write_text(page(report, prompts, verdicts), "utf8")
     return report
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The report's accuracies as lines of text."""
-    head = ("pictures", *_ASPECTS)
-    lines = ["held-out captions".ljust(30) + "".join(n.rjust(10) for n in head)]
+    head = "".join(f"{name:>10}" for name in ("pictures", *_ASPECTS))
+    lines = [f"{'held-out captions':30}{head}"]
     for label, row in report["accuracy"].items():
-        cells = (f"{row[f'{name}_accuracy']:.0%}".rjust(10) for name in _ASPECTS)
-        count = str(row["judged_pictures"]).rjust(10)
-        lines.append(label.ljust(30) + count + "".join(cells))
+        shares = "".join(f"{row[f'{name}_accuracy']:10.0%}" for name in _ASPECTS)
+        lines.append(f"{label:30}{row['judged_pictures']:10}{shares}")
     return "\n".join(lines)
-
-
-def read_curve(path: pathlib.Path) -> list[tuple[int, float]]:
-    """`(step, loss)` of every line of a metrics.jsonl."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(row["step"], row["loss"]) for row in rows]
 
 
 def page(
     report: Mapping[str, Any],
     prompts: Sequence[str],
     verdicts: Sequence[Verdict],
-    curves: Mapping[str, Sequence[tuple[int, float]]],
 ) -> str:
     """The demo's HTML page; its pictures are samples/NNNN.png beside it.
 
@@ -174,13 +162,12 @@ def page(
       report: what `demo` returns.
       prompts: the captions, one per picture.
       verdicts: the judge's, with guidance on.
-      curves: `(step, loss)` points of each stage.
     """
     steps = ", ".join(f"{k} {v} steps" for k, v in report["training_steps"].items())
     guidance = ", ".join(f"{w:g} for {k}" for k, w in report["guidance"].items())
     figures = ""
     for i, (prompt, verdict) in enumerate(zip(prompts, verdicts, strict=True)):
-        wrong = [k for k, right in dataclasses.asdict(verdict).items() if not right]
+        wrong = [name for name in _ASPECTS if not getattr(verdict, name)]
         figures += (
             f'<figure><img src="samples/{i:04d}.png" alt="">{html.escape(prompt)}'
             f'<div class="wrong">{", ".join(wrong)}</div></figure>\n'
@@ -199,43 +186,25 @@ most {report["peak_memory_gib"]:.1f} GiB of memory.</p>
 <p>With guidance (w = {guidance}). What the judge finds wrong is in red.</p>
 <div class="pictures">
 {figures}</div>
-<h2>Loss</h2>
-{"".join(_curve(name, points) for name, points in curves.items())}
 </html>
 """
-
-
-def _curve(name: str, points: Sequence[tuple[int, float]]) -> str:
-    """An SVG of a loss over steps; the loss axis starts at 0, at the bottom."""
-    last, top = max(step for step, _ in points), max(loss for _, loss in points)
-    line = " ".join(
-        f"{s / last * 400:.1f},{200 - y / top * 190:.1f}" for s, y in points
-    )
-    return (
-        f'<svg width="400" height="225" font-size="12"><polyline points="{line}" '
-        'fill="none" stroke="#0b57d0"/><path d="M0 200H400" stroke="#888"/>'
-        f'<text y="218">{name}: 0 to {top:.2f}, {last} steps</text></svg>\n'
-    )
 
 
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     flags.DEFINE_string("output", None, "folder for everything the demo writes")
-    flags.DEFINE_float(
-        "seconds", _SECONDS, "how long to train, about, on two CPU cores"
-    )
+    flags.DEFINE_float("seconds", _SECONDS, "training time on two CPU cores, about")
     flags.mark_flags_as_required(["output"])
 
 
 def main() -> None:
     """Runs the demo and says where to look."""
     report = demo(flags.FLAGS.output, flags.FLAGS.seconds)
-    print(f"\n{table(report)}\n")
     print(
+        f"\n{table(report)}\n\n"
         f"{report['seconds']:.0f} seconds, at most {report['peak_memory_gib']:.1f} GiB "
-        f"of memory, {report['judged_pictures']} pictures judged"
+        f"of memory; open {pathlib.Path(flags.FLAGS.output).resolve() / 'index.html'}"
     )
-    print(f"open {pathlib.Path(flags.FLAGS.output).resolve() / 'index.html'}")
 
 
 if __name__ == "__main__":

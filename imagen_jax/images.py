@@ -15,21 +15,12 @@ def enlarge(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def grid(
-    images: np.ndarray,
-    columns: int,
-    captions: Sequence[str] = (),
-    gap: int = 4,
+    images: np.ndarray, columns: int, captions: Sequence[str] = (), gap: int = 4
 ) -> np.ndarray:
-    """Lays images out row by row on white.
+    """Images `[N, H, W, 3]` uint8 in rows on white, `[H', W', 3]` uint8.
 
-    Args:
-      images: `[N, H, W, 3]` uint8.
-      columns: images per row.
-      captions: one under each image, wrapped to its width; or none at all.
-      gap: white pixels around each image.
-
-    Returns:
-      `[H', W', 3]` uint8.
+    `captions` are one under each image, wrapped to its width, or none at all; `gap` is
+    the number of white pixels around each image.
     """
     count, height, width, _ = images.shape
     font = ImageFont.load_default(size=11)
@@ -64,3 +55,10 @@ def save(path, image: np.ndarray) -> None:
     png = io.BytesIO()
     Image.fromarray(image).save(png, "PNG")
     epath.Path(path).write_bytes(png.getvalue())
+
+
+def save_sheet(path, images: np.ndarray, columns: int, captions: Sequence[str]) -> None:
+    """Saves a captioned grid of square images, small ones enlarged to about 96."""
+    side = images.shape[1]
+    images = enlarge(images, side * max(1, 96 // side))
+    save(path, grid(images, columns, captions))

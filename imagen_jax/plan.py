@@ -68,27 +68,26 @@ def main() -> None:
     # Tracing makes millions of objects and next to no garbage.
     gc.disable()
     found = {"topology": args.topology or "here", "stage": cfg.name}
-    advice = "nothing that fits was found; take more chips or a smaller batch"
     if args.search:
         rows = list(search.compile_settings(cfg, devices, args.tries))
         rows.sort(key=lambda row: (not row["fits"], row.get("step_seconds") or 0))
-        found |= {**(rows[0] if rows else {"fits": False}), "settings": rows}
+        best, others = (rows or [{"fits": False}])[0], {"settings": rows}
     else:
-        found |= search.plan(cfg, devices, args.what)
-        if not found["fits"]:
-            print(f"{summary(found)}\nlooking for a setting that fits", flush=True)
-            needed, found["nearest"] = found["hbm_gib_per_chip"], None
+        best, others = search.plan(cfg, devices, args.what), {}
+        if not best["fits"]:
+            print(f"{summary(best)}\nlooking for a setting that fits", flush=True)
+            others["nearest"] = None
             if args.what == "train":
-                others = search.compile_settings(cfg, devices, 3, needed)
-                found["nearest"] = next((each for each in others if each["fits"]), None)
-            if nearest := found["nearest"]:
-                advice = f"{nearest['flags']} {summary(nearest)}"
-            advice = f"{summary(found)}; {advice}"
-    found["host_memory_gib"] = cli.peak_memory_gib()
-    cli.write_json(args.json, found)
+                needed = best["hbm_gib_per_chip"]
+                rows = search.compile_settings(cfg, devices, 3, needed)
+                others["nearest"] = next((row for row in rows if row["fits"]), None)
+    found |= best | {"host_memory_gib": cli.peak_memory_gib()}
+    cli.write_json(args.json, found | others)
     if not found["fits"]:
-        raise UserError(advice)
-    found.pop("settings", None)
+        advice = "nothing that fits was found; take more chips or a smaller batch"
+        if nearest := others.get("nearest"):
+            advice = f"{nearest['flags']} {summary(nearest)}"
+        raise UserError(advice if args.search else f"{summary(found)}; {advice}")
     print(f"{cli.table(found)}\n\nassumed: {ASSUMPTIONS}\n\n{summary(found)}")
 
 

@@ -16,48 +16,44 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from imagen_jax import cli
-from imagen_jax.api.cascade import Trained, open_stages, sample_prompts, with_sampler
-from imagen_jax.api.samples import write, write_sheet
-from imagen_jax.api.sweep import all_cells, parse
+from imagen_jax import cli, images
+from imagen_jax.api.cascade import (
+    all_cells,
+    check_uses,
+    open_stages,
+    sample_prompts,
+    with_sampler,
+)
+from imagen_jax.api.samples import write
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
 
 
 def read_lowres(paths: Sequence[str], size: int, count: int) -> np.ndarray:
-    """The pictures that a super-resolution stage starts from.
-
-    Args:
-      paths: one picture file per prompt, or one for all.
-      size: side in pixels that the stage takes.
-      count: number of prompts.
+    """The pictures in `paths`, one per prompt or one for all, as uint8.
 
     Returns:
-      `[count, size, size, 3]` uint8.
+      `[count, size, size, 3]`.
 
     Raises:
-      UserError: for another number of files, or no picture of that size.
+      UserError: for another number of files, or a picture of another size.
     """
-    if len(paths) not in (1, count):
-        raise UserError(
-            f"--lowres is given {len(paths)} times for {count} prompts: give one "
-            "picture for all of them or one for each"
-        )
-    read = []
+    check_uses("lowres", paths, count, "prompts")
+    pictures = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
-                read.append(np.asarray(picture.convert("RGB")))
+            picture = np.asarray(Image.open(path).convert("RGB"))
         except OSError as error:
             raise UserError(f"--lowres={path} cannot be read: {error}") from None
-        height, width, _ = read[-1].shape
+        height, width, _ = picture.shape
         if (height, width) != (size, size):
             raise UserError(
                 f"--lowres={path} has {width} x {height} pixels; the stage takes "
                 f"{size} x {size}: crop and resize it first"
             )
-    return np.stack(read * (count // len(read)))
+        pictures.append(picture)
+    return np.stack(pictures * (count // len(pictures)))
 
 
 def define_flags() -> None:
@@ -65,12 +61,8 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("stage", None, "workdir of a stage; in order, base first")
     flags.DEFINE_multi_string("prompt", [], "a caption; repeat for more pictures")
     flags.DEFINE_string("prompts", "", "a file with one caption a line")
-    flags.DEFINE_multi_string(
-        "lowres",
-        [],
-        "a picture file to start from, when the first stage is a super-resolution "
-        "stage; once for all prompts or once per prompt",
-    )
+    lowres = "a picture for a super-resolution stage to start from; once or per prompt"
+    flags.DEFINE_multi_string("lowres", [], lowres)
     flags.DEFINE_string("output", None, "folder for the pictures")
     flags.DEFINE_integer(
         "seed", 0, "seed of the first prompt; the next prompt has the next seed"
@@ -89,7 +81,7 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("threshold", [], "none, static or dynamic" + each)
     flags.DEFINE_multi_string("schedule", [], "trained, cosine or linear" + each)
     flags.DEFINE_multi_string("grid", [], "steps even in time or logsnr" + each)
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "estimates", [], "steps, from 0, whose estimates are shown in estimates_*.png"
     )
     flags.DEFINE_bool("show_steps", False, "count the steps of a batch, for long runs")
@@ -109,23 +101,18 @@ def _prompts(given: Sequence[str], file: str) -> list[str]:
     return prompts
 
 
-def _recorded_steps(
-    given: Sequence[str], trained: Sequence[Trained]
-) -> tuple[int, ...]:
+def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
+    """The numbers in each use of a flag, which have commas between them.
+
+    Raises:
+      UserError: for text that is no number.
+    """
     try:
-        steps = tuple(int(step) for step in given)
+        return [tuple(kind(v) for v in one.split(",")) for one in given]
     except ValueError:
         raise UserError(
-            f"--estimates={','.join(given)}: give numbers of steps"
+            f"--{flag}={' '.join(given)}: give numbers with commas between them"
         ) from None
-    fewest = min(one.cfg.sampler.steps for one in trained)
-    wrong = [step for step in steps if not 0 <= step < fewest]
-    if wrong:
-        raise UserError(
-            f"--estimates={','.join(given)}: a stage has {fewest} steps, from 0 to "
-            f"{fewest - 1}"
-        )
-    return steps
 
 
 def main() -> None:
@@ -145,8 +132,8 @@ def main() -> None:
     )
     cells = all_cells(
         [one.cfg for one in trained],
-        parse("guidance", args.guidance),
-        parse("aug_level", args.aug_level),
+        numbers("guidance", args.guidance, float),
+        numbers("aug_level", args.aug_level, float),
     )
     lowres = None
     if args.lowres:
@@ -155,7 +142,10 @@ def main() -> None:
             raise UserError("--lowres is given, but the first stage is a base stage")
         lowres = read_lowres(args.lowres, size, len(prompts))
         lowres = np.repeat(lowres, len(cells), 0)
-    recorded = _recorded_steps(args.estimates, trained)
+    recorded = sum(numbers("estimates", args.estimates, int), ())
+    fewest = min(one.cfg.sampler.steps for one in trained)
+    if not set(recorded) <= set(range(fewest)):
+        raise UserError(f"--estimates: a stage has {fewest} steps, from 0")
     samples, estimates = sample_prompts(
         trained,
         prompts,
@@ -164,14 +154,14 @@ def main() -> None:
         args.encoder_weights,
         lowres,
         cells,
-        [recorded] * len(trained),
-        show_steps=args.show_steps,
+        recorded,
+        args.show_steps,
     )
     write(args.output, trained, prompts, seeds, samples, cells, args.lowres)
     for of_stage in estimates if recorded else ():
         path = pathlib.Path(args.output) / f"estimates_{of_stage.shape[2]}px.png"
         labels = [f"step {step}" for step in recorded] * len(of_stage)
-        write_sheet(path, np.concatenate(of_stage), len(recorded), labels)
+        images.save_sheet(path, np.concatenate(of_stage), len(recorded), labels)
     print(f"{len(samples[-1])} pictures in {args.output}, all together in grid.png")
 
 

@@ -1,15 +1,15 @@
 """Trained cascades: opened from their workdirs, and given prompts."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
-from imagen_jax.api.sweep import Cell, all_cells, settings
-from imagen_jax.config import SamplerConfig, StageConfig
-from imagen_jax.diffusion.cascade import Stage, check_order, sample_cascade
+from imagen_jax.config import StageConfig
+from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.text.encoders import embed, load_encoder
@@ -19,19 +19,12 @@ from imagen_jax.training.weights import Weights, open_weights
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained stage on disk.
+    """A trained stage on disk."""
 
-    Attributes:
-      workdir: the training's workdir, or a folder that `export` wrote.
-      step: step of the checkpoint.
-      cfg: the stage's config.
-      weights: its averaged parameters, not loaded yet.
-    """
-
-    workdir: str
-    step: int
+    workdir: str  # of its training, or a folder that `export` wrote
+    step: int  # of the checkpoint
     cfg: StageConfig
-    weights: Weights
+    weights: Weights  # averaged parameters, not loaded yet
 
     def load(self, mesh: Mesh) -> Stage:
         """The stage with its averaged parameters on `mesh`."""
@@ -55,10 +48,11 @@ def open_stages(workdirs: Sequence[str]) -> list[Trained]:
             )
         weights.check_fit(weights.cfg, "--stage")
         trained.append(Trained(workdir, weights.step, weights.cfg, weights))
-    if len({one.cfg.text for one in trained}) > 1:
+    texts = {one.cfg.text: one.workdir for one in trained}
+    if len(texts) > 1:
         found = "; ".join(
-            f"{one.workdir}: {one.cfg.text.encoder}, {one.cfg.text.length} tokens"
-            for one in trained
+            f"{workdir}: {text.encoder}, {text.length} tokens"
+            for text, workdir in texts.items()
         )
         raise UserError(f"the stages were trained on different text ({found})")
     return trained
@@ -75,19 +69,89 @@ def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Traine
     Raises:
       UserError: for another number of values, or a value out of range.
     """
-    result = []
     for name, values in changes.items():
-        if len(values) not in (0, 1, len(trained)):
-            raise UserError(
-                f"--{name} is given {len(values)} times for {len(trained)} stages: "
-                "give it once for all of them or once for each"
-            )
+        check_uses(name, values, len(trained))
+    result = []
     for i, one in enumerate(trained):
         new = {name: v[i % len(v)] for name, v in changes.items() if v}
-        sampler = SamplerConfig(**dataclasses.asdict(one.cfg.sampler) | new)
+        sampler = dataclasses.replace(one.cfg.sampler, **new)
         cfg = dataclasses.replace(one.cfg, sampler=sampler)
         result.append(dataclasses.replace(one, cfg=cfg))
     return result
+
+
+def check_uses(flag: str, given: Sequence, count: int, what: str = "stages") -> None:
+    """Raises `UserError` unless a flag is given never, or once for all or for each."""
+    if given and (not count or len(given) not in (1, count)):
+        raise UserError(
+            f"--{flag} is given {len(given)} times for {count} {what}: "
+            "give it once for all of them or once for each"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination of the values that are compared."""
+
+    label: str  # the compared values, shown under the pictures
+    configs: tuple[StageConfig, ...]  # the stages with these values
+
+
+def all_cells(
+    configs: Sequence[StageConfig],
+    guidance: Sequence[Sequence[float]] = (),
+    aug_level: Sequence[Sequence[float]] = (),
+) -> list[Cell]:
+    """All combinations of values; guidance changes fastest.
+
+    Args:
+      configs: the stages.
+      guidance: values to compare: no list, one list for all stages, or one list per
+        stage, to be combined in every way.
+      aug_level: the same for super-resolution stages only.
+
+    Raises:
+      UserError: for another number of lists, or a value out of range.
+    """
+    every = range(len(configs))
+    enlarging = [i for i in every if configs[i].lowres_size]
+    levels = _choices("aug_level", aug_level, enlarging)
+    weights = _choices("guidance", guidance, every)
+    cells = []
+    for level, weight in itertools.product(levels, weights):
+        compared = {"w": weight, "aug": level}
+        label = ", ".join(
+            f"{name} " + "/".join(f"{v:g}" for v in dict.fromkeys(values.values()))
+            for name, values in compared.items()
+            if values
+        )
+        changed = []
+        for i, cfg in enumerate(configs):
+            new = {"aug_level": level[i]} if i in level else {}
+            if i in weight:
+                new |= {"guidance": weight[i], "guidance_schedule": ()}
+            sampler = dataclasses.replace(cfg.sampler, **new)
+            changed.append(dataclasses.replace(cfg, sampler=sampler))
+        cells.append(Cell(label, tuple(changed)))
+    return cells
+
+
+def _choices(
+    flag: str, lists: Sequence[Sequence[float]], stages: Sequence[int]
+) -> list[dict[int, float]]:
+    """Every combination of a flag's values, by the number of the stage."""
+    check_uses(flag, lists, len(stages), "stages that take it")
+    if len(lists) == 1:
+        return [dict.fromkeys(stages, value) for value in lists[0]]
+    return [dict(zip(stages, values)) for values in itertools.product(*lists)]
+
+
+def settings(configs: Sequence[StageConfig], prompts: int) -> Settings:
+    """The settings of every picture: all `configs` of the first prompt, and so on."""
+    each = [Settings.of(cfg.sampler, prompts) for cfg in configs]
+    guidance = np.stack([one.guidance for one in each], 1)
+    aug_level = np.stack([one.aug_level for one in each], 1)
+    return Settings(guidance.reshape(-1, guidance.shape[-1]), aug_level.ravel())
 
 
 def sample_prompts(
@@ -98,8 +162,7 @@ def sample_prompts(
     encoder_weights: str = "",
     lowres: np.ndarray | None = None,
     cells: Sequence[Cell] = (),
-    recorded_steps: Sequence[tuple[int, ...]] | None = None,
-    progress: bool = True,
+    recorded_steps: tuple[int, ...] = (),
     show_steps: bool = False,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Encodes prompts and runs them through the stages, one stage in memory at a time.
@@ -112,10 +175,9 @@ def sample_prompts(
       encoder_weights: weights of the text encoder, if it has none built in.
       lowres: `[N, h, w, 3]` uint8 when the first stage is a super-resolution stage.
       cells: combinations of values; each prompt is sampled in all of them with the same
-        seed, which makes N = prompts x cells pictures. None: the stages' own values.
-      recorded_steps: for each stage, the steps whose estimates are returned too.
-      progress: whether to show a bar.
-      show_steps: whether the bar counts the steps of a batch too.
+        seed, N = prompts x cells pictures in all. Empty for the stages' own values.
+      recorded_steps: steps whose estimates are returned too.
+      show_steps: whether the progress bar counts the steps of a batch too.
 
     Returns:
       What `sample_cascade` returns, the cells of one prompt side by side.
@@ -139,10 +201,9 @@ def sample_prompts(
     # T5-XXL's weights leave the devices before the stages run.
     del encoder
     text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
+    stages = zip(*(cell.configs for cell in cells), strict=True)
     total = len(seeds) * len(trained)
-    with tqdm.tqdm(
-        total=total, desc="sample", unit="picture", disable=not progress
-    ) as bar:
+    with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
         return sample_cascade(
             (one.load(mesh) for one in trained),
             text,
@@ -150,8 +211,8 @@ def sample_prompts(
             seeds,
             mesh,
             lowres,
-            [settings(c, i, cells, len(prompts)) for i, c in enumerate(configs)],
-            recorded_steps,
+            [settings(stage, len(prompts)) for stage in stages],
+            [recorded_steps] * len(trained),
             bar.update,
             (lambda step: bar.set_postfix(step=int(step) + 1)) if show_steps else None,
         )

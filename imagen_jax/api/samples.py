@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 
@@ -10,8 +9,7 @@ import jax
 import numpy as np
 
 from imagen_jax import images
-from imagen_jax.api.cascade import Trained
-from imagen_jax.api.sweep import Cell, all_cells
+from imagen_jax.api.cascade import Cell, Trained, all_cells
 
 
 def write(
@@ -49,39 +47,37 @@ def write(
             "prompt": prompts[prompt],
             "seed": int(seeds[prompt]),
             "earlier_stages": names[:-1],
-            "guidance": cell.guidance,
-            "aug_level": cell.aug_level,
+            "guidance": [
+                cfg.sampler.guidance_schedule or cfg.sampler.guidance
+                for cfg in cell.configs
+            ],
+            "aug_level": [
+                cfg.sampler.aug_level if cfg.lowres_size else None
+                for cfg in cell.configs
+            ],
         }
         if lowres:
             record["lowres"] = lowres[prompt % len(lowres)]
         records.append(record)
     if len(cells) > 1:
-        columns = len({cell.guidance for cell in cells})
+        columns = len({str(record["guidance"]) for record in records})
         labels = [cell.label for cell in cells]
         for i, shown in enumerate(np.split(samples[-1], len(prompts))):
-            write_sheet(folder / f"sheet_{i:04d}.png", shown, columns, labels)
+            images.save_sheet(folder / f"sheet_{i:04d}.png", shown, columns, labels)
     captions = [record["prompt"] for record in records]
-    write_sheet(folder / "grid.png", samples[-1], min(8, len(captions)), captions)
+    images.save_sheet(folder / "grid.png", samples[-1], min(8, len(captions)), captions)
+    stages = [
+        {
+            "workdir": one.workdir,
+            "checkpoint_step": one.step,
+            "config": dataclasses.asdict(one.cfg),
+        }
+        for one in trained
+    ]
     description = {
         "pictures": records,
-        "stages": [
-            {
-                "workdir": one.workdir,
-                "checkpoint_step": one.step,
-                "config": dataclasses.asdict(one.cfg),
-            }
-            for one in trained
-        ],
+        "stages": stages,
         "versions": {"jax": jax.__version__},
         "devices": [str(device) for device in jax.devices()],
     }
     (folder / "samples.json").write_text(json.dumps(description, indent=1) + "\n")
-
-
-def write_sheet(
-    path: str | os.PathLike, shown: np.ndarray, columns: int, captions: Sequence[str]
-) -> None:
-    """Writes a captioned grid of `[N, H, W, 3]` uint8, small ones enlarged to 96."""
-    side = shown.shape[1]
-    shown = images.enlarge(shown, side * max(1, 96 // side))
-    images.save(path, images.grid(shown, columns, captions))

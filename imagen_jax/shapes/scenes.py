@@ -16,8 +16,7 @@ from imagen_jax.errors import UserError
 
 BACKGROUND = (255, 255, 255)
 
-# At least 18 degrees apart as directions away from white, so that a pixel that is
-# half background still tells its colour.
+# Far apart as directions from white: a pixel that is half background tells its colour.
 COLOURS = {
     "red": (220, 20, 40),
     "orange": (255, 130, 0),
@@ -51,9 +50,7 @@ _SQUARE = 0.88  # half a side, for about the circle's area
 _TRIANGLE = 3**0.5 / 2  # half the height of an equilateral triangle of side 2
 _CROSS = 1 / 3  # half the width of an arm
 _RING = 0.5  # the hole
-
-# Areas of the shapes of radius 1.
-AREAS = {
+AREAS = {  # of the shapes of radius 1
     "circle": np.pi,
     "square": 4 * _SQUARE**2,
     "triangle": 2 * _TRIANGLE,
@@ -71,47 +68,29 @@ _PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAP
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One thing in a scene.
+    """One thing in a scene; it fits the square of side `2 * radius` around (x, y)."""
 
-    Attributes:
-      shape: one of `SHAPES`; fits the square of side `2 * radius` around (x, y).
-      colour: one of `COLOURS`.
-      size: "small", "large", or "" when the caption does not say.
-      x, y: centre, in [0, 1].
-      radius: in (0, 0.5].
-    """
-
-    shape: str
-    colour: str
-    size: str
-    x: float
+    shape: str  # one of SHAPES
+    colour: str  # one of COLOURS
+    size: str  # "small", "large", or "" when the caption does not say
+    x: float  # centre, in [0, 1]
     y: float
-    radius: float
+    radius: float  # in (0, 0.5]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One item, two or three equal items, or two in a relation.
+    """One item, two or three equal items, or two in a relation."""
 
-    Attributes:
-      items: the first is the subject of the caption.
-      relation: one of `RELATIONS`, or "".
-    """
-
-    items: tuple[Item, ...]
-    relation: str = ""
+    items: tuple[Item, ...]  # the first is the subject of the caption
+    relation: str = ""  # one of RELATIONS, or ""
 
 
 class Request(NamedTuple):
-    """What a caption asks for.
+    """What a caption asks for."""
 
-    Attributes:
-      things: `(size, colour, shape)` of each; size is "" when it is left open.
-      relation: of the first thing to the second, or "".
-    """
-
-    things: tuple[tuple[str, str, str], ...]
-    relation: str = ""
+    things: tuple[tuple[str, str, str], ...]  # (size or "", colour, shape) of each
+    relation: str = ""  # of the first thing to the second
 
 
 def caption(scene: Scene) -> str:
@@ -129,17 +108,20 @@ def caption(scene: Scene) -> str:
     if scene.relation:
         first, second = map(_one, scene.items)
         return f"{first} {scene.relation} {second}"
-    if len(scene.items) == 1:
-        return _one(scene.items[0])
-    item = scene.items[0]
-    count = {number: word for word, number in _COUNTS.items()}[len(scene.items)]
-    words = (count, item.size, item.colour, _PLURALS[item.shape])
-    return " ".join(word for word in words if word)
+    item, number = scene.items[0], len(scene.items)
+    if number == 1:
+        return _one(item)
+    (count,) = (word for word, n in _COUNTS.items() if n == number)
+    return _join(count, item.size, item.colour, _PLURALS[item.shape])
 
 
 def _one(item: Item) -> str:
-    words = " ".join(word for word in (item.size, item.colour, item.shape) if word)
+    words = _join(item.size, item.colour, item.shape)
     return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def _join(*words: str) -> str:
+    return " ".join(word for word in words if word)
 
 
 _SIZE_COLOUR = rf"(?:(small|large) )?({'|'.join(COLOURS)})"
@@ -168,7 +150,7 @@ def parse(text: str) -> Request:
     raise UserError(
         f"{text!r} is not a caption of a shapes scene; write it like 'a red circle', "
         "'two small green squares' or 'a large blue ring left of a black cross', with "
-        f"shapes {list(SHAPES)}, colours {list(COLOURS)}, relations {list(RELATIONS)}"
+        f"{list(SHAPES)}, {list(COLOURS)} and {list(RELATIONS)}"
     )
 
 
@@ -176,11 +158,7 @@ def generate(count: int, seed: int) -> Iterator[Scene]:
     """Scenes of the training split: no `HELD_OUT` pair of colour and shape occurs.
 
     Of 20 scenes 13 show one item, 4 two or three equal ones, 3 two in a relation.
-    Scene i depends on `seed` and i only.
-
-    Args:
-      count: number of scenes.
-      seed: not negative.
+    Scene i depends on `seed` (not negative) and i only.
     """
     for i in range(count):
         yield _scene(np.random.default_rng((seed, 0, i)), _TRAINED)
@@ -207,12 +185,9 @@ def _scene(rng, pairs) -> Scene:
         return Item(shape, colour, size if says_size else "", *centre, radius)
 
     size, radius = sized()
-    if kind == "one":
-        low, high = radius + _MARGIN, 1 - radius - _MARGIN
-        centre = float(rng.uniform(low, high)), float(rng.uniform(low, high))
-        return Scene((item(pair, size, radius, centre),))
-    if kind == "counted":
-        centres = _spread(rng, radius, int(rng.integers(2, 4)))
+    if kind != "related":
+        number = 1 if kind == "one" else int(rng.integers(2, 4))
+        centres = _spread(rng, radius, number)
         return Scene(tuple(item(pair, size, radius, c) for c in centres))
 
     others = [other for other in _TRAINED if other != pair]
@@ -225,37 +200,37 @@ def _scene(rng, pairs) -> Scene:
         places = _line(rng, (radius, other_radius))
     # Drift across the line stays below the distance along it.
     across = [float(p) for p in rng.uniform(0.4, 0.6, 2)]
-    first, second = zip(across, places, strict=True)
+    centres = list(zip(across, places, strict=True))
     if relation in ("left of", "right of"):
-        first, second = first[::-1], second[::-1]
-    items = (
-        item(pair, size, radius, first),
-        item(other, other_size, other_radius, second),
-    )
-    return Scene(items, relation)
+        centres = [centre[::-1] for centre in centres]
+    first = item(pair, size, radius, centres[0])
+    second = item(other, other_size, other_radius, centres[1])
+    return Scene((first, second), relation)
 
 
 def _line(rng, radii: tuple[float, ...]) -> list[float]:
-    """Centres along a side, in order, apart from each other and from its ends."""
-    slack = 1 - 2 * _MARGIN - 2 * sum(radii) - _GAP * (len(radii) - 1)
-    shifts = np.sort(rng.uniform(0, max(slack, 0.0), len(radii)))
-    centres, end = [], _MARGIN
-    for radius, shift in zip(radii, shifts, strict=True):
-        centres.append(float(end + radius + shift))
-        end += 2 * radius + _GAP
-    return centres
+    """Two centres along a side, in order, apart from each other and from its ends."""
+    slack = 1 - 2 * _MARGIN - 2 * sum(radii) - _GAP
+    shifts = np.sort(rng.uniform(0, max(slack, 0.0), 2))
+    ends = _MARGIN, _MARGIN + 2 * radii[0] + _GAP
+    return [float(e + r + s) for e, r, s in zip(ends, radii, shifts, strict=True)]
 
 
 def _spread(rng, radius: float, number: int) -> list[tuple[float, float]]:
-    """Two centres side by side, or two and a third on the other side of their line."""
+    """A centre anywhere, two side by side, or a third beyond the line of two."""
+
+    def anywhere():
+        return float(rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN))
+
+    if number == 1:
+        return [(anywhere(), anywhere())]
     first, second = _line(rng, (radius, radius))
     if number == 2:
         row = float(rng.uniform(0.4, 0.6))
         centres = [(first, row), (second, row)]
     else:
         row, other = _line(rng, (radius, radius))[:: rng.choice([-1, 1])]
-        third = float(rng.uniform(radius + _MARGIN, 1 - radius - _MARGIN))
-        centres = [(first, row), (second, row), (third, other)]
+        centres = [(first, row), (second, row), (anywhere(), other)]
     if rng.random() < 0.5:
         centres = [(y, x) for x, y in centres]
     return centres
@@ -289,15 +264,10 @@ _DISTANCES = {
 
 
 def coverage(shape: str, dx: np.ndarray, dy: np.ndarray, radius) -> np.ndarray:
-    """The part of each pixel that a shape covers.
+    """The part of each pixel in [0, 1] that a shape covers: its edge is a ramp.
 
-    Args:
-      shape: one of `SHAPES`.
-      dx, dy: pixel centres minus the shape's centre, in pixels.
-      radius: in pixels; broadcasts with `dx` and `dy`.
-
-    Returns:
-      Values in [0, 1] of the broadcast shape: the edge is a ramp one pixel wide.
+    `dx` and `dy` are pixel centres minus the shape's; they and `radius` are in pixels
+    and broadcast.
     """
     distance = _DISTANCES[shape](dx / radius, dy / radius) * radius
     return np.clip(0.5 - distance, 0.0, 1.0)
@@ -311,19 +281,12 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     """
     factor = -(-_FINE // size)
     fine = size * factor
-    picture = np.empty((fine, fine, 3), np.float32)
-    picture[:] = BACKGROUND
+    picture = np.full((fine, fine, 3), BACKGROUND, np.float32)
+    middles = np.arange(fine, dtype=np.float32)
     for item in scene.items:
-        x, y, radius = item.x * fine, item.y * fine, item.radius * fine
-        rows = slice(max(int(y - radius) - 1, 0), int(y + radius) + 2)
-        columns = slice(max(int(x - radius) - 1, 0), int(x + radius) + 2)
-        window = picture[rows, columns]
-        dy = np.arange(rows.start, rows.start + window.shape[0], dtype=np.float32)
-        dx = np.arange(columns.start, columns.start + window.shape[1], dtype=np.float32)
-        alpha = coverage(
-            item.shape, dx[None, :] + (0.5 - x), dy[:, None] + (0.5 - y), radius
-        )
-        window += alpha[..., None] * (np.float32(COLOURS[item.colour]) - window)
+        dx, dy = (middles + (0.5 - at * fine) for at in (item.x, item.y))
+        alpha = coverage(item.shape, dx[None, :], dy[:, None], item.radius * fine)
+        picture += alpha[..., None] * (np.float32(COLOURS[item.colour]) - picture)
     if factor > 1:
         picture = picture.reshape(size, factor, size, factor, 3).mean((1, 3))
     return np.rint(picture).astype(np.uint8)
