@@ -39,7 +39,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.planning.chips import slice_devices
 from imagen_jax.planning.compile import GIB, compile_step, sampler_inputs, summary
-from imagen_jax.planning.flops import forward_flops
+from imagen_jax.planning.program import forward_flops
 from imagen_jax.sharding import batch_sharding, check_batch_size, make_mesh
 from imagen_jax.training.state import abstract_state, create_state
 from imagen_jax.training.step import compile_train_step

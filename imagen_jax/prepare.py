@@ -18,11 +18,10 @@ from absl import flags
 
 from imagen_jax import cli
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.preparing import beam
 from imagen_jax.preparing import job as jobs
-from imagen_jax.preparing.captions import Embedder
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats
+from imagen_jax.text.embeddings import Embedder
 from imagen_jax.text.encoders import load_encoder
 
 _size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
@@ -64,7 +63,7 @@ def prepare(
     with tqdm.tqdm(total=total, unit=" examples", disable=not progress) as bar:
         job = dataclasses.replace(job, progress=bar.update)
         if asked.runner:
-            beam.write_shards(job)
+            jobs.write_shards_with_beam(job)
         manifest = jobs.run(job, index, count)
     if progress:
         print(_summary(manifest, output) if manifest else "done here; others are not")

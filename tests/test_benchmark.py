@@ -8,7 +8,7 @@ import pytest
 
 from imagen_jax import benchmark, config, prepare
 from imagen_jax.api import run
-from imagen_jax.planning.flops import forward_flops
+from imagen_jax.planning.program import forward_flops
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import abstract_state
 from tests import tiny

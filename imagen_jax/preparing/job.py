@@ -10,12 +10,14 @@ started again, with any number of processes.
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import itertools
 import json
 import os
 import pathlib
+import shlex
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -29,11 +31,11 @@ from imagen_jax.data.manifest import Manifest
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError, read_json
 from imagen_jax.preparing import folder, parquet, sources, webdataset
-from imagen_jax.preparing.captions import Embedded, Embedder
 from imagen_jax.preparing.images import StoredImage
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats, total
 from imagen_jax.text import embeddings
+from imagen_jax.text.embeddings import Embedded, Embedder
 
 # The share of unusable examples is not judged by fewer, before all are seen.
 _LEAST_EXAMPLES = 1000
@@ -345,3 +347,42 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def write_shards_with_beam(job: Job) -> None:
+    """Writes the unfinished shards of a job of pictures as an Apache Beam pipeline.
+
+    The workers open the source anew.
+    """
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError(
+            "--runner needs Apache Beam: pip install 'imagen-jax[prepare]'"
+        ) from None
+    settings = job.settings
+    words = shlex.split(settings.runner_options)
+    try:
+        options = PipelineOptions(words, save_main_session=False)
+        pipeline = beam.Pipeline(settings.runner, options)
+    except ValueError as error:
+        raise UserError(f"--runner is {settings.runner!r}: {error}") from None
+    todo = [n for n in range(job.source.shards) if not job.report(n)]
+    with pipeline:
+        # Without a reshuffle Beam would fuse the list into one bundle.
+        (
+            pipeline
+            | beam.Create(todo)
+            | beam.Reshuffle()
+            | beam.Map(_write_numbered, settings)
+        )
+
+
+def _write_numbered(number: int, settings: Settings) -> None:
+    write_shard(_job(settings), number)
+
+
+@functools.cache
+def _job(settings: Settings) -> Job:
+    return Job(settings, open_source(settings), embedder=None)

@@ -3,9 +3,9 @@
 import collections
 from typing import Any
 
-from imagen_jax.preparing.captions import Embedded
 from imagen_jax.preparing.images import StoredImage
 from imagen_jax.preparing.sources import Problem
+from imagen_jax.text.embeddings import Embedded
 
 _SUMS = ("reencoded", "image_bytes", "cut_captions", "text_bytes")
 

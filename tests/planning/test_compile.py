@@ -11,7 +11,7 @@ from imagen_jax.config import MeshConfig
 from imagen_jax.planning import chips
 from imagen_jax.planning import compile as planning
 from imagen_jax.planning.compile import compile_sampling, compile_step
-from imagen_jax.planning.flops import forward_flops
+from imagen_jax.planning.program import forward_flops
 from imagen_jax.planning.search import guess_gib
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import abstract_state

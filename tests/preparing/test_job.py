@@ -71,7 +71,7 @@ def whole(source, tmp_path_factory):
 STARTER = """
 import json, os, sys, time
 from imagen_jax import prepare
-from imagen_jax.preparing import captions
+from imagen_jax.text import embeddings as captions
 from imagen_jax.data.start_tensorflow import start_tensorflow
 start_tensorflow()
 # Slow enough to be killed somewhere.

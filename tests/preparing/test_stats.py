@@ -2,10 +2,10 @@ import json
 
 import numpy as np
 
-from imagen_jax.preparing.captions import Embedded
 from imagen_jax.preparing.images import StoredImage
 from imagen_jax.preparing.sources import Problem
 from imagen_jax.preparing.stats import Stats, total
+from imagen_jax.text.embeddings import Embedded
 
 
 def test_totals():
