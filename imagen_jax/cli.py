@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import resource
-import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -23,10 +22,8 @@ def main() -> None:
     if door in ("--help", "-h"):
         print(f"usage: imagen-jax {'|'.join(DOORS)} --help")
     elif door in DOORS:
-        # As -m does: the configs of a clone are imported from its root.
-        sys.path.insert(0, os.getcwd())
-        sys.argv = sys.argv[1:]
-        runpy.run_module(f"imagen_jax.{door}", run_name="__main__", alter_sys=True)
+        command = [sys.executable, "-m", f"imagen_jax.{door}", *sys.argv[2:]]
+        os.execv(sys.executable, command)
     else:
         near = did_you_mean(door, DOORS)
         _exit(2, f"there is no {door!r}{near}; there is: {', '.join(DOORS)}")
