@@ -123,8 +123,8 @@ def main() -> None:
     draw(args.folder / "large", LARGE, 1600, 1200)
     single = []
     print(
-        "| stage | images/s | per core | step waits, ms | its share | queues, MiB | "
-        "bound |\n|---|---|---|---|---|---|---|"
+        "| stage | images/s | per core | step waits, ms | its share | queues, MiB |\n"
+        "|---|---|---|---|---|---|"
     )
     for name, kind, stored, stage in CASES:
         source = args.emoji if kind == "emoji" else str(args.folder / kind)
@@ -140,7 +140,6 @@ def main() -> None:
             span(found, "wait_seconds_per_step", "{:.1f}", 1000),
             span(found, "share_of_the_step_waiting", "{:.1%}"),
             span(found, "queues_gib", "{:.0f}", 1024),
-            span(found, "queues_bound_gib", "{:.0f}", 1024),
         ]
         print(f"| {' | '.join([name, *cells])} |", flush=True)
         size = int(name.partition(",")[0])

@@ -18,9 +18,8 @@ import numpy as np
 
 from configs import tiny
 from imagen_jax import images
-from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
+from imagen_jax.api.cascade import all_cells, open_stages, sample_prompts, with_sampler
 from imagen_jax.api.run import resolve, train_stage
-from imagen_jax.api.cascade import all_cells
 from imagen_jax.config import MeshConfig
 from imagen_jax.demo import summarise
 from imagen_jax.shapes import scenes

@@ -31,7 +31,7 @@ def ours(stage):
     import jax
 
     from imagen_jax import benchmark, config
-    from imagen_jax.planning.flops import forward_flops
+    from imagen_jax.planning.program import forward_flops
     from imagen_jax.sharding import make_mesh
     from imagen_jax.training.state import create_state
     from imagen_jax.training.step import compile_train_step

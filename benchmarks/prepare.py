@@ -12,6 +12,7 @@ import time
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.prepare import prepare
 from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import Example
 from imagen_jax.text import encoders as text
 
@@ -26,7 +27,7 @@ LENGTH = 32
 
 def captions_of(source: str) -> list[str]:
     """All captions of a source, without opening its pictures."""
-    opened = open_source(source, 64, 0, 1000)
+    opened = open_source(Settings(source, ""))
     items = (item for number in range(opened.shards) for item in opened.read(number))
     return [item.caption for item in items if isinstance(item, Example)]
 

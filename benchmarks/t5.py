@@ -62,12 +62,12 @@ def on_tpu(size):
     """What a chip of a v4-8 holds while it embeds its share of 64 captions."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), slice_devices("v4-8"))
     config = SIZES[size]
-    shardings = sharding.state_shardings(t5_weights.abstract_first_layer(config), mesh)
+    shardings = sharding.state_shardings(t5_weights.abstract_params(config), mesh)
     params = {
         tensor.path: jax.ShapeDtypeStruct(
             tensor.shape,
             jnp.float32 if tensor.exact else jnp.bfloat16,
-            sharding=shardings[t5_weights.in_first_layer(tensor.path)],
+            sharding=shardings[tensor.path],
         )
         for tensor in t5_weights.tensors(config, "safetensors")
     }

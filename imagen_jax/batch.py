@@ -12,39 +12,26 @@ from imagen_jax.errors import UserError
 
 @flax.struct.dataclass
 class Batch:
-    """One training batch.
+    """One training batch."""
 
-    Attributes:
-      image: `[B, H, W, 3]` uint8, at the stage's resolution or crop.
-      text: `[B, L, D]` bfloat16, the caption's embeddings; zero where padded.
-      mask: `[B, L]` bool, True where a token is real.
-      id: `[B]` int32, the example's number in its records.
-    """
-
-    image: jax.Array
-    text: jax.Array
-    mask: jax.Array
-    id: jax.Array
+    image: jax.Array  # [B, H, W, 3] uint8, at the stage's resolution or crop
+    text: jax.Array  # [B, L, D] bfloat16, the captions' embeddings; zero where padded
+    mask: jax.Array  # [B, L] bool, True where a token is real
+    id: jax.Array  # [B] int32, the example's number in its records
 
 
 @flax.struct.dataclass
 class Cond:
     """What a network is conditioned on besides the noise level.
 
-    The null text is zero embeddings and an all-False mask, everywhere.
-
-    Attributes:
-      text: `[B, L, D]` bfloat16 or float32.
-      mask: `[B, L]` bool.
-      lowres: `[B, h, w, 3]` float32, the low-resolution image with its augmentation
-        noise; None for a base stage.
-      aug_logsnr: `[B]` float32, the log-SNR of that noise; None for a base stage.
+    The null text is zero embeddings and an all-False mask, everywhere. A base stage has
+    no low-resolution image.
     """
 
-    text: jax.Array
-    mask: jax.Array
-    lowres: jax.Array | None = None
-    aug_logsnr: jax.Array | None = None
+    text: jax.Array  # [B, L, D] bfloat16 or float32
+    mask: jax.Array  # [B, L] bool
+    lowres: jax.Array | None = None  # [B, h, w, 3] float32, with augmentation noise
+    aug_logsnr: jax.Array | None = None  # [B] float32, the log-SNR of that noise
 
 
 def text_shape(cfg: TextConfig) -> tuple[int, int]:
@@ -56,9 +43,8 @@ def text_shape(cfg: TextConfig) -> tuple[int, int]:
     for name in ("length", "dim"):
         if not getattr(cfg, name):
             raise UserError(
-                f"config.text.{name} is 0: the records' value, but no records are read "
-                f"here; give --config.text.{name}=N, or config.data.records to a "
-                "command that reads them"
+                f"config.text.{name} is 0, the records' value, but no records are read "
+                f"here: give --config.text.{name}=N"
             )
     return cfg.length, cfg.dim
 
@@ -83,7 +69,7 @@ def check_batch(batch: Batch, spec: Batch) -> None:
             raise UserError(
                 f"batch.{name} is {have.dtype}{list(have.shape)}, the config asks for "
                 f"{want.dtype}{list(want.shape)}: were the records prepared for "
-                "another text encoder, or is the batch smaller than batch_size?"
+                "another text encoder?"
             )
 
 
@@ -95,10 +81,7 @@ def null_text(text: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 def pad_text(
     rows: list[np.ndarray], length: int, dim: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ragged embeddings `[n_i, D]` to `text` `[B, L, D]` bfloat16 and `mask` `[B, L]`.
-
-    Rows longer than `length` are cut.
-    """
+    """Embeddings `[n_i, D]`, cut to `length`, as `[B, L, D]` bfloat16 and a mask."""
     text = np.zeros((len(rows), length, dim), ml_dtypes.bfloat16)
     mask = np.zeros((len(rows), length), np.bool_)
     for i, row in enumerate(rows):
@@ -116,14 +99,8 @@ def downsample(image, size: int):
     what its base is trained on.
 
     Args:
-      image: `[..., H, W, 3]` uint8, numpy or jax, `H == W == size * 2**k`.
-      size: side of the result.
-
-    Returns:
-      `[..., size, size, 3]` uint8, the same kind of array.
-
-    Raises:
-      UserError: unless `size` is H halved some number of times.
+      image: `[..., H, W, 3]`, numpy or jax, `H == W == size * 2**k`.
+      size: side of the result, which is the same kind of array.
     """
     side = image.shape[-2]
     if side % size or (side // size) & (side // size - 1):

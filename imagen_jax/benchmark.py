@@ -27,16 +27,16 @@ from ml_collections import config_flags
 
 from imagen_jax import cli
 from imagen_jax.api.run import resolve
-from imagen_jax.batch import batch_spec
+from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.config import StageConfig, from_dict
-from imagen_jax.data.pipeline import open_records, queue_bytes
+from imagen_jax.data.pipeline import open_records
 from imagen_jax.diffusion.cascade import compile_sampler
 from imagen_jax.diffusion.sampler import guidance_weights
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.planning.chips import slice_devices
 from imagen_jax.planning.compile import GIB, compile_step, sampler_inputs, summary
-from imagen_jax.planning.flops import forward_flops
+from imagen_jax.planning.program import forward_flops
 from imagen_jax.sharding import batch_sharding, check_batch_size, make_mesh
 from imagen_jax.training.state import abstract_state, create_state
 from imagen_jax.training.step import compile_train_step
@@ -55,6 +55,18 @@ def params(cfg: StageConfig) -> dict[str, Any]:
         "forward_flops_per_image": forward_flops(cfg),
         "blocks": blocks,
     }
+
+
+def random_batch(cfg: StageConfig, mesh: Mesh) -> Batch:
+    """Images and embeddings of noise, with captions of full length."""
+    random, spec = np.random.default_rng(0), batch_spec(cfg)
+    batch = Batch(
+        image=random.integers(0, 256, spec.image.shape, np.uint8),
+        text=random.standard_normal(spec.text.shape, np.float32).astype(jnp.bfloat16),
+        mask=np.ones(spec.mask.shape, bool),
+        id=np.arange(cfg.training.batch_size, dtype=np.int32),
+    )
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def matmul_flops_per_second(dtype: str, device: jax.Device) -> float:
@@ -84,10 +96,7 @@ def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
     step, figures = compile_step(cfg, mesh)
     if step is None:
         raise UserError(summary(figures))
-    state = create_state(cfg, mesh)
-    # White images, to which the step adds noise; captions of full length.
-    batch = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), batch_spec(cfg))
-    batch = jax.device_put(batch, batch_sharding(mesh))
+    state, batch = create_state(cfg, mesh), random_batch(cfg, mesh)
 
     def run():
         nonlocal state
@@ -153,8 +162,7 @@ def _free(cfg, params, z, logsnr, cond):
 def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
     """Times the input pipeline alone, and how long a training step waits for it.
 
-    "queues_gib" is what this process has grown by since the first batch was asked for;
-    "queues_bound_gib" is what the config allows the queues.
+    "queues_gib" is what this process has grown by since the first batch was asked for.
     """
     size, start = cfg.training.batch_size, time.perf_counter()
     batches = open_records(cfg, mesh)
@@ -186,7 +194,6 @@ def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
         "images_per_second": len(alone) * size / sum(alone),
         "images_per_core_second": (len(alone) + 1) * size / cpu,
         "queues_gib": held,
-        "queues_bound_gib": queue_bytes(cfg, jax.process_count()) / GIB,
         "training_steps": count,
         "training_steps_per_second": count / sum(trained),
         "wait_seconds_per_step": waited / count,

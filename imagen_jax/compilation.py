@@ -8,8 +8,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
-# What is only planned is not run: content with convolutions up to 4 % slower, and writing
-# equal code once, the compiler takes less than half the time (benchmarks/README.md).
+# For plans: content with convolutions up to 4 % slower, and writing equal code once,
+# the compiler takes less than half the time (benchmarks/README.md).
 _PLANNED = {
     "xla_jf_convolution_performance_target": 0.96,
     "xla_tpu_enable_deduplicated_calls": True,

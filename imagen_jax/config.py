@@ -27,267 +27,203 @@ Rate = Annotated[float, "[0, 1)"]
 # Beyond these the signal or the noise is lost to float32.
 LogSNR = Annotated[float, "[-80, 80]"]
 
-# Keys of earlier versions: the value that changes nothing, and advice for any other.
-_STACKED = "its parameters are stacked; use the version that trained it, or train anew"
-_REMOVED = {("model", "scan_blocks"): (False, _STACKED)}
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The network. Tuples have one entry per resolution level, the finest first.
+    """The network. Tuples have one entry per resolution level, the finest first."""
 
-    Attributes:
-      architecture: the U-Net of ADM (paper F.1) or the Efficient U-Net (paper B.1).
-      channels, num_res_blocks: width and number of residual blocks of each level.
-      self_attention: whether a level attends to its own pixels.
-      text_attention: whether a level attends to the text.
-      text_conditioning: paper D.3.1. "concatenate" appends the text's keys and values
-        to those of self-attention, "cross" attends to it afterwards. With the others no
-        level attends to the text, which is only pooled and added to the time embedding
-        (all but "mean_pool" pool it by attention).
-      text_features: width the text is projected to first; 0 leaves it as it is.
-      text_norm: whether attention and pooling layer-normalise the text first.
-      head_channels: channels of one attention head.
-      skip_scale: factor on the sums of residual and attention blocks (B.1: 0.5**0.5).
-      skips: whose outputs a level of the Efficient U-Net hands to the way up
-        ("last_block": Fig. A.29).
-      patch_size: side of the squares of pixels folded into channels before the first
-        convolution (space-to-depth); 1 is the paper's network.
-      dropout: rate inside residual blocks.
-      dtype: type that is computed in; parameters are float32.
-      remat: what the backward pass recomputes: "activations", all but convolutions and
-        matrix products, or "blocks", all but the input of each block.
-    """
-
+    # The U-Net of ADM (paper F.1) or the Efficient U-Net (paper B.1).
     architecture: Literal["unet", "efficient_unet"] = "unet"
+    # Width and number of residual blocks of each level.
     channels: tuple[Size, ...] = (512, 1024, 1536, 2048)
     num_res_blocks: tuple[Size, ...] = (3, 3, 3, 3)
+    # Whether a level attends to its own pixels, and to the text.
     self_attention: tuple[bool, ...] = (False, True, True, True)
     text_attention: tuple[bool, ...] = (False, True, True, True)
+    # Paper D.3.1. "concatenate" appends the text's keys and values to those of
+    # self-attention, "cross" attends to it afterwards. With the others no level attends
+    # to the text, which is only pooled and added to the time embedding (all but
+    # "mean_pool" pool it by attention).
     text_conditioning: Literal[
         "concatenate", "cross", "attention_pool", "mean_pool"
     ] = "concatenate"
+    # Width that the text is projected to first; 0 leaves it as it is.
     text_features: SizeOrZero = 0
-    text_norm: bool = True
-    head_channels: Size = 64
+    text_norm: bool = True  # attention and pooling layer-normalise the text first
+    head_channels: Size = 64  # channels of one attention head
+    # Factor on the sums of residual and attention blocks (B.1: 0.5**0.5).
     skip_scale: Positive = 1.0
+    # Whose outputs a level of the Efficient U-Net hands to the way up ("last_block":
+    # Fig. A.29).
     skips: Literal["every_block", "last_block"] = "every_block"
+    # Side of the squares of pixels folded into channels before the first convolution
+    # (space-to-depth); 1 is the paper's network.
     patch_size: Size = 1
-    dropout: Rate = 0.0
+    dropout: Rate = 0.0  # inside residual blocks
+    # Type that is computed in; parameters are float32.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # What the backward pass recomputes: "activations", all but convolutions and matrix
+    # products, or "blocks", all but the input of each block.
     remat: Literal["none", "activations", "blocks"] = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The forward process, and what the network predicts.
+    """The forward process, and what the network predicts."""
 
-    Attributes:
-      schedule: continuous in time; "linear" is in beta, from 1e-4 to 0.02.
-      weighting: weight of the squared error at each log-SNR (`diffusion/loss.py`).
-      min_snr_gamma: SNR above which "min_snr" no longer counts the error of x0 more.
-      sigmoid_bias: log-SNR at which "sigmoid" is one half.
-      logsnr_min, logsnr_max: bounds to which the schedule's log-SNR is clipped.
-      text_dropout: share of captions replaced by the null text (paper 4.1: 0.1).
-      lowres_augmentation: noises the low-resolution input and says how much (2.4).
-    """
-
+    # Continuous in time; "linear" is in beta, from 1e-4 to 0.02.
     schedule: Literal["cosine", "linear"] = "cosine"
     prediction: Literal["eps", "x0", "v"] = "eps"
+    # Weight of the squared error at each log-SNR (`diffusion/loss.py`).
     weighting: Literal["plain", "min_snr", "sigmoid"] = "plain"
+    # SNR above which "min_snr" no longer counts the error of x0 more.
     min_snr_gamma: Positive = 5.0
-    sigmoid_bias: LogSNR = 2.0
+    sigmoid_bias: LogSNR = 2.0  # log-SNR at which "sigmoid" is one half
+    # Bounds to which the schedule's log-SNR is clipped.
     logsnr_min: LogSNR = -20.0
     logsnr_max: LogSNR = 20.0
+    # Share of captions replaced by the null text (paper 4.1: 0.1).
     text_dropout: Share = 0.1
+    # Noises the low-resolution input, and tells the network how much (2.4).
     lowres_augmentation: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The examples.
+    """The examples."""
 
-    Attributes:
-      records: a folder that `prepare` wrote, a .npz file of it (read without
-        TensorFlow), "tfds:NAME", or a mixture: "DIR:WEIGHT,DIR:WEIGHT".
-      shuffle_examples: examples in the shuffle buffers of all readers and folders.
-      readers: readers of the records over all hosts, each for its part of a batch: a
-        divisor of the batch size, at least the number of hosts (docs/prepare.md). The
-        order of the examples depends on it. 0 takes 8 or fewer, as the records allow.
-      seed: seed of the order of the examples and of their crops.
-      square: which square of an image is trained on; a random one changes every epoch.
-      flip: whether a random half of the images is mirrored in each epoch. Captions that
-        tell left from right are then wrong half of the time.
-    """
-
+    # A folder that `prepare` wrote, a .npz file of it (read without TensorFlow),
+    # "tfds:NAME", or a mixture: "DIR:WEIGHT,DIR:WEIGHT".
     records: str = ""
+    # Examples in the shuffle buffers of all readers and folders.
     shuffle_examples: Count = 10_000
+    # Readers of the records over all hosts, each for its part of a batch: a divisor of
+    # the batch size, at least the number of hosts (docs/prepare.md). The order of the
+    # examples depends on it. 0 takes 8 or fewer, as the records allow.
     readers: CountOrZero = 0
-    seed: int = 0
+    seed: int = 0  # of the order of the examples and of their crops
+    # Which square of an image is trained on; a random one changes every epoch.
     square: Literal["middle", "random"] = "middle"
+    # Mirrors a random half of the images in each epoch. Captions that tell left from
+    # right are then wrong half of the time.
     flip: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text embeddings that the stage is trained on.
+    """The text embeddings that the stage is trained on."""
 
-    Attributes:
-      length: tokens per caption after padding; longer ones are cut. 0: the records'.
-      dim: width of one token's embedding (T5-XXL: 4096). 0: the records'.
-      encoder: identity of the frozen encoder; "" until the records are read.
-    """
-
+    # Tokens per caption after padding; longer ones are cut. 0: the records'.
     length: SizeOrZero = 0
+    # Width of one token's embedding (T5-XXL: 4096). 0: the records'.
     dim: SizeOrZero = 0
+    # Identity of the frozen encoder; "" until the records are read.
     encoder: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer, learning-rate schedule and EMA.
-
-    Attributes:
-      learning_rate: peak of the schedule.
-      warmup_steps: steps of the linear rise from 0 to the peak.
-      decay_steps: step at which a cosine has brought the rate to 0; 0 keeps the peak.
-      b1, b2, eps: Adam's.
-      parameter_scale: scales Adafactor's steps by the parameter's root mean square.
-      clip_norm: global gradient norm above which gradients are scaled down.
-      ema_decay: decay of the averaged parameters, reached after a warm-up.
-    """
+    """Optimizer, learning-rate schedule and EMA."""
 
     name: Literal["adam", "adafactor"] = "adam"
-    learning_rate: Positive = 1e-4
-    warmup_steps: CountOrZero = 10_000
+    learning_rate: Positive = 1e-4  # peak of the schedule
+    warmup_steps: CountOrZero = 10_000  # of the linear rise from 0 to the peak
+    # Step at which a cosine has brought the rate to 0; 0 keeps the peak.
     decay_steps: CountOrZero = 2_500_000
-    b1: Rate = 0.9
+    b1: Rate = 0.9  # these three are Adam's
     b2: Rate = 0.999
     eps: PositiveOrZero = 1e-8
+    # Scales Adafactor's steps by the parameter's root mean square.
     parameter_scale: bool = True
-    clip_norm: Positive = 1.0
-    ema_decay: Share = 0.9999
+    clip_norm: Positive = 1.0  # global gradient norm above which gradients are scaled
+    ema_decay: Share = 0.9999  # of the averaged parameters, reached after a warm-up
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """The training loop.
+    """The training loop."""
 
-    Attributes:
-      batch_size: images per step, over all devices and hosts.
-      microbatches: sequential parts of a batch: less memory, the same gradient.
-      steps: number of the last step.
-      seed: seed of the first parameters and of the training noise.
-      log_every_steps: steps between two lines of metrics.jsonl.
-      sample_every_steps: steps between two preview grids; 0 makes none.
-      checkpoint_every_steps: steps between two checkpoints; the last step always saves.
-      keep_checkpoints: number of newest checkpoints that are kept.
-      keep_every_steps: checkpoints at its multiples are kept too; 0 for none.
-      keep_best_checkpoints: number with the lowest `best_metric` that are kept too.
-      best_metric: a loss in metrics.jsonl, averaged over the steps since the checkpoint
-        before: "loss" or "loss_by_logsnr/RANGE".
-      init_from: workdir (averaged parameters) or `export` to start from; "" for none.
-      preview_images: images of a preview grid.
-      spike_factor: updates are skipped whose loss or gradient norm is above this
-        multiple of its running average over 100 updates; 0 skips only those that are
-        not finite.
-      skip_budget_steps: skipped updates, less a tenth of the others, at which the run
-        gives up; 0 never gives up.
-      on_spent_budget: "rollback" goes on from the newest checkpoint with the next data
-        and noise; both leave a bundle for --replay.
-      hang_seconds: a step that takes longer has the stacks of all threads printed to
-        stderr; 0 never prints.
-    """
-
-    batch_size: Count = 2048
+    batch_size: Count = 2048  # images per step, over all devices and hosts
+    # Sequential parts of a batch: less memory, the same gradient.
     microbatches: Count = 1
-    steps: Count = 2_500_000
-    seed: int = 0
-    log_every_steps: Count = 100
-    sample_every_steps: CountOrZero = 10_000
+    steps: Count = 2_500_000  # number of the last step
+    seed: int = 0  # of the first parameters and of the training noise
+    log_every_steps: Count = 100  # steps between two lines of metrics.jsonl
+    sample_every_steps: CountOrZero = 10_000  # between two preview grids; 0 makes none
+    # Steps between two checkpoints; the last step always saves.
     checkpoint_every_steps: Count = 5_000
-    keep_checkpoints: Count = 3
-    keep_every_steps: CountOrZero = 0
-    keep_best_checkpoints: CountOrZero = 0
+    keep_checkpoints: Count = 3  # the newest ones
+    keep_every_steps: CountOrZero = 0  # and those at its multiples; 0 for none
+    keep_best_checkpoints: CountOrZero = 0  # and those with the lowest `best_metric`
+    # A loss in metrics.jsonl, averaged over the steps since the checkpoint before:
+    # "loss" or "loss_by_logsnr/RANGE".
     best_metric: str = "loss"
+    # Workdir (averaged parameters) or `export` to start from; "" for none.
     init_from: str = ""
-    preview_images: Count = 16
+    preview_images: Count = 16  # images of a preview grid
+    # Updates are skipped whose loss or gradient norm is above this multiple of its
+    # running average over 100 updates; 0 skips only those that are not finite.
     spike_factor: PositiveOrZero = 0.0
+    # Skipped updates, less a tenth of the others, at which the run gives up; 0: never.
     skip_budget_steps: CountOrZero = 20
+    # "rollback" goes on from the newest checkpoint with the next data and noise; both
+    # leave a bundle for --replay.
     on_spent_budget: Literal["stop", "rollback"] = "stop"
+    # A step that takes longer has the stacks of all threads printed to stderr; 0 never.
     hang_seconds: CountOrZero = 600
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes all that are left.
+    """Devices along each mesh axis; -1 takes all that are left."""
 
-    Attributes:
-      data: copies of the model, each with its share of the batch.
-      fsdp: shards of parameters, optimizer state and EMA, and of the batch.
-      spatial: shards of an image's rows; neighbours exchange the rows at borders.
-      tensor: shards of channels and heads.
-    """
-
-    data: Devices = -1
+    data: Devices = -1  # copies of the model, each with its share of the batch
+    # Shards of parameters, optimizer state and EMA, and of the batch.
     fsdp: Devices = 1
+    # Shards of an image's rows; neighbours exchange the rows at borders.
     spatial: Devices = 1
-    tensor: Devices = 1
+    tensor: Devices = 1  # shards of channels and heads
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
-    """How the stage is sampled unless the command says otherwise.
+    """How the stage is sampled unless the command says otherwise."""
 
-    Attributes:
-      name: "ddpm" (ancestral, paper Eq. 6), "ddim" (Eq. 5) or "dpmpp"
-        (DPM-Solver++(2M), second order: for few steps).
-      steps: network evaluations; with guidance, pairs of them.
-      schedule: maps even times to log-SNRs; "trained" is the training's.
-      grid: what the steps are even in.
-      logsnr_min, logsnr_max: where sampling starts and ends, within the training's.
-      gamma: stochasticity of "ddpm": 0 takes the lower, 1 the upper variance.
-      guidance: w of Eq. 2; 1 is no guidance.
-      guidance_schedule: w of each step, the noisiest first; () for one w. Steps with
-        w = 1 run the network once.
-      guidance_batched: makes the two passes of guidance one call on twice the batch,
-        not two calls with half of the activations at a time.
-      percentile: percentile of |x0| for the "dynamic" threshold (paper A.10: 99.5).
-      aug_level: time of the forward process that the low-resolution input is noised to.
-      batch_size: images in one call of the compiled sampler.
-    """
-
+    # "ddpm" (ancestral, paper Eq. 6), "ddim" (Eq. 5) or "dpmpp" (DPM-Solver++(2M),
+    # second order: for few steps).
     name: Literal["ddpm", "ddim", "dpmpp"] = "ddpm"
-    steps: Size = 256
+    steps: Size = 256  # network evaluations; with guidance, pairs of them
+    # Maps even times to log-SNRs; "trained" is the training's.
     schedule: Literal["trained", "cosine", "linear"] = "trained"
-    grid: Literal["time", "logsnr"] = "time"
+    grid: Literal["time", "logsnr"] = "time"  # what the steps are even in
+    # Where sampling starts and ends, within the training's.
     logsnr_min: LogSNR = -20.0
     logsnr_max: LogSNR = 20.0
+    # Stochasticity of "ddpm": 0 takes the lower, 1 the upper variance.
     gamma: Share = 0.1
-    guidance: Real = 1.0
+    guidance: Real = 1.0  # w of Eq. 2; 1 is no guidance
+    # w of each step, the noisiest first; () for one w. Steps with w = 1 run the network
+    # once.
     guidance_schedule: tuple[Real, ...] = ()
+    # Makes the two passes of guidance one call on twice the batch, not two calls with
+    # half of the activations at a time.
     guidance_batched: bool = True
     threshold: Literal["none", "static", "dynamic"] = "dynamic"
+    # Percentile of |x0| for the "dynamic" threshold (paper A.10: 99.5).
     percentile: Annotated[float, "(0, 100]"] = 99.5
+    # Time of the forward process that the low-resolution input is noised to.
     aug_level: Share = 0.1
-    batch_size: Size = 64
+    batch_size: Size = 64  # images in one call of the compiled sampler
 
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """One stage of a cascade; stages differ in values only.
+    """One stage of a cascade; stages differ in values only."""
 
-    Attributes:
-      name: shown in logs.
-      image_size: side of the images that the stage makes, in pixels.
-      lowres_size: side of the stage's input images, in pixels; 0 for a base.
-      crop_size: side of the square cut from the image in training; 0 for none.
-    """
-
-    name: str = "base"
-    image_size: Size = 64
-    lowres_size: SizeOrZero = 0
-    crop_size: SizeOrZero = 0
+    name: str = "base"  # shown in logs
+    image_size: Size = 64  # side of the images that the stage makes, in pixels
+    lowres_size: SizeOrZero = 0  # side of the stage's input images; 0 for a base
+    crop_size: SizeOrZero = 0  # side of the square cut out in training; 0 for none
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     data: DataConfig = DataConfig()
@@ -322,24 +258,25 @@ def from_dict(values: Mapping[str, Any]) -> StageConfig:
     return _cast(StageConfig, values, "config")
 
 
-def from_json(text: str | Mapping | None, where: str = "config.json") -> StageConfig:
-    """Reads what `to_json` wrote (or that, parsed), in this version or an earlier one.
+def from_json(values: Any, where: str) -> StageConfig:
+    """The stage that `to_json` wrote, in this version or an earlier one.
 
     Raises:
-      UserError: when the content of the file `where` is no config for this version.
+      UserError: when the parsed content of the file `where` is no config.
     """
+    model = values.get("model") if isinstance(values, dict) else None
+    if isinstance(model, dict) and "scan_blocks" in model:
+        # Earlier versions could stack the parameters of equal blocks.
+        if model["scan_blocks"]:
+            raise UserError(
+                f"{where}: config.model.scan_blocks is True: the parameters are "
+                "stacked; use the version that trained it, or train anew"
+            )
+        del model["scan_blocks"]
     try:
-        values = json.loads(text) if isinstance(text, str) else text
-        for (group, key), (kept, advice) in _REMOVED.items():
-            fields = values.get(group) if isinstance(values, dict) else None
-            value = fields.pop(key, kept) if isinstance(fields, dict) else kept
-            if value != kept:
-                raise UserError(f"config.{group}.{key} is {value!r}; {advice}")
         return from_dict(values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from None
 
 
 def to_json(cfg: StageConfig) -> str:

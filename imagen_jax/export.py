@@ -2,22 +2,31 @@
 
 python -m imagen_jax.export --stage=WORKDIR --output=FOLDER
 
-Writes model.safetensors (several files and an index when it is large), config.json and
-README.md, a model card with gaps for its publisher. `sample --stage=FOLDER` and `train
---config.training.init_from=FOLDER` read the folder.
+Writes model.safetensors (several files and an index when it is large, named as Hugging
+Face does), config.json and README.md, a model card with gaps for its publisher.
+`sample --stage=FOLDER` and `train --config.training.init_from=FOLDER` read the folder.
 """
 
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+
 import jax
+import numpy as np
 from absl import flags
+from flax import traverse_util
 
 from imagen_jax import __version__, cli
 from imagen_jax.api.cascade import Trained, open_stages
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
-from imagen_jax.training import weights
+from imagen_jax.training.checkpoint import description
+from imagen_jax.training.weights import CONFIG, INDEX, SINGLE
 
-_CARD = """---
+_CARD = "README.md"
+_TEXT = """---
 library_name: imagen-jax
 pipeline_tag: text-to-image
 license: other
@@ -45,7 +54,7 @@ All values are in `config.json`.
 python -m imagen_jax.sample --stage={folder} --prompt="..." --output=samples
 ```
 
-{place} The text encoder is not part of this folder: all encoders but the tiny one need
+The text encoder is not part of this folder: all encoders but the tiny one need
 `--encoder_weights`. To train on from these weights:
 `--config.training.init_from={folder}`.
 
@@ -59,34 +68,80 @@ python -m imagen_jax.sample --stage={folder} --prompt="..." --output=samples
 
 def model_card(stage: Trained, count: int, folder: str) -> str:
     """Text of README.md for a stage with `count` parameters, in `folder`."""
-    size, lowres = stage.cfg.image_size, stage.cfg.lowres_size
-    makes = f"images of {size} x {size} pixels from a caption"
-    place = "It is the first stage of a cascade."
-    if lowres:
-        makes += f" and an image of {lowres} x {lowres}"
-        place = (
-            f"It enlarges: give `--lowres=IMAGE` of {lowres} pixels, or `--stage` of "
-            "the stages before it first."
+    cfg = stage.cfg
+    makes = f"images of {cfg.image_size} x {cfg.image_size} pixels from a caption"
+    if cfg.lowres_size:
+        makes += (
+            f" and an image of {cfg.lowres_size} x {cfg.lowres_size} (`--lowres=IMAGE`,"
+            " or `--stage` of the stages before it first)"
         )
-    filled = {"makes": makes, "place": place, "count": count, "step": stage.step}
-    return _CARD.format(
-        cfg=stage.cfg, text=stage.cfg.text, version=__version__, folder=folder, **filled
-    )
+    about = {"version": __version__, "makes": makes, "step": stage.step}
+    return _TEXT.format(cfg=cfg, text=cfg.text, count=count, folder=folder, **about)
 
 
 def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
-    """Writes the newest undamaged checkpoint of `workdir`; returns the files' names.
+    """Writes the newest undamaged average of `workdir`: everything or nothing.
 
-    Raises:
-      UserError: for a workdir without checkpoints, or an output that is in use.
+    The config is stored without the paths of its records and first weights. A file has
+    at most `shard_bytes` of parameters, if it holds several.
+    Returns the names of the files that hold parameters; raises `UserError` for a
+    workdir without checkpoints, or an output that is in use or cannot be written.
     """
+    import safetensors.numpy
+
+    place = pathlib.Path(output)
     if "://" in output:
         raise UserError(f"--output={output}: export to a disk, then copy the folder")
+    if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+        raise UserError(f"{output} exists and is not empty: give a new folder")
     (stage,) = open_stages([workdir])
     params = stage.load(make_mesh(MeshConfig(), jax.devices("cpu")[:1])).params
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    card = model_card(stage, count, output)
-    return weights.write(output, params, stage.cfg, stage.step, card, shard_bytes)
+    cfg = dataclasses.replace(
+        stage.cfg,
+        data=dataclasses.replace(stage.cfg.data, records=""),
+        training=dataclasses.replace(stage.cfg.training, init_from=""),
+    )
+    flat = traverse_util.flatten_dict(params, sep=".")
+    shards = _shards({name: x.nbytes for name, x in flat.items()}, shard_bytes)
+    index = {
+        "metadata": {"total_size": sum(x.nbytes for x in flat.values())},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    count = sum(x.size for x in flat.values())
+    partial = place.with_name(place.name + ".partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        for file, names in shards.items():
+            arrays = {name: np.asarray(flat[name]) for name in names}
+            safetensors.numpy.save_file(arrays, partial / file, {"format": "flax"})
+        if len(shards) > 1:
+            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        config = json.dumps(description(cfg, stage.step), indent=2)
+        (partial / CONFIG).write_text(config + "\n")
+        (partial / _CARD).write_text(model_card(stage, count, output))
+        if place.exists():
+            place.rmdir()
+        partial.rename(place)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error}") from None
+    return list(shards)
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+    """Names by file, in their order, cut where a file would exceed `most` bytes."""
+    shards, held = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors": names
+        for i, names in enumerate(shards, 1)
+    }
 
 
 def define_flags() -> None:
@@ -102,7 +157,7 @@ def main() -> None:
     args = flags.FLAGS
     files = export(args.stage, args.output, int(args.shard_gb * 1e9))
     print(f"{len(files)} files of parameters in {args.output}")
-    print(f"Fill in the gaps of its {weights.CARD} before publishing it")
+    print(f"Fill in the gaps of its {_CARD} before publishing it")
 
 
 if __name__ == "__main__":

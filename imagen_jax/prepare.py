@@ -9,114 +9,87 @@ work with --process_index and --process_count. docs/prepare.md has the rest.
 """
 
 import dataclasses
-import math
+import functools
+import itertools
 
 import jax
 import tqdm
 from absl import flags
 
 from imagen_jax import cli
-from imagen_jax.data.manifest import QUARANTINE_FILE, Manifest
-from imagen_jax.data.start_tensorflow import start_tensorflow
-from imagen_jax.preparing import beam, npz
+from imagen_jax.data.manifest import Manifest
 from imagen_jax.preparing import job as jobs
-from imagen_jax.preparing.captions import Embedder
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
-from imagen_jax.preparing.stats import estimate, format_bytes
+from imagen_jax.preparing.stats import Stats
+from imagen_jax.text.embeddings import Embedder
 from imagen_jax.text.encoders import load_encoder
+
+_size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
 
 
 def prepare(
     source: str, output: str, *, progress: bool = True, **settings
 ) -> Manifest | None:
-    """Writes the records of `source` to `output`.
+    """Writes the records of `source` to `output`; `settings` are other `Settings`.
 
     Equal arguments and an equal source make equal bytes, however often the job was
-    killed and however many processes it was divided among. What is there already is
-    kept if it is the same, else refused.
-
-    Args:
-      source: one of `preparing.sources.FORMS`.
-      output: a folder to be, or FILE.npz.
-      progress: whether to show an estimate, a bar and a summary.
-      **settings: the other fields of `preparing.settings.Settings`.
+    killed and however many processes shared it. What is there already is kept if it is
+    the same, else refused. `progress` shows an estimate, a bar and a summary.
 
     Returns:
       the manifest; None when other processes have not finished.
-
-    Raises:
-      UserError: for bad settings, a source that is malformed or of which too much
-        cannot be used, an output that holds something else, and a full disk.
     """
     asked = Settings(source, output, **settings)
     asked.check()
-    embedder = None
-    index, count = asked.process_index or 0, asked.process_count or 1
+    index, count, embedder = asked.process_index, asked.process_count, None
     if asked.encoder != NO_ENCODER:
         encoder = load_encoder(
             asked.encoder, asked.encoder_weights, asked.encoder_dtype
         )
         embedder = Embedder(encoder, asked.text_length, asked.embedding_dtype)
-        if asked.process_count is None and not asked.is_npz:
-            # Not for pictures alone, which need no accelerator.
-            index, count = jax.process_index(), jax.process_count()
-    job = jobs.open_job(asked, embedder)
+    if count is None:
+        # Pictures alone need no accelerator.
+        several = embedder and not asked.is_npz
+        index, count = (jax.process_index(), jax.process_count()) if several else (0, 1)
+    job = jobs.Job(asked, jobs.open_source(asked), embedder)
     old = jobs.start(job)
     if old:
         if progress:
             print(f"already prepared: {old.examples} examples in {output}")
         return old
-    if embedder and not asked.is_npz:
-        # Before the bar, which its start would interrupt.
-        start_tensorflow()
     if progress:
-        print(estimate(job.source, asked.rules, embedder, job.output))
-    total, shards = job.source.count, job.source.shards
-    if total is not None:
-        total = math.ceil(total * len(range(index, shards, count)) / shards)
-    # A pipeline shows its own progress.
-    hidden = not progress or bool(asked.runner)
-    with tqdm.tqdm(total=total, unit=" examples", disable=hidden) as bar:
-        if asked.is_npz:
-            manifest = npz.write(job, bar.update)
-        else:
-            if asked.runner:
-                todo = [n for n in range(shards) if not job.report(n)]
-                beam.write_shards(asked, todo)
-            manifest = jobs.run(job, index, count, bar.update)
+        print(_estimate(job))
+    total = job.source.count and job.source.count // count
+    with tqdm.tqdm(total=total, unit=" examples", disable=not progress) as bar:
+        job = dataclasses.replace(job, progress=bar.update)
+        if asked.runner:
+            jobs.write_shards_with_beam(job)
+        manifest = jobs.run(job, index, count)
     if progress:
-        print(_summary(job, manifest))
+        print(_summary(manifest, output) if manifest else "done here; others are not")
     return manifest
 
 
-def _summary(job: jobs.Job, manifest: Manifest | None) -> str:
-    if not manifest:
-        shards = job.source.shards
-        there = sum(bool(job.report(number)) for number in range(shards))
-        return (
-            f"this process is done; {there} of {shards} shards are there. The process "
-            "that finishes last writes the manifest; if one was killed, start it again"
-        )
-    n, error = manifest.examples, manifest.cosine_error
-    lines = [f"prepared {n} examples in {job.output}"]
-    if job.embedder:
-        lines.append(
-            f"text: {manifest.encoder}, {manifest.tokens_mean} tokens a caption, at "
-            f"most {manifest.tokens_max}; {job.embedder.encoded} different captions "
-            f"encoded; {format_bytes(manifest.text_bytes / n)} a caption, cosine error "
-            f"{error['mean']:.2g}, at worst {error['worst']:.2g}"
-        )
-    lines.append(
-        f"pictures: {format_bytes(manifest.image_bytes / n)} each, "
-        f"{manifest.reencoded} of them reencoded"
-    )
-    if manifest.cut_captions:
-        lines.append(f"cut: {manifest.cut_captions} captions were too long")
-    if manifest.skipped:
-        file = job.output / QUARANTINE_FILE
-        where = "the manifest" if job.settings.is_npz else file
-        lines.append(f"skipped: {manifest.skipped} examples, listed in {where}:")
-        lines += [f"  {s['file']}: {s['reason']}" for s in manifest.skipped_files[:5]]
+def _estimate(job: jobs.Job) -> str:
+    """One line on the size of a job's output, judged by its first examples."""
+    first, count = itertools.islice(job.items(), 64), job.source.count
+    sizes = [
+        len(image.data) + (len(text.data) if text else 0)
+        for _, image, text in jobs.usable(job, first, Stats())
+    ]
+    each = sum(sizes) / max(len(sizes), 1)
+    whole = f", {_size(count * each)} for {count:,}" if count else ""
+    return f"estimated: {_size(each)} an example{whole}"
+
+
+def _summary(done: Manifest, output: str) -> str:
+    lines = [
+        f"prepared {done.examples} examples in {output}: "
+        f"{_size(done.image_bytes)} of pictures ({done.reencoded} reencoded), "
+        f"{_size(done.text_bytes)} of captions ({done.cut_captions} cut, "
+        f"cosine error {done.cosine_error['mean']:.2g}); {done.skipped} skipped"
+    ]
+    lines += [f"  {s['file']}: {s['reason']}" for s in done.skipped_files[:5]]
     return "\n".join(lines)
 
 
@@ -126,9 +99,8 @@ def define_flags() -> None:
     for field in dataclasses.fields(Settings):
         required = field.default is dataclasses.MISSING
         define = kinds.get(field.type, flags.DEFINE_integer)
-        define(field.name, None if required else field.default, field.metadata["help"])
-        if required:
-            flags.mark_flag_as_required(field.name)
+        default = None if required else field.default
+        define(field.name, default, field.metadata["help"], required=required)
 
 
 def main() -> None:

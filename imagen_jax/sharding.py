@@ -35,19 +35,16 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     sizes, count = list(given.values()), len(devices)
     if sizes.count(-1) > 1 or any(size < -1 or not size for size in sizes):
         raise UserError(
-            f"config.mesh is {given}: sizes are positive, and at most one of them is "
-            "-1 (all devices that are left)"
+            f"config.mesh is {given}: sizes are positive, and at most one of them is -1"
         )
     fixed = math.prod(size for size in sizes if size > 0)
-    if count % fixed or (-1 not in sizes and fixed != count):
-        divisors = [d for d in range(1, count + 1) if count % d == 0]
+    sizes = [count // fixed if size == -1 else size for size in sizes]
+    if math.prod(sizes) != count:
         raise UserError(
-            f"config.mesh is {given}, which does not divide the {count} devices here; "
-            f"the product must be {count}, and an axis can be one of {divisors}"
+            f"config.mesh is {given}, which does not divide the {count} devices here: "
+            f"the product must be {count}"
         )
-    return Mesh(
-        _arrange(devices, [count // fixed if n == -1 else n for n in sizes]), AXES
-    )
+    return Mesh(_arrange(devices, sizes), AXES)
 
 
 def _arrange(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
@@ -59,20 +56,18 @@ def _arrange(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
     if sizes[0] % slices:
         raise UserError(
             f"config.mesh.data is {sizes[0]}, which does not divide over {slices} "
             f"slices: use a multiple of {slices}"
         )
-    if slices == 1:
-        return mesh_utils.create_device_mesh(
-            sizes, devices, allow_split_physical_axes=True
-        )
+    inside, between = [sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1]
     return mesh_utils.create_hybrid_device_mesh(
-        [sizes[0] // slices, *sizes[1:]],
-        [slices, *([1] * (len(sizes) - 1))],
-        devices,
-        allow_split_physical_axes=True,
+        inside, between, devices, allow_split_physical_axes=True
     )
 
 
@@ -100,10 +95,7 @@ def rows_of_process(batch_size: int, mesh: Mesh, process_index: int) -> np.ndarr
 def check_batch_size(
     batch_size: int, mesh: Mesh, name: str, microbatches: int = 1
 ) -> None:
-    """Raises `UserError` unless every microbatch divides over the row shards.
-
-    `name` is the key of the batch size in the config: "training.batch_size".
-    """
+    """Raises `UserError`, with the key `name`, unless shards get equal microbatches."""
     ways = row_shards(mesh) * microbatches
     if batch_size % ways:
         near = max(ways, batch_size // ways * ways)
@@ -121,11 +113,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(abstract_state, mesh: Mesh):
-    """A `NamedSharding` for every leaf of a tree of abstract arrays.
+    """A `NamedSharding` for every leaf: a `nn.LogicallyPartitioned` box or plain array.
 
-    Leaves are `nn.LogicallyPartitioned` boxes, or plain arrays, which are replicated.
-    So are dimensions that their mesh axis does not divide, and Adafactor's factored
-    moments: vectors that lack an axis of their parameter.
+    Plain arrays are replicated. So are dimensions that their mesh axis does not divide,
+    and Adafactor's factored moments: vectors that lack an axis of their parameter.
     """
 
     def is_box(leaf):
@@ -202,10 +193,8 @@ def gather_fsdp(weight: jax.Array, names: Sequence[str]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2:
         return weight
-    rest = [None if name == "in" else name for name in names]
-    return _gather(
-        weight, _spec(rest, weight.shape, mesh), _spec(names, weight.shape, mesh)
-    )
+    rest, shape = [None if name == "in" else name for name in names], weight.shape
+    return _gather(weight, _spec(rest, shape, mesh), _spec(names, shape, mesh))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -14,8 +14,6 @@ command is started once on each host of a TPU slice or for each task of a Slurm 
 launch/README.md).
 """
 
-import math
-
 import jax
 from absl import flags
 from ml_collections import config_flags
@@ -23,12 +21,7 @@ from ml_collections import config_flags
 from imagen_jax import cli
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.errors import UserError
-from imagen_jax.training.replay import first_not_finite, replay
-
-# Other devices sum in another order, so a replay's numbers agree to this share.
-_TOLERANCE = 0.01
-# Lines of each of a replay's tables.
-_SHOWN = 8
+from imagen_jax.training.replay import print_replay
 
 
 def define_flags() -> None:
@@ -37,32 +30,20 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "folder of this run, or gs://BUCKET/FOLDER")
     flags.DEFINE_bool("distributed", False, "one process of a TPU slice or Slurm job")
     flags.DEFINE_integer(
-        "start_timeout_seconds",
-        600,
-        "with --distributed: how long to wait for the other processes",
-        lower_bound=1,
+        "start_timeout_seconds", 600, "wait for the other processes", lower_bound=1
     )
     flags.DEFINE_integer(
-        "heartbeat_timeout_seconds",
-        100,
-        "with --distributed: after so long without a sign of life a process is lost",
-        lower_bound=1,
+        "heartbeat_timeout_seconds", 100, "without a sign of life: lost", lower_bound=1
     )
     flags.DEFINE_string("replay", None, "a bundle, WORKDIR/bundles/STEP; alone")
 
-    def given(name):
-        return flags.FLAGS[name].value is not None
-
-    for name in ("config", "workdir"):
-        flags.register_validator(
-            name,
-            lambda value: value is not None or given("replay"),
-            message="give --config and --workdir, or --replay alone",
-        )
-    flags.register_validator(
-        "replay",
-        lambda value: value is None or not (given("config") or given("workdir")),
-        message="its config is in the bundle: give neither --config nor --workdir",
+    flags.register_multi_flags_validator(
+        ["config", "workdir", "replay"],
+        lambda values: (
+            {name for name, value in values.items() if value is not None}
+            in ({"config", "workdir"}, {"replay"})
+        ),
+        message="give --config and --workdir, or --replay alone",
     )
 
 
@@ -93,43 +74,9 @@ def join(start_seconds: int, heartbeat_seconds: int) -> None:
         )
     except ValueError:
         raise UserError(
-            "--distributed: JAX does not see other processes here: it knows those of "
-            "TPU VMs, GKE and Slurm (see launch/README.md). On one host leave "
-            "--distributed out"
+            "--distributed: JAX finds no other processes, as TPU VMs, GKE and Slurm "
+            "start them (launch/README.md); on one host leave --distributed out"
         ) from None
-
-
-def print_replay(bundle: str) -> None:
-    """Does the step of a bundle again and prints its numbers beside the run's."""
-    done = replay(bundle)
-    print(f"step {done.step}, done again on one device\n")
-    print(f"{'':16}{'in the run':>16}{'here':>16}")
-    same = True
-    for name, was in done.recorded.items():
-        now = done.here[name]
-        print(f"{name.replace('_', ' '):16}{was:16.8g}{now:16.8g}")
-        both_bad = not math.isfinite(now) and not math.isfinite(was)
-        same &= both_bad or math.isclose(now, was, rel_tol=_TOLERANCE)
-    print(f"\nthe numbers {'agree' if same else 'DO NOT AGREE'} (to {_TOLERANCE:.0%})")
-    cause = first_not_finite(done.here)
-    print(f"first not finite: {cause or 'nothing, all numbers are finite'}")
-    examples = sorted(
-        done.here["examples"],
-        key=lambda e: e["loss"] if math.isfinite(e["loss"]) else math.inf,
-        reverse=True,
-    )
-    print(f"\n{'largest losses':>16}{'example':>12}{'log-SNR':>12}{'text up to':>12}")
-    for example in examples[:_SHOWN]:
-        print(
-            f"{example['loss']:16.6g}{example['id']:12d}"
-            f"{example['logsnr']:12.4g}{example['text']:12.4g}"
-        )
-    for kind in ("parameters", "layers", "gradients"):
-        finite = {n: v for n, v in done.here[kind].items() if math.isfinite(v)}
-        bad = len(done.here[kind]) - len(finite)
-        print(f"\n{kind}: {bad} of {len(done.here[kind])} not finite; the largest are")
-        for name in sorted(finite, key=finite.get, reverse=True)[:_SHOWN]:
-            print(f"{finite[name]:16.6g}  {name}")
 
 
 if __name__ == "__main__":

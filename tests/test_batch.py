@@ -149,7 +149,7 @@ def test_check_batch_names_the_field(name, shape, dtype):
 @pytest.mark.parametrize("name", ["length", "dim"])
 def test_text_without_records_needs_its_shape(name):
     cfg = config.from_dict({**SPEC_OF, "text": {"length": 5, "dim": 6, name: 0}})
-    with pytest.raises(UserError, match=f"config.text.{name} is 0: the records' value"):
+    with pytest.raises(UserError, match=f"config.text.{name} is 0, the records' value"):
         batches.batch_spec(cfg)
 
 

@@ -16,8 +16,7 @@ from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
 from imagen_jax.goodput import read_goodput
 from imagen_jax.training import checksums, loop
-from imagen_jax.training.goodput import Stopwatch
-from imagen_jax.training.metrics import MetricWriter
+from imagen_jax.training.metrics import MetricWriter, Stopwatch
 from tests import tiny
 
 

@@ -200,7 +200,7 @@ def test_json_round_trip():
         }
     )
     text = config.to_json(cfg)
-    assert config.from_json(text) == cfg
+    assert config.from_json(json.loads(text), "config.json") == cfg
     assert list(json.loads(text)) == [f.name for f in dataclasses.fields(cfg)]
     # All fields are in the file, so that a new default changes no old checkpoint.
     assert text.count(":") == len(config.difference(cfg, _all_other(cfg))) + 8
@@ -226,29 +226,20 @@ def _all_other(cfg):
 
 def test_a_key_of_an_earlier_version_is_passed_over_where_it_changes_nothing():
     values = {"model": {"dropout": 0.1, "scan_blocks": False}}
-    cfg = config.from_json(json.dumps(values))
-    assert (
-        cfg == config.from_json(values) == config.from_dict({"model": {"dropout": 0.1}})
-    )
-    values["model"]["scan_blocks"] = True
+    cfg = config.from_json(values, "run/config.json")
+    assert cfg == config.from_dict({"model": {"dropout": 0.1}})
     with pytest.raises(
-        UserError, match="^run/config.json: .*scan_blocks is True; .* train"
+        UserError, match="^run/config.json: .*scan_blocks is True: .* train"
     ):
-        config.from_json(json.dumps(values), "run/config.json")
+        config.from_json({"model": {"scan_blocks": True}}, "run/config.json")
     # Nobody types it any more.
     _refused({"model": {"scan_blocks": False}}, "model.scan_blocks does not exist")
 
 
 def test_a_wrong_value_in_a_file_names_the_file():
-    for text in ('{"model": {"dropot": 0.1}}', '{"model": 3}', "[]"):
+    for values in ({"model": {"dropot": 0.1}}, {"model": 3}, [], None):
         with pytest.raises(UserError, match="^run/config.json: config"):
-            config.from_json(text, "run/config.json")
-
-
-@pytest.mark.parametrize("text", ["", "{", "nonsense"])
-def test_broken_json_names_the_file(text):
-    with pytest.raises(UserError, match="run/config.json is not valid JSON"):
-        config.from_json(text, "run/config.json")
+            config.from_json(values, "run/config.json")
 
 
 def test_difference():

@@ -9,8 +9,7 @@ import pytest
 
 from imagen_jax.errors import UserError
 from imagen_jax.goodput import read_goodput, table
-from imagen_jax.training.goodput import Stopwatch
-from imagen_jax.training.metrics import MetricWriter
+from imagen_jax.training.metrics import MetricWriter, Stopwatch
 from tests.clock import Clock
 
 ROOT = Path(__file__).parents[1]

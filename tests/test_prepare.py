@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -96,7 +97,7 @@ def test_outputs_that_hold_something_else(pictures, tmp_path, name):
     output = tmp_path / name
     output.mkdir()
     (output / "thesis.tex").write_text("...")
-    with pytest.raises(UserError, match="was not written by this version of `prepare`"):
+    with pytest.raises(UserError, match="was not written by `prepare`"):
         _prepare(f"folder:{pictures}", output)
     assert _bytes(output) == {"thesis.tex": b"..."}
 
@@ -113,7 +114,7 @@ def test_broken_pictures_are_skipped_and_named(pictures, tmp_path, name, capsys)
     assert reasons["4.png"] == "has no .txt file beside it"
     assert "truncated" in reasons["2.png"].lower()
     out = capsys.readouterr().out
-    assert "skipped: 2 examples" in out and "2.png: " in out
+    assert "; 2 skipped" in out and "2.png: " in out
 
 
 @pytest.mark.parametrize("name", ["out", "out.npz"])
@@ -156,7 +157,37 @@ def test_cut_captions_are_counted(pictures, tmp_path, capsys):
     manifest = prepare.prepare(f"folder:{pictures}", str(tmp_path / "o"), text_length=9)
     assert (manifest.cut_captions, manifest.tokens_max) == (2, 9)
     assert manifest.tokens_mean == (3 + 6 + 9 + 9 + 9) / 5
-    assert "cut: 2 captions" in capsys.readouterr().out
+    assert "(2 cut" in capsys.readouterr().out
+
+
+def test_the_estimate(tmp_path, capsys):
+    """It is near what is written, and does not change it."""
+    options = {"image_size": 16, "text_length": 8}
+    manifest = prepare.prepare("shapes:300", str(tmp_path / "a"), **options)
+    said = capsys.readouterr().out.splitlines()[0]
+    want = r"estimated: (\S+)B an example, (\S+)kB for 300"
+    each, whole = map(float, re.fullmatch(want, said).groups())
+    written = manifest.image_bytes + manifest.text_bytes
+    # A mean of 64, whose deviation is below a half of it.
+    assert abs(whole * 1000 / written - 1) < 4 * 0.5 / 64**0.5
+    assert abs(each * 300 / (whole * 1000) - 1) < 0.01
+    _prepare("shapes:300", tmp_path / "b", **options)
+    assert _bytes(tmp_path / "a") == _bytes(tmp_path / "b")
+    tars.write(tmp_path / "0.tar", [("0.png", b"broken"), ("0.txt", b"x")])
+    with pytest.raises(UserError, match="1 of 1 examples"):
+        prepare.prepare(f"webdataset:{tmp_path}/*.tar", str(tmp_path / "c"))
+    assert capsys.readouterr().out.startswith("estimated: ")
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_sources_with_nothing_to_use(tmp_path, name):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    with pytest.raises(UserError, match="pictures' has no examples"):
+        prepare.prepare(f"folder:{folder}", str(tmp_path / name))
+    (folder / "a.txt").write_text("alone")
+    with pytest.raises(UserError, match="1 of 1 .* first 'a.txt': has a caption, but"):
+        prepare.prepare(f"folder:{folder}", str(tmp_path / f"2{name}"))
 
 
 def test_shapes_are_the_scenes_of_their_captions(tmp_path):
@@ -173,14 +204,11 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (
-            {"source": "foldr:x"},
-            r"'foldr:x' \(did you mean 'folder'\?\); it is folder:",
-        ),
+        ({"source": "foldr:x"}, "'foldr:x'; it is folder:"),
         ({"source": "folder:"}, "it is folder:DIR, webdataset:GLOB, .* or shapes:N"),
         ({"source": "shapes:many"}, "give a number above zero"),
         ({"source": "folder:/no/where"}, "there is no folder '/no/where'"),
-        ({"output": ""}, "--output is empty"),
+        ({"output": ""}, "--output='' is no folder"),
         ({"encoder": "tny"}, "did you mean 'tiny'"),
         ({"text_length": 0}, "--text_length is 0"),
         ({"seed": -1}, "--seed is -1"),
@@ -189,20 +217,19 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
         ({"stored_size": -2}, "--stored_size is -2"),
         (
             {"stored_size": 8, "output": "out.npz"},
-            "stored_size is 8, less than --image_size",
+            "--stored_size is below --image_size",
         ),
-        ({"max_aspect": 0.5}, "--max_aspect is 0.5; give 1 or more"),
-        ({"max_bad_share": 1.5}, "--max_bad_share is 1.5; give 0 to 1"),
+        ({"max_bad_share": -0.5}, "--max_bad_share is -0.5; give at least 0"),
         ({"embedding_dtype": "int9"}, r"'int9' \(did you mean 'int8'\?\)"),
-        ({"process_index": 1}, "--process_index and --process_count go together"),
-        ({"process_index": 2, "process_count": 2}, "is one of 0 to 1"),
+        ({"process_index": 1}, "give --process_index=I and --process_count"),
+        ({"process_index": 2, "process_count": 2}, "with I < N"),
         (
             {"output": "x.npz", "process_index": 0, "process_count": 2},
-            "is written by one process",
+            "needs one process and",
         ),
-        ({"output": "x.npz", "encoder": "none"}, "and has embeddings"),
-        ({"output": "gs://bucket/records"}, "mount the bucket .gcsfuse, s3fs."),
-        ({"runner": "DirectRunner"}, "--runner=DirectRunner prepares pictures only"),
+        ({"output": "x.npz", "encoder": "none"}, "and an --encoder"),
+        ({"output": "gs://bucket/records"}, "mount a bucket"),
+        ({"runner": "DirectRunner"}, "--runner needs --encoder=none"),
         ({"source": "webdataset:/no/*.tar"}, "no tar matches '/no/.*'"),
         ({"source": "parquet:/no/*"}, "no Parquet file matches"),
     ],

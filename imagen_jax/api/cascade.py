@@ -13,9 +13,8 @@ from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_ca
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.text.encoders import embed, load_encoder
-from imagen_jax.training.initial_state import Workdir, check_fit, open_weights
 from imagen_jax.training.state import abstract_state
-from imagen_jax.training.weights import Exported
+from imagen_jax.training.weights import Weights, open_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Trained:
     workdir: str  # of its training, or a folder that `export` wrote
     step: int  # of the checkpoint
     cfg: StageConfig
-    weights: Workdir | Exported  # averaged parameters, not loaded yet
+    weights: Weights  # averaged parameters, not loaded yet
 
     def load(self, mesh: Mesh) -> Stage:
         """The stage with its averaged parameters on `mesh`."""
@@ -47,8 +46,7 @@ def open_stages(workdirs: Sequence[str]) -> list[Trained]:
                 f"--stage={workdir} is one file, which does not say what its stage is: "
                 "give the folder that `export` wrote"
             )
-        if isinstance(weights, Exported):
-            check_fit(weights, weights.cfg, "--stage")
+        weights.check_fit(weights.cfg, "--stage")
         trained.append(Trained(workdir, weights.step, weights.cfg, weights))
     texts = {one.cfg.text: one.workdir for one in trained}
     if len(texts) > 1:

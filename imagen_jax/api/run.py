@@ -9,11 +9,10 @@ from jax.experimental import multihost_utils
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
-from imagen_jax.data.mixture import open_sources
-from imagen_jax.data.pipeline import open_records
+from imagen_jax.data.pipeline import Stream, open_records, open_sources
 from imagen_jax.sharding import make_mesh
-from imagen_jax.training.goodput import Stopwatch
-from imagen_jax.training.loop import BatchIterator, train
+from imagen_jax.training.loop import train
+from imagen_jax.training.metrics import Stopwatch
 from imagen_jax.training.state import TrainState
 
 
@@ -50,7 +49,7 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
     return train(cfg, workdir, batches, mesh, preview, stopwatch)
 
 
-def _peek(batches: BatchIterator, count: int) -> Batch:
+def _peek(batches: Stream, count: int) -> Batch:
     """The first `count` examples, on every host; the iterator stays where it is."""
     state = batches.get_state()
     batch = next(batches)

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import os
-import typing
 import zipfile
 from typing import Any
 
@@ -19,6 +18,8 @@ FILE_NAME = "manifest.json"
 FORMAT = 3
 # Prefix of the name of a TensorFlow Datasets data set.
 TFDS = "tfds:"
+# As which TensorFlow Datasets reads a folder of records.
+_TFDS_FILES = ("dataset_info.json", "features.json")
 # The arguments of a job; a folder that has it and no manifest is not finished.
 JOB_FILE = "prepare.json"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -28,48 +29,31 @@ PICTURES_FILE = "pictures.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A prepared data set.
+    """A prepared data set."""
 
-    Attributes:
-      settings: the arguments of `prepare`: source, text_length, image_size, ...
-      source_sha256: hash of the names and sizes of the source's files, and of its
-        captions where they are known before images are read.
-      encoder: identity of the text encoder.
-      text_dim: width of one token's embedding.
-      embedding_dtype: "bfloat16" or "int8" (`imagen_jax.text.embeddings`).
-      cosine_error: {"mean", "worst"} of 1 - cosine between a token's embedding as the
-        encoder gave it and as it is stored.
-      examples: number of records.
-      text_bytes: size of all embeddings.
-      image_bytes: size of all image files.
-      tokens_max: tokens of the longest caption as stored.
-      tokens_mean: mean tokens of a caption as stored.
-      cut_captions: number of captions that were cut to text_length tokens.
-      reencoded: number of images that were encoded again (reduced, transparent,
-        rotated by their EXIF tag, 16 bit, CMYK, WebP, ...).
-      skipped: number of the source's examples that are not in the records.
-      skipped_files: the first of them, each {"file": ..., "reason": ...}; all are in
-        quarantine.jsonl beside the manifest.
-      shards: for each file of records {"file", "examples", "sha256", "sides",
-        "lengths"}; "sides" counts images by their shorter side in pixels, "lengths"
-        counts captions by their tokens as stored. A .npz file has one entry.
-    """
-
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # arguments of `prepare`: source, text_length, ...
+    # Hash of the names and sizes of the source's files, and of its captions where they
+    # are known before images are read.
     source_sha256: str = ""
-    encoder: str
-    text_dim: int
-    embedding_dtype: str
+    encoder: str  # identity of the text encoder
+    text_dim: int  # width of one token's embedding
+    embedding_dtype: str  # one of `embeddings.DTYPES`
+    # "mean" and "worst" 1 - cosine between a token's embedding and what is stored.
     cosine_error: dict[str, float] = dataclasses.field(default_factory=dict)
-    examples: int
-    text_bytes: int = 0
-    image_bytes: int
-    tokens_max: int = 0
+    examples: int  # number of records
+    text_bytes: int = 0  # all embeddings
+    image_bytes: int  # all image files
+    tokens_max: int = 0  # longest caption as stored
     tokens_mean: float = 0.0
-    cut_captions: int = 0
+    cut_captions: int = 0  # captions cut to text_length tokens
+    # Images encoded again: reduced, transparent, rotated, 16 bit, CMYK, WebP, ...
     reencoded: int = 0
-    skipped: int = 0
+    skipped: int = 0  # examples of the source that are not in the records
+    # The first of them as {"file", "reason"}; QUARANTINE_FILE has all.
     skipped_files: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    # {"file", "examples", "sha256", "sides", "lengths"} for each file of records, or
+    # for the one .npz file: "sides" counts images by their shorter side in pixels,
+    # "lengths" counts captions by their tokens.
     shards: list[dict[str, Any]]
 
     @property
@@ -91,80 +75,68 @@ class Manifest:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One of the data sets that `config.data.records` names."""
+
+    path: str  # a folder of records, a .npz file, or "tfds:NAME"
+    weight: float  # how often it is drawn from, relative to the others
+    manifest: Manifest
+
+    @property
+    def is_npz(self) -> bool:
+        """Whether it is read without TensorFlow, into memory."""
+        return not self.path.startswith(TFDS) and epath.Path(self.path).is_file()
+
+
 def to_json(manifest: Manifest) -> str:
     """The text of a manifest file."""
     values = {"format": FORMAT} | dataclasses.asdict(manifest)
     return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
-def from_json(text: str, where: str) -> Manifest:
-    """The inverse of `to_json`; `where` names the file in errors.
-
-    Raises:
-      UserError: when the text has another format or is damaged.
-    """
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON ({error}); prepare again") from None
-    return _from_values(values, where)
-
-
-def _from_values(values: dict[str, Any], where: str) -> Manifest:
+def from_values(values: dict[str, Any], where: str) -> Manifest:
+    """The manifest in the JSON object of `to_json`; `where` names it in errors."""
     found = values.pop("format", None)
     if found != FORMAT:
         raise UserError(
             f"{where} has format {found}, this version reads format {FORMAT}: prepare "
             "the records again, into a new folder"
         )
-    types = typing.get_type_hints(Manifest)
-    faults = set(values) ^ set(types) or {
-        name
-        for name, kind in types.items()
-        if not isinstance(values[name], typing.get_origin(kind) or kind)
-    }
-    if faults:
-        raise UserError(
-            f"{where} is damaged: {', '.join(sorted(faults))} is not what `prepare` "
-            "writes; copy it again, or prepare again"
-        )
-    return Manifest(**values)
+    try:
+        return Manifest(**values)
+    except TypeError as error:
+        raise UserError(f"{where} is damaged, prepare again: {error}") from None
 
 
 def read_manifest(records: str | os.PathLike) -> Manifest:
     """The manifest of a folder of records or of a .npz file.
 
     Raises:
-      UserError: when there is none, it is damaged, or files that it names are missing.
+      UserError: when there is none, or files that it names are missing.
     """
     path = epath.Path(records)
     if not str(records) or not path.exists():
         raise UserError(
-            f"there is no {str(records)!r}: give config.data.records what `python -m "
-            "imagen_jax.prepare --source=... --output=...` has written"
+            f"there is no {str(records)!r}: give config.data.records the output of "
+            "`python -m imagen_jax.prepare`"
         )
     if not path.is_dir():
         return _read_npz_manifest(path)
     # One listing instead of a question for each file: buckets answer slowly.
     names = {file.name for file in path.iterdir()}
-    if PICTURES_FILE in names:
-        raise UserError(
-            f"{str(path)!r} has pictures without embeddings; add them: `python -m "
-            f"imagen_jax.prepare --source=webdataset:{path}/*.tar --output=...`"
-        )
     if FILE_NAME not in names:
-        why = (
-            "is half-written: `prepare` did not finish; run it again"
-            if JOB_FILE in names
-            else f"has no {FILE_NAME}: it was not written by `prepare`"
+        raise UserError(
+            f"{str(path)!r} has no {FILE_NAME}: it is half-written, or has pictures "
+            "without embeddings; run `prepare` again, or on these pictures"
         )
-        raise UserError(f"{str(path)!r} {why}")
     file = path / FILE_NAME
-    manifest = _from_values(read_json(file, "the manifest of records"), str(file))
-    missing = [s["file"] for s in manifest.shards if s["file"] not in names]
+    manifest = from_values(read_json(file, "the manifest of records"), str(file))
+    files = [*_TFDS_FILES, *(shard["file"] for shard in manifest.shards)]
+    missing = [file for file in files if file not in names]
     if missing:
         raise UserError(
-            f"{str(path)!r} lacks {len(missing)} of its {len(manifest.shards)} files, "
+            f"{str(path)!r} lacks {len(missing)} of its {len(files)} files, "
             f"first {missing[0]!r}: copy it again or prepare again"
         )
     return manifest
@@ -173,21 +145,16 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
 def _read_npz_manifest(path: epath.Path) -> Manifest:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            text = str(file["manifest"])
+            values = json.loads(str(file["manifest"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         raise UserError(
-            f"{str(path)!r} is not a .npz file of `prepare`, or is damaged; make it "
-            "with `python -m imagen_jax.prepare --source=... --output=FILE.npz`"
+            f"{str(path)!r} is no .npz file of `prepare`, or is damaged: prepare again"
         ) from None
-    return from_json(text, str(path))
+    return from_values(values, str(path))
 
 
 def with_text(cfg: StageConfig, manifest: Manifest) -> StageConfig:
-    """The config with the text of the records: encoder, width and length.
-
-    Raises:
-      UserError: when the config sets one of them to another value.
-    """
+    """The config with the text of the records: encoder, width and length."""
     theirs = {"encoder": manifest.encoder, "dim": manifest.text_dim}
     if manifest.text_length:
         theirs["length"] = manifest.text_length

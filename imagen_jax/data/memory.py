@@ -1,6 +1,7 @@
 """A whole data set in host memory, from one .npz file: no TensorFlow."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -23,16 +24,12 @@ def arrays(
 ) -> dict[str, np.ndarray]:
     """The arrays of a .npz file, without captions and manifest.
 
-    Args:
-      images: each `[S, S, 3]` uint8.
-      text: `embeddings.to_bytes` of each caption.
-      ids: example numbers.
-      row_bytes: bytes of one token in `text`.
+    Images are `[S, S, 3]` uint8, `text` is `embeddings.to_bytes` of each caption.
 
     Returns:
-      "image" `[N, S, S, 3]` uint8, "text" `[sum of n, row_bytes]` uint8 (tokens as
-      `embeddings` writes them), "offset" `[N + 1]` int64 (example i has the rows
-      offset[i] to offset[i + 1]), "id" `[N]` int64.
+      "image" `[N, S, S, 3]` uint8, "text" `[sum of n, row_bytes]` uint8, "offset"
+      `[N + 1]` int64 (example i has the rows offset[i] to offset[i + 1] of "text"),
+      "id" `[N]` int64.
     """
     lengths = [len(data) // row_bytes for data in text]
     return {
@@ -69,17 +66,9 @@ def open_npz(
     """Loads a .npz file; the result yields batches from any number on.
 
     In every epoch each example comes once, in a permutation of (data.seed, epoch).
-
-    Args:
-      cfg: the stage, which the file is large enough for, with its text.
-      manifest: of the file.
-      rows: `[n]` int64, the rows of every batch that are wanted, ascending.
-
-    Raises:
-      UserError: for an image size that does not halve to the stage's, and for random
-        squares.
+    `rows` `[n]` int64 are the rows of every batch that are wanted, ascending.
     """
-    path, size = cfg.data.records, cfg.image_size
+    path, size, crop = cfg.data.records, cfg.image_size, cfg.crop_size
     if cfg.data.square != "middle":
         raise UserError(
             f"config.data.square is {cfg.data.square!r}, but {path!r} has the middle "
@@ -109,11 +98,11 @@ def open_npz(
             here = epochs == epoch
             own[here] = random.permutation(len(ids))[places[here]]
         images = image[own]
-        if cfg.crop_size:
+        if crop:
             corners = zip(*crop_corner(cfg, ids[own], epochs))
             images = np.stack(
                 [
-                    whole[top : top + cfg.crop_size, left : left + cfg.crop_size]
+                    whole[top : top + crop, left : left + crop]
                     for whole, (top, left) in zip(images, corners)
                 ]
             )
@@ -131,9 +120,4 @@ def open_npz(
         padded, mask = pad_text(ragged, cfg.text.length, cfg.text.dim)
         return Batch(images, padded, mask, ids[own].astype(np.int32))
 
-    def batches_from(start: int) -> Iterator[Batch]:
-        while True:
-            yield batch_at(start)
-            start += 1
-
-    return batches_from
+    return lambda start: map(batch_at, itertools.count(start))

@@ -1,7 +1,4 @@
-"""The order of examples: a function of the config and the records alone.
-
-Any number of hosts together yields the batches of one. Everything is computed from a
-position, so that a resumed run goes there at once.
+"""The order of examples: a function of the config, the records and a position.
 
 A batch is cut into data.readers equal blocks of rows. The shards (files) of a folder
 are dealt into groups: as many as blocks or, where shards are too few, a divisor of
@@ -36,8 +33,6 @@ _DEFAULT_BLOCKS = 8
 # Share by which the smallest group may then be smaller than the largest: until n epochs
 # have passed, records of small groups come so much more often.
 _UNEVEN = 0.1
-# Files that are read by turns, by all readers of a folder together.
-_OPEN_FILES = 16
 
 
 def draw(seed: int, numbers, epoch, purpose) -> Any:
@@ -55,18 +50,11 @@ def draw(seed: int, numbers, epoch, purpose) -> Any:
 
 
 def crop_corner(cfg: StageConfig, ids, epoch) -> tuple[Any, Any]:
-    """Row and column of the upper left pixel of a training crop.
+    """Row and column of the upper left pixel of a training crop: two `[...]` int64.
 
     Crops lie on multiples of image_size / lowres_size pixels, so that the low-res of a
-    crop is a crop of the whole image's low-res.
-
-    Args:
-      cfg: the stage.
-      ids: `[...]` int64, example numbers, numpy or TensorFlow.
-      epoch: `[...]` or `[]` int64.
-
-    Returns:
-      two `[...]` int64 arrays in [0, image_size - crop_size].
+    crop is a crop of the whole image's low-res. `ids` `[...]` are example numbers,
+    `epoch` is `[...]` or `[]`; both int64, numpy or TensorFlow.
     """
     step = cfg.image_size // cfg.lowres_size if cfg.lowres_size else 1
     places = (cfg.image_size - cfg.crop_size) // step + 1
@@ -78,14 +66,8 @@ def crop_corner(cfg: StageConfig, ids, epoch) -> tuple[Any, Any]:
 def square_start(cfg: StageConfig, ids, epoch, extra) -> Any:
     """First pixel, along an image's longer side, of the square that is trained on.
 
-    Args:
-      cfg: data.square "middle" or "random", which is another square in every epoch.
-      ids: `[...]` int64, as in `crop_corner`.
-      epoch: `[...]` or `[]` int64.
-      extra: `[...]` int64, pixels by which the longer side is longer.
-
-    Returns:
-      `[...]` int64 in [0, extra].
+    `[...]` int64 in [0, extra], where the longer side is `extra` `[...]` pixels longer;
+    `ids` and `epoch` as in `crop_corner`.
     """
     if cfg.data.square == "middle":
         return extra // 2
@@ -100,39 +82,28 @@ def is_flipped(cfg: StageConfig, ids, epoch) -> Any:
 def count_blocks(cfg: StageConfig, usable: Sequence[Sequence[int]]) -> int:
     """Number of blocks of a batch: data.readers, or what suits the records.
 
-    Args:
-      cfg: the stage.
-      usable: for each folder, the examples in each shard that the stage can use.
-
-    Raises:
-      UserError: when data.readers does not divide the batch size.
+    `usable` has the examples in each shard of each folder that the stage can use.
     """
     batch, count = cfg.training.batch_size, cfg.data.readers
     if count:
         if batch % count:
-            near = max(d for d in range(1, count) if batch % d == 0)
             raise UserError(
                 f"config.data.readers is {count}, which does not divide "
-                f"config.training.batch_size {batch}: use for example {near}, or 0"
+                f"config.training.batch_size {batch}: use a divisor, or 0"
             )
         return count
-
-    def even(shards, count):
-        groups = _deal(shards, count)
-        return min(groups) >= (1 - _UNEVEN) * max(groups)
-
     count = math.gcd(batch, _DEFAULT_BLOCKS)
-    while not all(even(shards, count) for shards in usable):
+    while True:
+        groups = [_deal(shards, count) for shards in usable]
+        if all(min(own) >= (1 - _UNEVEN) * max(own) for own in groups):
+            return count
         count //= 2
-    return count
 
 
 def group_sizes(shards: Sequence[int], blocks: int) -> list[int]:
     """Examples in each group of a folder's shards; no group is empty.
 
-    Args:
-      shards: usable examples in each shard, of which there is one at least.
-      blocks: of a batch; the number of groups is the largest possible divisor.
+    There are as many groups as the largest possible divisor of `blocks`.
     """
     divisors = (d for d in range(blocks, 0, -1) if blocks % d == 0)
     return next(groups for d in divisors if min(groups := _deal(shards, d)) > 0)
@@ -142,18 +113,10 @@ def _deal(shards: Sequence[int], count: int) -> list[int]:
     return [sum(shards[g::count]) for g in range(count)]
 
 
-def open_files(readers: int) -> int:
-    """Files that each of a folder's readers reads by turns, at least one."""
-    return max(1, _OPEN_FILES // readers)
-
-
 def seek(groups: Sequence[int], reader: int, position: int) -> tuple[int, int]:
     """Epoch of a reader after `position` records, and how many of it are read.
 
-    Args:
-      groups: `group_sizes` of the folder.
-      reader: its number among the folder's readers.
-      position: in records.
+    `groups` are the `group_sizes` of the folder.
     """
     rounds, rest = divmod(position, sum(groups))
     lengths = np.roll(groups, -reader)
@@ -171,15 +134,9 @@ def turns(
     Up to any position n, a folder with the share w of the weights has had n * w turns,
     give or take 1 + w * (number of folders).
 
-    Args:
-      seed: of the order.
-      weights: of the folders, above zero.
-      position: where to begin, in examples.
-      count: turns in each array.
-
     Returns:
-      how many turns each folder had before `position`, and an endless iterator of
-      arrays `[count]` int64, the numbers of the folders that follow.
+      how many turns each folder had before `position`, in examples; and an endless
+      iterator of arrays `[count]` int64, the numbers of the folders that follow.
     """
     shares = np.asarray(weights, float) / math.fsum(weights)
     # Fewer than `position` examples come before this time.
@@ -217,7 +174,7 @@ def _turns_before(seed, shares, time) -> list[int]:
 
 
 def _turns_between(seed, shares, start, stop) -> np.ndarray:
-    """Folders of the examples with times in [start, stop), in the order of these."""
+    """Folders `[n]` of the examples with times in [start, stop), in their order."""
     first, last = (_turns_before(seed, shares, time) for time in (start, stop))
     numbers = [np.arange(a, b, dtype=np.int64) for a, b in zip(first, last)]
     folders = np.repeat(np.arange(len(shares)), [len(own) for own in numbers])
@@ -239,9 +196,7 @@ def host_reads(
     """What a host reads from batch `start` on.
 
     Args:
-      cfg: the stage.
-      weights: of the folders.
-      blocks: of a batch.
+      cfg, weights, blocks: the stage, the folders' weights, `count_blocks`.
       readers: number of readers of each folder.
       rows: `[n]` int64, the rows of every batch that the host holds, ascending.
       start: number of the first batch.

@@ -1,5 +1,6 @@
 """From a config to batches on the devices, whatever its records are."""
 
+import functools
 import json
 import logging
 import math
@@ -8,20 +9,81 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax import sharding
-from imagen_jax.batch import Batch, batch_spec
+from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
-from imagen_jax.data import order
-from imagen_jax.data.mixture import Source, open_sources
+from imagen_jax.data import memory, order
+from imagen_jax.data.manifest import TFDS, Manifest, Source, read_manifest, with_text
 from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Examples are counted in 64 bits.
-_MOST_BATCHES = 2**40
+
+def read_sources(records: str) -> list[Source]:
+    """The sources that `config.data.records` names.
+
+    One folder or .npz file, "tfds:NAME", or a mixture of folders and data sets with
+    weights: "DIR:WEIGHT,DIR:WEIGHT,...".
+    """
+    if "," not in records or epath.Path(records).exists():
+        return [Source(records, 1.0, _read_manifest(records))]
+    named = [_split(word.strip()) for word in records.split(",")]
+    sources = [Source(path, weight, _read_manifest(path)) for path, weight in named]
+    for source in sources:
+        if source.is_npz:
+            raise UserError(
+                f"{source.path!r} is a file: only folders of records can be mixed; "
+                "prepare it into a folder"
+            )
+    texts = {(s.manifest.encoder, s.manifest.text_dim) for s in sources}
+    lengths = {s.manifest.text_length for s in sources} - {0}
+    if len(texts) > 1 or len(lengths) > 1:
+        raise UserError(
+            f"{records!r} cannot be mixed: they have text of {sorted(texts)}, cut to "
+            f"{sorted(lengths)} tokens; prepare all alike"
+        )
+    if not all(0 < source.weight < math.inf for source in sources):
+        equal = ",".join(f"{s.path}:{s.manifest.examples}" for s in sources)
+        raise UserError(
+            f"config.data.records is {records!r}: give every folder a weight above "
+            f"zero, like {equal!r}"
+        )
+    return sources
+
+
+def _read_manifest(path: str) -> Manifest:
+    if not path.startswith(TFDS):
+        return read_manifest(path)
+    start_tensorflow()
+    from imagen_jax.data import tfds
+
+    return tfds.read_manifest(path.removeprefix(TFDS))
+
+
+def _split(word: str) -> tuple[str, float]:
+    """Path and weight; the weight is 0 where there is none."""
+    path, _, weight = word.rpartition(":")
+    try:
+        return path, float(weight)
+    except ValueError:
+        return word, 0.0
+
+
+def open_sources(cfg: StageConfig) -> tuple[StageConfig, list[Source]]:
+    """The config with the text of its records (`with_text`), and their sources."""
+    sources = read_sources(cfg.data.records)
+    for source in sources:
+        cfg = with_text(cfg, source.manifest)
+    if not cfg.text.length:
+        raise UserError(
+            f"{cfg.data.records!r} does not say how many tokens its captions have at "
+            "most: set config.text.length"
+        )
+    return cfg, sources
 
 
 class Stream:
@@ -39,11 +101,8 @@ class Stream:
     ):
         """Starts at the first batch; reads nothing yet.
 
-        Args:
-          batches_from: given n, yields this host's rows of batch n and of all that
-            follow, as numpy arrays.
-          mesh: batches are spread over its data and fsdp axes.
-          identity: what the order depends on; a state with another is refused.
+        `batches_from(n)` yields this host's rows of batch n and of all that follow, as
+        numpy arrays. A state with another `identity` is refused.
         """
         self._batches_from = batches_from
         self._sharding = sharding.batch_sharding(mesh)
@@ -75,24 +134,15 @@ class Stream:
         )
 
     def get_state(self) -> bytes:
-        """The position after the last batch handed out, some 200 bytes of JSON.
-
-        It is the same on all hosts, and valid for any number of them.
-        """
+        """The position after the last batch handed out, for any number of hosts."""
         state = {"batches": self._consumed, "identity": self._identity}
         return json.dumps(state).encode()
 
     def set_state(self, state: bytes) -> None:
-        """Goes to the position of `get_state`.
-
-        Raises:
-          UserError: when the state is damaged, or of other records or settings.
-        """
+        """Goes to the position of `get_state`; `UserError` for one of other records."""
         try:
             values = json.loads(state)
             batches, identity = values["batches"], values["identity"]
-            if type(batches) is not int or not 0 <= batches < _MOST_BATCHES:
-                raise ValueError
             names = self._identity | identity
         except (ValueError, KeyError, TypeError):
             raise UserError(
@@ -116,18 +166,9 @@ def open_records(
     """The batches of `config.data.records` on this host.
 
     Their order (`imagen_jax.data.order`) is a function of the config and the records.
-    Of K mixed sources, the k-th has the example numbers that are k modulo K. A .npz
-    file is read without TensorFlow.
-
-    Args:
-      cfg: the stage; its text is completed from the records.
-      mesh: batches are spread over its data and fsdp axes.
-      rows: `[n]` int64, the rows of every batch that are wanted here, ascending; by
-        default those that this host's devices hold.
-
-    Raises:
-      UserError: when the records are missing, damaged, of other text than the config
-        or too small, and when the batch does not divide over data.readers or the mesh.
+    Of K mixed sources, the k-th has the example numbers that are k modulo K.
+    `rows` `[n]` int64 are the rows of every batch that are wanted here, ascending; by
+    default those that this host's devices hold.
     """
     cfg, sources = open_sources(cfg)
     size = cfg.training.batch_size
@@ -148,8 +189,6 @@ def open_records(
     if cfg.data.flip:
         identity["data.flip"] = True
     if sources[0].is_npz:
-        from imagen_jax.data import memory
-
         batches_from = memory.open_npz(cfg, sources[0].manifest, rows)
         return Stream(batches_from, mesh, identity)
 
@@ -164,17 +203,16 @@ def open_records(
     identity["data.shuffle_examples"] = cfg.data.shuffle_examples
     identity["data.readers"] = blocks
     identity["data.square"] = cfg.data.square
-
-    def host_reads(start):
-        readers = [len(sizes) for sizes in groups]
-        return order.host_reads(cfg, weights, blocks, readers, rows, start)
-
+    readers = [len(sizes) for sizes in groups]
+    host_reads = functools.partial(
+        order.host_reads, cfg, weights, blocks, readers, rows
+    )
     read = len(next(host_reads(0)[1])[0])
     if read > 2 * len(rows):
         log.warning(
-            "this host reads %.3g times as many records as it keeps, as several hosts "
-            "share a reader: set config.data.readers to the number of hosts, and "
-            "prepare at least as many files (a smaller --shard_examples)",
+            "this host reads %.3g times as many records as it keeps: set "
+            "config.data.readers to the number of hosts, and prepare at least as many "
+            "files (a smaller --shard_examples)",
             read / len(rows),
         )
     batches_from = records.batch_reader(cfg, sources, groups, host_reads, len(rows))
@@ -194,34 +232,10 @@ def _usable(cfg: StageConfig, source: Source) -> list[int]:
         )
     if sum(usable) < manifest.examples:
         log.warning(
-            "%d of %d images in %r are smaller than config.image_size %d and are left "
-            "out",
+            "%d of %d images in %r are left out, smaller than config.image_size %d",
             manifest.examples - sum(usable),
             manifest.examples,
             source.path,
             cfg.image_size,
         )
     return usable
-
-
-def queue_bytes(cfg: StageConfig, hosts: int = 1) -> int:
-    """About how many bytes the queues of one of `hosts` hosts hold.
-
-    data.shuffle_examples encoded records of mean size, or all if they are fewer; and
-    five batches: one on the devices, two that wait, two in the making. Some hundred
-    encoded records that are read ahead are not counted. Of a .npz file, which is in
-    memory as a whole, it is the batch on the devices.
-    """
-    cfg, sources = open_sources(cfg)
-    leaves = jax.tree.leaves(batch_spec(cfg))
-    batch = sum(math.prod(a.shape) * a.dtype.itemsize for a in leaves) // hosts
-    if sources[0].is_npz:
-        return batch
-    weights = sum(source.weight for source in sources)
-    shuffled = 0.0
-    for source in sources:
-        manifest = source.manifest
-        stored = manifest.image_bytes + manifest.text_bytes
-        share = cfg.data.shuffle_examples * source.weight / weights
-        shuffled += min(share / manifest.examples, 1) * stored
-    return round(shuffled) + 5 * batch

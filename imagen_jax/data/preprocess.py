@@ -18,10 +18,8 @@ from imagen_jax.text import embeddings
 def example(cfg: StageConfig, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """A record to the fields of a `Batch`, without the batch axis.
 
-    Args:
-      cfg: the stage.
-      row: "image" and "text" bytes, "id" and "epoch" int64, "int8" bool: whether the
-        text is stored as int8. All `[]`.
+    `row` has "image" and "text" bytes, "id" and "epoch" int64, and "int8" bool, whether
+    the text is stored as int8; all `[]`.
     """
     number = row["id"], row["epoch"]
     image = picture(
@@ -35,7 +33,7 @@ def example(cfg: StageConfig, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]
     text, mask = tf.cond(
         row["int8"],
         lambda: padded_text(row["text"], cfg.text.length, cfg.text.dim, "int8"),
-        lambda: padded_text(row["text"], cfg.text.length, cfg.text.dim),
+        lambda: padded_text(row["text"], cfg.text.length, cfg.text.dim, "bfloat16"),
     )
     return {
         "image": tf.ensure_shape(image, [cfg.train_size, cfg.train_size, 3]),
@@ -56,19 +54,13 @@ def picture(
     image_size: int,
     start: Callable[[tf.Tensor], tf.Tensor] = lambda extra: extra // 2,
 ) -> tf.Tensor:
-    """A square of an image, at the size of a stage.
+    """A square of a JPEG or PNG: `[image_size, image_size, 3]` uint8.
 
     The one resize that is not a halving has a ratio below 2 and averages over areas: no
     ringing, no aliasing, the mean is kept, and it is the filter of the halvings.
 
-    Args:
-      data: `[]` string, JPEG or PNG, its shorter side at least `image_size`.
-      image_size: pixels of the result's sides.
-      start: given the pixels by which the longer side is longer, the first pixel of
-        the square along it; the middle square by default.
-
-    Returns:
-      `[image_size, image_size, 3]` uint8.
+    Given the pixels by which the longer side is longer, `start` is the first pixel of
+    the square along it; the middle square by default.
     """
     image = decode(data)
     shape = tf.shape(image, out_type=tf.int64)
@@ -84,9 +76,8 @@ def picture(
     halvings = tf.reduce_sum(tf.cast(doubled <= side, tf.int32))
     size = tf.bitwise.left_shift(image_size, halvings)
     image = tf.round(tf.image.resize(image, [size, size], method="area"))
-    # The integers of `imagen_jax.batch.downsample`: a float32 holds the sum of four
-    # bytes and its quarter exactly, and tf.round is half to even. Twelve times faster
-    # than integer operations.
+    # The integers of `batch.downsample`, twelve times faster: float32 holds the sum of
+    # four bytes and its quarter exactly, and tf.round is half to even.
     image = tf.while_loop(
         lambda image: tf.shape(image)[0] > image_size,
         lambda image: [tf.round(tf.nn.avg_pool2d(image[None], 2, 2, "VALID")[0])],
@@ -97,19 +88,9 @@ def picture(
 
 
 def padded_text(
-    data: tf.Tensor, length: int, dim: int, dtype: str = "bfloat16"
+    data: tf.Tensor, length: int, dim: int, dtype: str
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """`imagen_jax.batch.pad_text` of the bytes of one caption.
-
-    Args:
-      data: `[]` string, of `embeddings.to_bytes`.
-      length: tokens after padding or cutting.
-      dim: width of a token.
-      dtype: of the stored embeddings, one of `embeddings.DTYPES`.
-
-    Returns:
-      `[length, dim]` bfloat16 and `[length]` bool.
-    """
+    """`batch.pad_text` of one caption: `[length, dim]` bfloat16, `[length]` bool."""
     if dtype == "bfloat16":
         values = tf.bitcast(tf.io.decode_raw(data, tf.uint16), tf.bfloat16)
         rows = tf.reshape(values, [-1, dim])[:length]

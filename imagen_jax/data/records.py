@@ -8,31 +8,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import seqio
 import tensorflow as tf
-from etils import epath
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import order, preprocess
-from imagen_jax.data.manifest import TFDS, Manifest
-from imagen_jax.data.mixture import Source
+from imagen_jax.data.manifest import Manifest, Source
+from imagen_jax.data.tfds import DataSource
 from imagen_jax.errors import UserError
 
-SPLIT = "train"
-# image: a JPEG or PNG file. caption: UTF-8. text: the caption's embeddings, as
-# `embeddings.to_bytes` writes them. side: pixels of the image's shorter side.
-FIELDS = {
-    "id": tf.io.FixedLenFeature([], tf.int64),
-    "image": tf.io.FixedLenFeature([], tf.string),
-    "caption": tf.io.FixedLenFeature([], tf.string),
-    "text": tf.io.FixedLenFeature([], tf.string),
-    "side": tf.io.FixedLenFeature([], tf.int64),
-}
 # With more threads decoding is not what limits a host, and other work wants its cores.
 _MAX_THREADS = 32
 
 
 def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> None:
-    """Writes a TFRecord file of `rows`, dicts with the keys of `FIELDS`."""
+    """Writes a TFRecord file.
+
+    Rows have "id"; "image", a JPEG or PNG file; "caption", UTF-8; "text", its
+    `embeddings.to_bytes`; and "side", pixels of the image's shorter side.
+    """
 
     def feature(value):
         if isinstance(value, bytes):
@@ -41,66 +34,18 @@ def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> N
 
     with tf.io.TFRecordWriter(str(path)) as writer:
         for row in rows:
-            features = tf.train.Features(
-                feature={name: feature(row[name]) for name in FIELDS}
-            )
+            fields = {name: feature(value) for name, value in row.items()}
+            example = tf.train.Example(features=tf.train.Features(feature=fields))
             # Fields are a map, which has an order only when asked for one.
-            example = tf.train.Example(features=features)
             writer.write(example.SerializePartialToString(deterministic=True))
-
-
-class _FolderSource(seqio.DataSource):
-    """The files of a folder of records."""
-
-    # seqio would list the files once more and log shard numbers, here maybe tensors.
-    supports_arbitrary_sharding = True
-
-    def __init__(self, files: Sequence[str], examples: int):
-        # A constant out here is not copied into each function that reads it.
-        self._files = tf.constant(files)
-        super().__init__([SPLIT], {SPLIT: examples})
-
-    def list_shards(self, split: str) -> list[str]:
-        """All files."""
-        return [file.decode() for file in self._files.numpy()]
-
-    def get_dataset(
-        self, split=SPLIT, shuffle=True, seed=None, shard_info=None, **_
-    ) -> tf.data.Dataset:
-        """Rows with the keys of `FIELDS`; shard i of n has the files i::n."""
-        shard = shard_info or seqio.ShardInfo(0, 1)
-        files = tf.data.Dataset.from_tensor_slices(self._files)
-        files = files.shard(shard.num_shards, shard.index)
-        if shuffle:
-            files = files.shuffle(len(self._files), seed=seed)
-        return files.interleave(
-            lambda file: tf.data.TFRecordDataset(file).map(
-                lambda row: tf.io.parse_single_example(row, FIELDS)
-            ),
-            cycle_length=order.open_files(shard.num_shards),
-            block_length=1,
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
 
 
 def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
     """The records whose images have at least `image_size` pixels, encoded.
 
-    The task is not registered, so that two of the same records do not collide.
-
-    Args:
-      path: a folder of records, or "tfds:NAME".
-      manifest: of the records.
-      image_size: least pixels of an image's shorter side.
+    `path` is a folder or "tfds:NAME". The task is not registered, so that two of the
+    same records do not collide.
     """
-    if path.startswith(TFDS):
-        from imagen_jax.data import tfds
-
-        source = tfds.make_source(path.removeprefix(TFDS), SPLIT)
-    else:
-        root = epath.Path(path)
-        files = [str(root / shard["file"]) for shard in manifest.shards]
-        source = _FolderSource(files, manifest.examples)
 
     def usable(dataset):
         # Data sets of others have no sides; their manifest has one number for all.
@@ -110,7 +55,7 @@ def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
 
     return seqio.Task(
         f"records_{manifest.content_sha256[:16]}",
-        source,
+        DataSource(path),
         output_features={
             "image": seqio.ContinuousFeature(dtype=tf.string, rank=0),
             "text": seqio.ContinuousFeature(dtype=tf.string, rank=0),
@@ -129,16 +74,8 @@ def batch_reader(
 ) -> Callable[[int], Iterator[Batch]]:
     """A function that yields a host's batches from any number on.
 
-    Args:
-      cfg: the stage.
-      sources: that are mixed.
-      groups: for each source `order.group_sizes`.
-      host_reads: `order.host_reads` from a batch on.
-      size: rows of a batch that the host holds.
-
-    Returns:
-      a function of the first batch's number. Its iterator raises `UserError` for
-      records that are damaged or gone.
+    `groups` are the `order.group_sizes` of each source, `host_reads(n)` is
+    `order.host_reads` from batch n on, `size` is the number of rows that it keeps.
     """
     openers = [_opener(cfg, sources, k, sizes) for k, sizes in enumerate(groups)]
     options = tf.data.Options()
@@ -155,11 +92,13 @@ def batch_reader(
                 tf.TensorSpec([None], tf.bool),
             ),
         ).unbatch()
-        rows = tf.data.Dataset.choose_from_datasets(opened, reads.map(_first))
+        index = reads.map(lambda index, own: index)
+        own = reads.map(lambda index, own: own)
+        rows = tf.data.Dataset.choose_from_datasets(opened, index)
         # Hosts that share a reader leave out each other's rows.
-        rows = tf.data.Dataset.zip(rows, reads.map(_second)).filter(_second).map(_first)
+        rows = tf.data.Dataset.zip(rows, own).filter(lambda row, own: own)
         rows = rows.map(
-            functools.partial(preprocess.example, cfg),
+            lambda row, own: preprocess.example(cfg, row),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
         rows = rows.batch(size, drop_remainder=True).prefetch(2)
@@ -210,11 +149,3 @@ def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
         return epochs.flat_map(lambda epoch: one_epoch(number, epoch)).skip(place)
 
     return open_reader
-
-
-def _first(one, other):
-    return one
-
-
-def _second(one, other):
-    return other

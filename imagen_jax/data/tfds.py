@@ -1,14 +1,6 @@
 """Data sets of TensorFlow Datasets as records: those of `prepare`, and others'.
 
-A data set can be trained on when its features are
-
-  id: an integer, unique in the split.
-  image: an Image, stored as JPEG or PNG.
-  text: a Tensor `[None, D]` of bfloat16, encoding="bytes": the caption's embeddings
-    without padding; or `[None, 4 + D]` of uint8, the bytes of int8 `embeddings`.
-
-and its metadata has "encoder", the identity of the text encoder, and "min_side", the
-least pixels of an image's shorter side.
+docs/prepare.md has the features and metadata that training asks of a data set.
 """
 
 import hashlib
@@ -19,23 +11,20 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
 
-from imagen_jax.data import manifest, order
-from imagen_jax.data.manifest import Manifest
+from imagen_jax.data import manifest
+from imagen_jax.data.manifest import TFDS, Manifest
 from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 
 _SPLIT = "train"
+# Files that are read by turns, by all readers of a data set together.
+_OPEN_FILES = 16
 
 
 def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """A data set that is prepared in tfds' folder (TFDS_DATA_DIR), and its split.
+    """A data set in tfds' folder (TFDS_DATA_DIR), and its split.
 
-    Args:
-      name: as tfds knows it, like "coco_captions" or "coco_captions/2014:1.1.0"; a
-        split other than "train" follows an "@".
-
-    Raises:
-      UserError: for an unknown or unprepared data set or split.
+    `name` is like "coco_captions", "coco_captions/2014:1.1.0" or "coco_captions@val".
     """
     name, _, split = name.partition("@")
     split = split or _SPLIT
@@ -46,40 +35,33 @@ def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
         raise UserError(f"tfds has no data set {name!r}: {brief}") from None
     splits = builder.info.splits
     if split not in splits or not splits[split].num_examples:
-        there = f"it has {', '.join(splits)}" if splits else "it is not prepared"
         raise UserError(
-            f"there is no split {split!r} of {name!r} in {builder.data_dir}: {there}; "
-            f"`tfds build {name}` makes it, TFDS_DATA_DIR says where it lies"
+            f"{name!r} has no split {split!r} in {builder.data_dir}, only {[*splits]}: "
+            f"prepare it with `tfds build {name}`, or set TFDS_DATA_DIR"
         )
     return builder, split
 
 
 def read_manifest(name: str) -> Manifest:
-    """The manifest of a data set; one is made up unless `prepare` wrote it.
-
-    Args:
-      name: as in `open_builder`.
-
-    Raises:
-      UserError: when there is no such data set, or its features are others.
-    """
+    """The manifest of a data set; one is made up unless `prepare` wrote it."""
     builder, split = open_builder(name)
     folder = epath.Path(builder.data_dir)
     if (folder / manifest.FILE_NAME).is_file():
         return manifest.read_manifest(folder)
-    info, metadata = builder.info, builder.info.metadata or {}
+    info = builder.info
+    features, metadata = dict(info.features.items()), info.metadata or {}
+    text = features.get("text")
     if not (
-        _is_readable(info.features)
-        and isinstance(metadata.get("encoder"), str)
-        and isinstance(metadata.get("min_side"), int)
+        {"id", "image"} <= set(features)
+        and {"encoder", "min_side"} <= set(metadata)
+        and isinstance(text, tfds.features.Tensor)
+        and text.get_serialized_info().tf_dtype == tf.string
     ):
         raise UserError(
-            f"'tfds:{name}' cannot be trained on: it needs the features id (an "
-            "integer), image (an Image) and text (a Tensor [None, D] of bfloat16 with "
-            'encoding="bytes", the embeddings) and the metadata encoder and min_side; '
-            f"`prepare --source=tfds:{name}` makes records of images with captions"
+            f"'tfds:{name}' cannot be trained on: it needs the features id, image and "
+            "text (embeddings) and the metadata encoder and min_side (docs/prepare.md);"
+            f" `prepare --source=tfds:{name}` makes records of images with captions"
         )
-    text = info.features["text"]
     width, int8 = text.shape[-1], text.tf_dtype == tf.uint8
     found = info.splits[split]
 
@@ -106,51 +88,36 @@ def read_manifest(name: str) -> Manifest:
     )
 
 
-def _is_readable(features: tfds.features.FeaturesDict) -> bool:
-    known = dict(features.items())
-    id, image, text = (known.get(name) for name in ("id", "image", "text"))
-    return (
-        isinstance(image, tfds.features.Image)
-        and isinstance(id, tfds.features.FeatureConnector)
-        and not id.shape
-        and id.tf_dtype.is_integer
-        and isinstance(text, tfds.features.Tensor)
-        and len(text.shape) == 2
-        and text.tf_dtype in (tf.bfloat16, tf.uint8)
-        and text.get_serialized_info().tf_dtype == tf.string
-    )
+class DataSource(seqio.DataSource):
+    """A data set whose images and embeddings stay the bytes that are stored."""
 
-
-def make_source(name: str, split: str) -> seqio.TfdsDataSource:
-    """The data set as `read_manifest` describes it; seqio knows its split as `split`.
-
-    Images and embeddings stay the bytes that are stored.
-    """
-    builder, own = open_builder(name)
-    return _Source(str(builder.data_dir), split, own)
-
-
-class _Source(seqio.TfdsDataSource):
-    """A source whose shard number can be a tensor, and that reads ahead as a folder."""
-
+    # seqio would list the files once more and log shard numbers, here maybe tensors.
     supports_arbitrary_sharding = True
 
-    def __init__(self, folder: str, split: str, own: str):
-        super().__init__(tfds_data_dir=folder, read_only=True, splits={split: own})
-        self._own = own
+    def __init__(self, path: str):
+        """Opens a folder of records or "tfds:NAME"."""
+        if path.startswith(TFDS):
+            self._builder, self._split = open_builder(path.removeprefix(TFDS))
+        else:
+            self._builder, self._split = tfds.builder_from_directory(path), _SPLIT
+        super().__init__([_SPLIT])
+
+    def list_shards(self, split: str) -> list[str]:
+        """All files."""
+        return self._builder.info.splits[self._split].filenames
 
     def get_dataset(
         self, split=_SPLIT, shuffle=True, seed=None, shard_info=None, **_
     ) -> tf.data.Dataset:
         """Rows as they are stored; shard i of n has the files i::n."""
         shard = shard_info or seqio.ShardInfo(0, 1)
-        return self.tfds_dataset.builder.as_dataset(
-            split=self._own,
+        return self._builder.as_dataset(
+            split=self._split,
             shuffle_files=shuffle,
             decoders={key: tfds.decode.SkipDecoding() for key in ("image", "text")},
             read_config=tfds.ReadConfig(
                 shuffle_seed=seed,
-                interleave_cycle_length=order.open_files(shard.num_shards),
+                interleave_cycle_length=max(1, _OPEN_FILES // shard.num_shards),
                 interleave_block_length=1,
                 num_parallel_calls_for_decode=1,
                 skip_prefetch=True,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -22,31 +22,20 @@ from imagen_jax.sharding import batch_sharding, on_mesh, row_shards
 
 @flax.struct.dataclass
 class Stage:
-    """A trained stage.
+    """A trained stage; `cfg.sampler` says how it is sampled."""
 
-    Attributes:
-      params: network parameters, placed on the mesh.
-      cfg: the stage's config; `cfg.sampler` says how it is sampled.
-      apply: `(cfg.model, params, z, logsnr, cond) -> [B, H, W, 3]`; always the same
-        function object, because each new one compiles again.
-    """
-
-    params: Any
+    params: Any  # placed on the mesh
     cfg: StageConfig = flax.struct.field(pytree_node=False)
+    # `(cfg.model, params, z, logsnr, cond) -> [B, H, W, 3]`; always the same function
+    # object, because each new one compiles again.
     apply: Callable[..., jax.Array] = flax.struct.field(pytree_node=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Values in which the images of a batch may differ.
+class Settings(NamedTuple):
+    """Values in which the images of a batch may differ, float32."""
 
-    Attributes:
-      guidance: `[N, steps]`, w of the paper's Eq. 2 at each step.
-      aug_level: `[N]` in [0, 1], noise level of the low-resolution input.
-    """
-
-    guidance: np.ndarray
-    aug_level: np.ndarray
+    guidance: np.ndarray  # [N, steps], w of the paper's Eq. 2 at each step
+    aug_level: np.ndarray  # [N] in [0, 1], noise level of the low-resolution input
 
     @classmethod
     def of(cls, sampler: SamplerConfig, count: int) -> "Settings":
@@ -71,21 +60,15 @@ def sample_stage(
     recorded_steps: tuple[int, ...] = (),
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Samples one batch of one stage.
+    """Samples one batch of one stage: what `sample_cascade` does, on the device.
 
     Args:
-      params: network parameters.
-      seeds: `[B]` uint32, one per image.
-      text: `[B, L, D]`; mask: `[B, L]` bool.
-      guidance: `[B, steps]`; aug_level: `[B]`; see `Settings`.
+      params, apply, cfg: as in `Stage`.
+      seeds: `[B]` uint32.
+      text, mask: `[B, L, D]` and `[B, L]`.
+      guidance, aug_level: as in `Settings`.
       lowres: `[B, h, w, 3]` uint8, or None for a base stage.
-      apply: `(cfg.model, params, z, logsnr, cond) -> [B, H, W, 3]`.
-      cfg: the stage.
       recorded_steps, on_step: see `sampler.sample`.
-
-    Returns:
-      `[B, H, W, 3]` uint8, and the estimates at the recorded steps, `[B, K, H, W, 3]`
-      uint8.
     """
     # Keys depend on the stage's size, not on its position in a list, so that a cascade
     # entered midway draws the same noise.
@@ -128,10 +111,7 @@ def compile_sampler(
         recorded_steps=recorded_steps,
         on_step=on_step,
     )
-    return jax.jit(
-        on_mesh(run, mesh),
-        compiler_options=compiler_options(mesh),
-    )
+    return jax.jit(on_mesh(run, mesh), compiler_options=compiler_options(mesh))
 
 
 def _program(cfg: StageConfig, settings: Settings) -> StageConfig:
@@ -149,23 +129,20 @@ def _program(cfg: StageConfig, settings: Settings) -> StageConfig:
 def check_order(configs: Sequence[StageConfig], made: int = 0) -> None:
     """Raises `UserError` unless each stage takes what the one before it makes.
 
-    Args:
-      configs: base first.
-      made: side of the images that the first stage is given; 0 for none.
+    The first stage is given images with sides of `made` pixels; 0 for none.
     """
-    for i, cfg in enumerate(configs):
+    for number, cfg in enumerate(configs, start=1):
         if cfg.lowres_size != made:
-            sizes = " -> ".join(
-                f"{c.name} ({c.lowres_size or 'text'} to {c.image_size})"
-                for c in configs
-            )
-            before = f"makes {made}" if i else "is missing: nothing comes before it"
             raise UserError(
-                f"stage {i + 1} ({cfg.name}) takes {cfg.lowres_size or 'no'} pixel "
-                f"pictures but the stage before it {before}. Given: {sizes}. "
-                "Give the stages in order, base first, or pictures to start from"
+                f"stage {number} ({cfg.name}) takes {_images(cfg.lowres_size)}, but "
+                f"what comes before it makes {_images(made)}: give the stages in "
+                "order, base first, or pictures to start from"
             )
         made = cfg.image_size
+
+
+def _images(side: int) -> str:
+    return f"{side} pixel images" if side else "no images"
 
 
 def sample_cascade(
@@ -188,7 +165,7 @@ def sample_cascade(
     Args:
       stages: base first, in an order that `check_order` accepts. A lazy iterator keeps
         the parameters of only one stage in memory.
-      text: `[N, L, D]`; mask: `[N, L]`.
+      text, mask: `[N, L, D]` and `[N, L]`, N at least 1.
       seeds: `[N]`, one per image, in [0, 2**32).
       mesh: rows of a batch are split over its data and fsdp axes.
       lowres: `[N, h, w, 3]` uint8, for a cascade that starts with a super-resolution
@@ -201,14 +178,8 @@ def sample_cascade(
     Returns:
       For each stage its images, `[N, H, W, 3]` uint8, and for each stage the estimates
       at the recorded steps, `[N, K, H, W, 3]` uint8.
-
-    Raises:
-      UserError: when N is 0.
     """
-    count = len(seeds)
-    if not count:
-        raise UserError("there is nothing to sample: no captions were given")
-    rows = row_shards(mesh)
+    count, rows = len(seeds), row_shards(mesh)
     place = functools.partial(jax.device_put, device=batch_sharding(mesh))
     images: list[np.ndarray] = []
     estimates: list[np.ndarray] = []
@@ -225,14 +196,7 @@ def sample_cascade(
             recorded_steps[i] if recorded_steps else (),
             on_step,
         )
-        inputs = (
-            seeds.astype(np.uint32),
-            text,
-            mask,
-            own.guidance.astype(np.float32),
-            own.aug_level.astype(np.float32),
-            before,
-        )
+        inputs = (seeds.astype(np.uint32), text, mask, *own, before)
         made = []
         for start in range(0, count, size):
             take = np.arange(start, start + size) % count

@@ -24,16 +24,7 @@ def alpha_sigma(logsnr: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def diffuse(x0: jax.Array, logsnr: jax.Array, eps: jax.Array) -> jax.Array:
-    """The sample of `q(z | x0)` that the given noise makes (paper Sec. 2.1).
-
-    Used for the image that is learned and, in a super-resolution stage, for the
-    low-resolution image (noise-conditioning augmentation, paper Sec. 2.4).
-
-    Args:
-      x0: `[B, H, W, C]`.
-      logsnr: `[B]`.
-      eps: the shape of `x0`, standard normal.
-    """
+    """The sample of `q(z | x0)` that the given noise makes (paper Sec. 2.1)."""
     alpha, sigma = alpha_sigma(expand(logsnr, x0))
     return alpha * x0 + sigma * eps
 
@@ -53,14 +44,7 @@ def prediction_target(
 def predicted_x0(
     output: jax.Array, z: jax.Array, logsnr: jax.Array, prediction: str
 ) -> jax.Array:
-    """The estimate of `x0` that follows from a network's output.
-
-    Args:
-      output: `[B, H, W, C]`, the network's estimate of what `prediction` names.
-      z: `[B, H, W, C]`, the noised image that was its input.
-      logsnr: `[B]`, its noise level.
-      prediction: "eps", "x0" or "v".
-    """
+    """The estimate of `x0` that follows from a network's output for `z`."""
     if prediction == "x0":
         return output
     alpha, sigma = alpha_sigma(expand(logsnr, z))
@@ -74,7 +58,10 @@ def predicted_x0(
 def ddim_step(
     x0: jax.Array, z: jax.Array, logsnr_t: jax.Array, logsnr_s: jax.Array
 ) -> jax.Array:
-    """One deterministic step from noise level t to s (paper Eq. 5)."""
+    """One deterministic step from noise level t to s (paper Eq. 5).
+
+    As in the steps below, `x0` is the estimate at t; the log-SNRs are scalars.
+    """
     alpha_t, sigma_t = alpha_sigma(logsnr_t)
     alpha_s, sigma_s = alpha_sigma(logsnr_s)
     return alpha_s * x0 + sigma_s / sigma_t * (z - alpha_t * x0)
@@ -90,14 +77,8 @@ def dpmpp_step(
 ) -> jax.Array:
     """One step of DPM-Solver++(2M) from noise level t to s (arXiv 2211.01095 Alg. 2).
 
-    It is of second order: the estimate is extrapolated from the last two.
-
-    Args:
-      x0: `[B, H, W, C]`, the estimate at noise level t.
-      x0_before: the estimate one step before, at `logsnr_before`. Where there is none,
-        which `logsnr_before == logsnr_t` says, the step is of first order.
-      z: `[B, H, W, C]`, the noised image at level t.
-      logsnr_before, logsnr_t, logsnr_s: scalars, rising.
+    It is of second order: the estimate is extrapolated from the last two. Where there
+    is none before, which `logsnr_before == logsnr_t` says, it is of first order.
     """
     step, step_before = logsnr_s - logsnr_t, logsnr_t - logsnr_before
     ratio = jnp.where(step_before > 0, step / jnp.maximum(step_before, 1e-6), 0.0)
@@ -114,12 +95,8 @@ def ancestral_step(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of `p(z_s | z_t)` (paper Eq. 6).
 
-    Args:
-      x0: `[B, H, W, C]`, the estimate at noise level t.
-      z: `[B, H, W, C]`, the noised image at level t.
-      logsnr_t, logsnr_s: scalars, `logsnr_s >= logsnr_t`.
-      gamma: in [0, 1]; interpolates, in the logarithm, between the variance of
-        `q(z_s | z_t, x0)` and that of `q(z_t | z_s)`.
+    In [0, 1], `gamma` interpolates, in the logarithm, between the variance of
+    `q(z_s | z_t, x0)` and that of `q(z_t | z_s)`.
     """
     alpha_t, _ = alpha_sigma(logsnr_t)
     alpha_s, _ = alpha_sigma(logsnr_s)

@@ -26,11 +26,9 @@ def guided_x0(
     does not sample `p(x | text)**weight p(x)**(1 - weight)` (docs/diffusion.md).
 
     Args:
-      denoise: the network.
-      z: `[B, H, W, 3]`.
-      logsnr: `[B]`.
-      cond: conditioning with the captions; the unconditional pass nulls only the text.
-      prediction: what the network predicts: "eps", "x0" or "v".
+      denoise, z, logsnr, cond: the network and its inputs; the unconditional pass nulls
+        only the text.
+      prediction: "eps", "x0" or "v".
       weight: `[B]`, w of Eq. 2; None is no guidance (w = 1) and runs the network once.
       batched: whether both passes are one call on twice the batch, or two calls in
         sequence, with half of the activations at a time.
@@ -62,12 +60,7 @@ def threshold(x0: jax.Array, kind: str, percentile: float) -> jax.Array:
     """Brings each image, independently, back towards [-1, 1] (paper Sec. 2.3).
 
     "static" clips. "dynamic" (Fig. A.31) takes as s the given percentile of the image's
-    `|x0|`, at least 1, clips to [-s, s] and divides by s.
-
-    Args:
-      x0: `[B, H, W, 3]`.
-      kind: "none", "static" or "dynamic".
-      percentile: in (0, 100].
+    `|x0|`, at least 1, clips to [-s, s] and divides by s. "none" changes nothing.
     """
     if kind == "none":
         return x0
@@ -79,18 +72,11 @@ def threshold(x0: jax.Array, kind: str, percentile: float) -> jax.Array:
 
 
 def percentile_of_size(x: jax.Array, percentile: float) -> jax.Array:
-    """The percentile of `|x|` of each row, interpolated linearly as by numpy.
+    """The percentile of `|x|` of each row `[B]`, interpolated linearly as by numpy.
 
     Exact, without a sort: floats that are not negative have the order of their bits, so
     the value at a rank is found by counting, two bits at a time from the highest. Each
     pass reads the row once, and devices that share a row exchange only counts.
-
-    Args:
-      x: `[B, ...]` float32 or float64.
-      percentile: in [0, 100].
-
-    Returns:
-      `[B]`.
     """
     rows = jnp.abs(x.reshape(len(x), -1))
     unsigned = {4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]

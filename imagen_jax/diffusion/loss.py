@@ -11,6 +11,7 @@ from imagen_jax.config import DiffusionConfig, StageConfig
 from imagen_jax.diffusion import gaussian
 from imagen_jax.diffusion.schedule import logsnr_schedule
 
+# `(z [B, H, W, 3], logsnr [B], cond) -> [B, H, W, 3]`.
 Denoiser = Callable[[jax.Array, jax.Array, Cond], jax.Array]
 
 # Borders of the buckets of `loss_by_logsnr`; the outermost buckets have no other end.
@@ -19,33 +20,20 @@ LOGSNR_EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 @flax.struct.dataclass
 class NoisedBatch:
-    """The network's inputs and targets for a batch.
+    """The network's inputs and targets for a batch, float32."""
 
-    Attributes:
-      z: `[B, H, W, 3]` float32, the noised image.
-      logsnr: `[B]` float32, its noise level.
-      cond: conditioning, with captions dropped and the low-resolution image augmented.
-      target: `[B, H, W, 3]` float32, the network's perfect output.
-      weight: `[B]` float32, weight of the squared error.
-    """
-
-    z: jax.Array
-    logsnr: jax.Array
-    cond: Cond
-    target: jax.Array
-    weight: jax.Array
+    z: jax.Array  # [B, H, W, 3], the noised image
+    logsnr: jax.Array  # [B], its noise level
+    cond: Cond  # with captions dropped and the low-resolution image augmented
+    target: jax.Array  # [B, H, W, 3], the network's perfect output
+    weight: jax.Array  # [B], weight of the squared error
 
 
 def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
     """Draws all the randomness of one training step.
 
-    An example's randomness depends only on `key` and on its position in the global
-    batch, so it is the same on any mesh.
-
-    Args:
-      batch: images `[B, H, W, 3]` uint8 and text.
-      key: PRNG key of this step.
-      cfg: schedule, prediction, caption dropout, low-resolution size.
+    An example's randomness depends only on `key`, which is the step's, and on its
+    position in the global batch, so it is the same on any mesh.
     """
     size = batch.image.shape[0]
     x0 = to_float(batch.image)
@@ -84,7 +72,7 @@ def noise_batch(batch: Batch, key: jax.Array, cfg: StageConfig) -> NoisedBatch:
 
 
 def loss_weight(logsnr: jax.Array, slope: jax.Array, cfg: DiffusionConfig) -> jax.Array:
-    """The weight of the squared error of a network's output.
+    """The weights `[B]` of the squared errors of a network's outputs.
 
     | weighting | weight of the squared error of eps            | source            |
     |-----------|-----------------------------------------------|-------------------|
@@ -94,15 +82,7 @@ def loss_weight(logsnr: jax.Array, slope: jax.Array, cfg: DiffusionConfig) -> ja
 
     The factor `-dlogsnr/dt` makes the expected loss independent of the schedule. The
     squared error of x0 is that of eps over the SNR; that of v is that of eps over
-    `alpha**2`.
-
-    Args:
-      logsnr: `[B]`.
-      slope: `[B]`, the derivative of the schedule at the same times.
-      cfg: weighting and prediction.
-
-    Returns:
-      `[B]`.
+    `alpha**2`. `slope` `[B]` is the schedule's derivative in time, `dlogsnr/dt`.
     """
     if cfg.weighting == "plain":
         return jnp.ones_like(logsnr)
@@ -123,15 +103,15 @@ def augment(
     """Noise-conditioning augmentation (paper Sec. 2.4, Fig. A.32).
 
     Training and sampling both call it, so the network is always told the level of the
-    noise that its input has.
+    noise that its input has. With `lowres_augmentation` off the image stays clean, and
+    no level is told.
 
     Args:
       cond: conditioning without `lowres` and `aug_logsnr`.
       lowres: `[B, h, w, 3]` float32 in [-1, 1], clean.
       level: `[B]` in [0, 1], a time of the stage's forward process.
       noise: the shape of `lowres`, standard normal.
-      cfg: the stage. With `lowres_augmentation` off the image stays clean, and no level
-        is told.
+      cfg: the stage.
     """
     if not cfg.diffusion.lowres_augmentation:
         return cond.replace(lowres=lowres)
@@ -141,16 +121,9 @@ def augment(
 
 
 def losses(denoise: Denoiser, noised: NoisedBatch) -> jax.Array:
-    """Weighted mean squared errors of the network's outputs.
+    """Weighted mean squared errors of the network's outputs, `[B]` float32.
 
     With "eps" and the "plain" weighting this is the paper's loss (Eq. 3, App. A).
-
-    Args:
-      denoise: `(z [B, H, W, 3], logsnr [B], cond) -> [B, H, W, 3]`.
-      noised: from `noise_batch`.
-
-    Returns:
-      `[B]` float32, one for each example.
     """
     output = denoise(noised.z, noised.logsnr, noised.cond)
     error = jnp.square(output.astype(jnp.float32) - noised.target)
@@ -158,11 +131,7 @@ def losses(denoise: Denoiser, noised: NoisedBatch) -> jax.Array:
 
 
 def loss_by_logsnr(losses: jax.Array, logsnr: jax.Array) -> dict[str, jax.Array]:
-    """Sums and counts of `[B]` losses by bucket of `[B]` log-SNRs (`LOGSNR_EDGES`).
-
-    Returns:
-      "sum" `[K]` and "count" `[K]`, float32, the noisiest bucket first.
-    """
+    """Sums `[K]` and counts `[K]` of losses by log-SNR, the noisiest bucket first."""
     bucket = jnp.searchsorted(jnp.array(LOGSNR_EDGES), logsnr)
     member = jax.nn.one_hot(bucket, len(LOGSNR_EDGES) + 1)
     return {"sum": (losses[:, None] * member).sum(0), "count": member.sum(0)}

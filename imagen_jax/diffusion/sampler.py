@@ -38,12 +38,11 @@ def sample(
     batch and on any mesh.
 
     Args:
-      denoise: `(z [B, H, W, C], logsnr [B], cond) -> [B, H, W, C]`.
+      denoise: the network.
       keys: `[B]` typed PRNG keys.
       cond: conditioning of the B images.
       shape: `(H, W, C)` of one image.
-      diffusion: schedule and prediction of the training.
-      sampler: name, steps, grid, gamma, guidance, thresholding.
+      diffusion, sampler: how the network was trained, and how it is sampled.
       weights: `[steps, B]`, guidance weights of each image instead of the sampler's,
         which then only say at which steps no image is guided (those of 1).
       recorded_steps: K steps, from 0, whose estimates of x0 are returned too.
@@ -86,11 +85,8 @@ def sample(
         elif not guided.any():
             x0 = run(None)
         else:
-            x0 = jax.lax.cond(
-                jnp.asarray(guided)[step],
-                lambda: run(weights[step]),
-                lambda: run(None),
-            )
+            is_guided = jnp.asarray(guided)[step]
+            x0 = jax.lax.cond(is_guided, lambda: run(weights[step]), lambda: run(None))
         return threshold(x0, sampler.threshold, sampler.percentile)
 
     def body(carry, step):

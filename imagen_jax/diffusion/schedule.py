@@ -14,22 +14,13 @@ from imagen_jax.config import DiffusionConfig, SamplerConfig
 
 
 def logsnr_schedule(t: jax.Array, cfg: DiffusionConfig) -> jax.Array:
-    """Log-SNR `log(alpha**2 / sigma**2)` at time `t`.
+    """Log-SNR `log(alpha**2 / sigma**2)` at times `t` in [0, 1], of any shape.
 
-    Args:
-      t: any shape, in [0, 1].
-      cfg: schedule name and clip.
-
-    Returns:
-      The shape of `t`, falling from `cfg.logsnr_max` to `cfg.logsnr_min` ("linear" ends
-      at -10.05 if the clip is lower).
-
-    >>> float(logsnr_schedule(jnp.array(0.5), DiffusionConfig(schedule="cosine")))
-    0.0
+    It falls from `cfg.logsnr_max` to `cfg.logsnr_min` ("linear" ends at -10.05 if the
+    clip is lower).
     """
-    return {"cosine": _cosine, "linear": _linear}[cfg.schedule](
-        t, cfg.logsnr_min, cfg.logsnr_max
-    )
+    schedule = {"cosine": _cosine, "linear": _linear}[cfg.schedule]
+    return schedule(t, cfg.logsnr_min, cfg.logsnr_max)
 
 
 def _cosine(t, lowest, highest):
@@ -66,16 +57,11 @@ def sampling_logsnr(diffusion: DiffusionConfig, sampler: SamplerConfig) -> jax.A
 
     The network is told the log-SNR and not the time, so it may be sampled along another
     schedule or grid than it was trained with, within the levels that it has seen.
-
-    Args:
-      diffusion: the schedule of the training and its clip.
-      sampler: steps, grid, schedule and narrower clip.
     """
+    trained = sampler.schedule == "trained"
     cfg = dataclasses.replace(
         diffusion,
-        schedule=diffusion.schedule
-        if sampler.schedule == "trained"
-        else sampler.schedule,
+        schedule=diffusion.schedule if trained else sampler.schedule,
         logsnr_min=max(diffusion.logsnr_min, sampler.logsnr_min),
         logsnr_max=min(diffusion.logsnr_max, sampler.logsnr_max),
     )

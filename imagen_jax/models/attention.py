@@ -18,7 +18,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     kernel is used where it fits: logits never reach the memory (benchmarks/README.md).
 
     Args:
-      q: `[B, T, N, D]`; k, v: `[B, S, N, D]`.
+      q, k, v: `[B, T, N, D]`, and twice `[B, S, N, D]`.
       mask: `[B, S]` bool, True where a key is real.
 
     Returns:
@@ -49,12 +49,8 @@ def flash_attention(
 ) -> jax.Array:
     """`attend` by the TPU kernel; each device computes its rows and heads.
 
-    Args:
-      q, k, v, mask: as for `attend`; T and S are multiples of 128, B is a multiple of
-        `row_shards`.
-
-    Returns:
-      `[B, T, N, D]`, arbitrary where a query has no real key.
+    T and S are multiples of 128, B is a multiple of `row_shards`. The result is
+    `[B, T, N, D]`, arbitrary where a query has no real key.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2:

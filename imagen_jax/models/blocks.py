@@ -15,74 +15,55 @@ from imagen_jax.models.attention import attend
 class ResBlock(nn.Module):
     """Residual block, conditioned by scale and shift (ADM; paper Fig. A.27).
 
-    Attributes:
-      features: output channels.
-      dtype: compute type.
-      dropout: rate before the second convolution; active when a "dropout" key is
-        given to `apply`.
-      resample: None, "down" or "up": the block also halves or doubles the
-        resolution of both of its paths (BigGAN; paper F.1).
-      skip_scale: factor on the sum of the two paths.
+    With `resample` it also halves or doubles the resolution of both of its paths
+    (BigGAN; paper F.1). Dropout is active when a "dropout" key is given to `apply`.
     """
 
-    features: int
-    dtype: jnp.dtype
-    dropout: float = 0.0
-    resample: str | None = None
-    skip_scale: float = 1.0
+    features: int  # output channels
+    cfg: ModelConfig
+    resample: str | None = None  # or "down" or "up"
 
     @nn.compact
     def __call__(self, x: jax.Array, emb: jax.Array) -> jax.Array:
         """`[B, H, W, C]` and the embedding `[B, E]` to `[B, H', W', features]`."""
-        h = nn.silu(layers.group_norm(x.shape[-1], self.dtype, name="norm_1")(x))
+        features, dtype = self.features, jnp.dtype(self.cfg.dtype)
+        h = nn.silu(layers.group_norm(x.shape[-1], dtype, name="norm_1")(x))
         if self.resample:
             change = getattr(layers, self.resample + "sample")
             h, x = change(h), change(x)
-        h = layers.conv(self.features, self.dtype, name="conv_1")(h)
-        scale_shift = layers.dense(2 * self.features, self.dtype, name="scale_shift")
+        h = layers.conv(features, dtype, name="conv_1")(h)
+        scale_shift = layers.dense(2 * features, dtype, name="scale_shift")
         scale, shift = jnp.split(scale_shift(nn.silu(emb)), 2, -1)
-        norm = layers.group_norm(self.features, self.dtype, name="norm_2")
-        h = nn.silu(norm(h, scale, shift))
-        h = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(h)
-        h = layers.conv(self.features, self.dtype, zero=True, name="conv_2")(h)
-        if x.shape[-1] != self.features:
-            x = layers.conv(self.features, self.dtype, kernel=1, name="shortcut")(x)
-        return (x + h) * self.skip_scale
+        h = nn.silu(layers.group_norm(features, dtype, name="norm_2")(h, scale, shift))
+        h = nn.Dropout(self.cfg.dropout, deterministic=not self.has_rng("dropout"))(h)
+        h = layers.conv(features, dtype, zero=True, name="conv_2")(h)
+        if x.shape[-1] != features:
+            x = layers.conv(features, dtype, kernel=1, name="shortcut")(x)
+        return (x + h) * self.cfg.skip_scale
 
 
 class AttentionBlock(nn.Module):
     """Attention of pixels to themselves, the text, or both at once, with a skip.
 
     For both, the text's keys and values are concatenated to the pixels' (paper D.3.1).
-
-    Attributes:
-      head_channels: channels per head.
-      dtype: compute type.
-      over_pixels, over_text: what is attended to; at least one.
-      expansion: width of queries, keys and values as a multiple of the pixels'.
-      skip_scale: factor on the sum with the input.
-      text_norm: whether the text is layer-normalised first (paper 2.5).
     """
 
-    head_channels: int
-    dtype: jnp.dtype
-    over_pixels: bool
+    cfg: ModelConfig
+    over_pixels: bool  # at least one of the two
     over_text: bool
-    expansion: int = 1
-    skip_scale: float = 1.0
-    text_norm: bool = True
+    expansion: int = 1  # width of queries, keys, values as a multiple of the pixels'
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Cond) -> jax.Array:
         """`[B, H, W, C] -> [B, H, W, C]`."""
         b, height, width, channels = x.shape
-        num_heads = channels * self.expansion // self.head_channels
+        dtype, head = jnp.dtype(self.cfg.dtype), self.cfg.head_channels
 
         def project(name, values):
-            shape = (num_heads, self.head_channels)
-            return layers.heads(*shape, self.dtype, name=name)(values)
+            num_heads = channels * self.expansion // head
+            return layers.heads(num_heads, head, dtype, name=name)(values)
 
-        pixels = layers.group_norm(channels, self.dtype, name="norm")(x)
+        pixels = layers.group_norm(channels, dtype, name="norm")(x)
         pixels = pixels.reshape(b, height * width, channels)
         keys, values, masks = [], [], []
         if self.over_pixels:
@@ -91,8 +72,8 @@ class AttentionBlock(nn.Module):
             masks.append(jnp.ones(pixels.shape[:2], bool))
         if self.over_text:
             text = cond.text
-            if self.text_norm:
-                text = layers.layer_norm(self.dtype, name="text_norm")(text)
+            if self.cfg.text_norm:  # paper 2.5
+                text = layers.layer_norm(dtype, name="text_norm")(text)
             keys.append(project("text_key", text))
             values.append(project("text_value", text))
             masks.append(cond.mask)
@@ -102,8 +83,8 @@ class AttentionBlock(nn.Module):
             jnp.concatenate(values, 1),
             jnp.concatenate(masks, 1),
         )
-        out = layers.dense(channels, self.dtype, zero=True, name="out")(out)
-        return (x + out.reshape(x.shape)) * self.skip_scale
+        out = layers.dense(channels, dtype, zero=True, name="out")(out)
+        return (x + out.reshape(x.shape)) * self.cfg.skip_scale
 
 
 class TextPool(nn.Module):
@@ -111,13 +92,9 @@ class TextPool(nn.Module):
 
     Attention has one query, a projection of the mean (paper 2.5 and D.3.1, which do not
     print how attention pools).
-
-    Attributes:
-      features: width of the result.
-      cfg: the network.
     """
 
-    features: int
+    features: int  # width of the result
     cfg: ModelConfig
 
     @nn.compact
@@ -142,12 +119,7 @@ class TextPool(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Sum of the embeddings of noise level, pooled text and augmentation level (2.5).
-
-    Attributes:
-      features: width of the vector.
-      cfg: the network.
-    """
+    """Sum of the embeddings of noise level, pooled text, augmentation level (2.5)."""
 
     features: int
     cfg: ModelConfig
@@ -163,92 +135,56 @@ class Embedding(nn.Module):
             return layers.dense(self.features, dtype, name=f"{name}_2")(nn.silu(h))
 
         emb = noise_level(logsnr, "time")
-        pool = TextPool(self.features, self.cfg, name="pool")
-        emb += pool(cond.text, cond.mask)
+        emb += TextPool(self.features, self.cfg, name="pool")(cond.text, cond.mask)
         if cond.aug_logsnr is not None:
             emb += noise_level(cond.aug_logsnr, "aug")
         return emb
 
 
 class LevelAttention(nn.Module):
-    """The attention blocks of a level, by `text_conditioning`; there may be none.
-
-    Attributes:
-      cfg: the network.
-      level: index of the level, the finest being 0.
-      expansion: see `AttentionBlock`.
-    """
+    """The attention blocks of a level, by `text_conditioning`; there may be none."""
 
     cfg: ModelConfig
-    level: int
+    level: int  # the finest is 0
     expansion: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, cond: Cond) -> jax.Array:
         """`[B, H, W, C] -> [B, H, W, C]`."""
-        cfg = self.cfg
-        over_pixels = cfg.self_attention[self.level]
-        over_text = cfg.text_attention[self.level] and cfg.text_conditioning in (
-            "concatenate",
-            "cross",
-        )
-        kinds = [(over_pixels, over_text)]
-        if cfg.text_conditioning == "cross":
-            kinds = [(over_pixels, False), (False, over_text)]
-        for over in filter(any, kinds):
-            names = itertools.compress(("pixels", "text"), over)
-            block = checkpointed(AttentionBlock, cfg.remat)(
-                cfg.head_channels,
-                jnp.dtype(cfg.dtype),
-                *over,
-                expansion=self.expansion,
-                skip_scale=cfg.skip_scale,
-                text_norm=cfg.text_norm,
-                name="_and_".join(names),
-            )
-            x = block(x, cond)
+        cfg, kind = self.cfg, self.cfg.text_conditioning
+        pixels = cfg.self_attention[self.level]
+        text = cfg.text_attention[self.level] and kind in ("concatenate", "cross")
+        passes = [(pixels, text)]
+        if kind == "cross":
+            passes = [(pixels, False), (False, text)]
+        for over in filter(any, passes):
+            name = "_and_".join(itertools.compress(("pixels", "text"), over))
+            block = checkpointed(AttentionBlock, cfg.remat)
+            x = block(cfg, *over, expansion=self.expansion, name=name)(x, cond)
         return x
 
 
 class Block(nn.Module):
-    """A residual block with the attention of its level.
+    """A residual block with the attention of its level."""
 
-    Attributes:
-      features: output channels.
-      cfg: the network.
-      level: level whose attention follows; None for none.
-      resample: None, "down" or "up".
-    """
-
-    features: int
+    features: int  # output channels
     cfg: ModelConfig
-    level: int | None = None
-    resample: str | None = None
+    level: int | None = None  # whose attention follows; None for none
+    resample: str | None = None  # or "down" or "up"
 
     @nn.compact
     def __call__(
         self, x: jax.Array, skip: jax.Array | None, emb: jax.Array, cond: Cond
     ) -> jax.Array:
-        """`[B, H, W, C]` to `[B, H', W', features]`.
+        """`[B, H, W, C]`, on the way up with a skip `[B, H, W, C']` from the way down.
 
-        Args:
-          x: output of the block before.
-          skip: `[B, H, W, C']` from the way down, concatenated to it; None on the way
-            down.
-          emb: `[B, E]`, the embedding.
-          cond: text.
+        Returns:
+          `[B, H', W', features]`.
         """
         if skip is not None:
             x = jnp.concatenate([x, skip], -1)
-        residual = checkpointed(ResBlock, self.cfg.remat)(
-            self.features,
-            jnp.dtype(self.cfg.dtype),
-            self.cfg.dropout,
-            resample=self.resample,
-            skip_scale=self.cfg.skip_scale,
-            name="residual",
-        )
-        x = residual(x, emb)
+        residual = checkpointed(ResBlock, self.cfg.remat)
+        x = residual(self.features, self.cfg, self.resample, name="residual")(x, emb)
         if self.level is not None:
             x = LevelAttention(self.cfg, self.level, name="attention")(x, cond)
         return x
@@ -267,12 +203,7 @@ def checkpointed(module: type[nn.Module], remat: str) -> type[nn.Module]:
 
 
 class Chain(nn.Module):
-    """A sequence of equal blocks.
-
-    Attributes:
-      count: number of blocks.
-      features, cfg, level: see `Block`.
-    """
+    """A sequence of equal blocks (`Block`)."""
 
     count: int
     features: int
@@ -283,14 +214,7 @@ class Chain(nn.Module):
     def __call__(
         self, x: jax.Array, skips: list[jax.Array], emb: jax.Array, cond: Cond
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """The output of the last block, and the list of all outputs.
-
-        Args:
-          x: `[B, H, W, C]`.
-          skips: a `[B, H, W, C']` for each block, or none for all.
-          emb: `[B, E]`, the embedding.
-          cond: text.
-        """
+        """The output of the last block, and those of all; `skips` may be empty."""
         outputs = []
         for i in range(self.count):
             block = Block(self.features, self.cfg, self.level, name=f"block_{i}")
@@ -310,10 +234,8 @@ def project_text(cond: Cond, cfg: ModelConfig) -> Cond:
 def network_input(z: jax.Array, cond: Cond, cfg: ModelConfig) -> jax.Array:
     """Channels of the noised image and, after them, of the low-resolution image.
 
-    The latter is enlarged bicubically (SR3, arXiv 2104.07636).
-
-    Returns:
-      `[B, H / p, W / p, p * p * (3 or 6)]` in the compute type, p the patch size.
+    The latter is enlarged bicubically (SR3, arXiv 2104.07636). Patches of p x p are
+    folded into channels: `[B, H / p, W / p, p * p * (3 or 6)]`, in the compute type.
     """
     if cond.lowres is not None:
         lowres = jax.image.resize(cond.lowres, z.shape, "cubic")

@@ -16,16 +16,9 @@ def convolve(
 ) -> jax.Array:
     """The convolution that `nn.Conv` calls, with zeros as "SAME" padding.
 
+    `[B, H, W, C]` and `[h, w, C, features]` to `[B, ceil(H / stride), ..., features]`.
     Where the mesh (`sharding.on_mesh`) splits rows, each device convolves its own and
     gets the rows beyond their borders from its neighbours.
-
-    Args:
-      x: `[B, H, W, C]`.
-      kernel: `[h, w, C, features]`.
-      strides: strides along H and W.
-
-    Returns:
-      `[B, ceil(H / stride), ceil(W / stride), features]`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     pads = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, "SAME")

@@ -17,22 +17,13 @@ class EfficientUNet(nn.Module):
 
     Without self-attention the network may be applied to larger images than it was
     trained on: only its group normalisations then take moments over more pixels.
-
-    Attributes:
-      cfg: widths, depths, attention and compute type.
     """
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-        """Predicts `[B, H, W, 3]` float32 from the noised image of that shape.
-
-        Args:
-          z: `[B, H, W, 3]` float32.
-          logsnr: `[B]` float32.
-          cond: text and, for a super-resolution stage, the low-resolution image.
-        """
+        """See `network.apply`."""
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
         cond = blocks.project_text(cond, cfg)

@@ -73,16 +73,11 @@ class GroupNorm(nn.Module):
 
     Both are folded into one product and one sum per pixel, in float32; flax's GroupNorm
     has more of them, and no scale and shift (benchmarks/README.md).
-
-    Attributes:
-      num_groups: number of groups that the channels are divided into.
-      dtype: type of the result.
-      epsilon: added to the variance.
     """
 
-    num_groups: int
-    dtype: jnp.dtype
-    epsilon: float = 1e-5
+    num_groups: int  # of equally many channels
+    dtype: jnp.dtype  # of the result
+    epsilon: float = 1e-5  # added to the variance
 
     @nn.compact
     def __call__(
@@ -112,9 +107,10 @@ class GroupNorm(nn.Module):
 
         def group_means(values):
             groups = values.mean((1, 2)).reshape(len(x), self.num_groups, -1)
-            return groups.mean(-1).repeat(groups.shape[-1], axis=-1)
+            means = jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape)
+            return means.reshape(len(x), -1)
 
-        mean, square = group_means(x), group_means(jnp.square(x))
+        mean, square = map(group_means, (x, jnp.square(x)))
         return mean, jnp.maximum(0.0, square - jnp.square(mean))
 
 

@@ -31,7 +31,7 @@ def apply(
       cfg: architecture and sizes.
       params: parameters as from `init`, unboxed.
       z: `[B, H, W, 3]` float32, the noised image.
-      logsnr: `[B]` float32.
+      logsnr: `[B]` float32, its noise level.
       cond: text and, for a super-resolution stage, the low-resolution image.
       dropout_key: given in training; without it there is no dropout.
       **options: of flax's `Module.apply`.
@@ -44,12 +44,8 @@ def apply(
 def layer_maxima(*args, **kwargs) -> list[dict[str, jax.Array]]:
     """The largest absolute value that each layer returns; NaN if it returns one.
 
-    Args:
-      *args, **kwargs: as for `apply`.
-
-    Returns:
-      `{"down_0_first/residual/conv_1": maximum}`, float32 scalars, for each layer in
-      the order of the forward pass: a block comes after its parts.
+    Called like `apply`, it returns `{"down_0_first/residual/conv_1": maximum}`, float32
+    scalars, for each layer in the order of the forward pass: a block after its parts.
     """
     paths = []
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax.errors import UserError, did_you_mean
+from imagen_jax.errors import UserError
 from imagen_jax.sharding import gather_fsdp, split_rows
 
 # Ids in T5's vocabulary.
@@ -25,49 +25,31 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes of an encoder; the defaults are T5 v1.1 XXL (4.6 billion parameters).
+    """Sizes of an encoder; the defaults are T5 v1.1 XXL (4.6 billion parameters)."""
 
-    Attributes:
-      vocab_size: rows of the embedding table.
-      num_layers: blocks of attention and feed-forward.
-      d_model: width of a token.
-      d_ff: width inside the feed-forward layer.
-      d_kv: channels of one attention head.
-      num_heads: attention heads.
-      gated: gelu(x W_gate) * (x W_linear), as in version 1.1; else relu(x W_linear),
-        as in version 1.0.
-      dtype: type of the computation and of the result, "bfloat16" or "float32".
-        Parameters may have this type or float32: they are cast before use.
-
-    Raises:
-      UserError: for another dtype.
-    """
-
-    vocab_size: int = 32_128
-    num_layers: int = 24
-    d_model: int = 4096
-    d_ff: int = 10_240
-    d_kv: int = 64
+    vocab_size: int = 32_128  # rows of the embedding table
+    num_layers: int = 24  # blocks of attention and feed-forward
+    d_model: int = 4096  # width of a token
+    d_ff: int = 10_240  # width inside the feed-forward layer
+    d_kv: int = 64  # channels of one attention head
     num_heads: int = 64
+    # gelu(x W_gate) * (x W_linear) as in version 1.1; else relu(x W_linear) as in 1.0.
     gated: bool = True
+    # Of the computation and the result. Parameters are cast to it before use.
     dtype: str = "bfloat16"
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
-            why = did_you_mean(self.dtype, DTYPES)
-            if self.dtype == "float16":
-                why = (
-                    ": inside its feed-forward layers (XXL's above all) values pass "
-                    "65504, float16's largest, and embeddings become inf or NaN"
-                )
+            # Values inside XXL's feed-forward layers pass 65504, float16's largest.
             raise UserError(
-                f"T5 does not run in {self.dtype!r}{why}; use {' or '.join(DTYPES)}"
+                f"T5 does not run in {self.dtype!r}: use {' or '.join(DTYPES)}"
             )
 
 
 # Layers, d_model, d_ff, d_kv, heads of every published size. Source: T5X's
 # examples/t5/t5_1_1/*.gin and t5_1_0/*.gin, which agree with the model cards of
 # google/t5-v1_1-* and t5-*.
+# By the name that `--encoder` takes.
 _SIZES = {
     "t5_1_1_small": (8, 512, 1024, 64, 6),
     "t5_1_1_base": (12, 768, 2048, 64, 12),
@@ -80,7 +62,6 @@ _SIZES = {
     "t5_1_0_3b": (24, 1024, 16_384, 128, 32),
     "t5_1_0_11b": (24, 1024, 65_536, 128, 128),
 }
-# By the name that `--encoder` takes.
 SIZES = {
     name: T5Config(32_128, *sizes, gated=name.startswith("t5_1_1"))
     for name, sizes in _SIZES.items()
@@ -88,14 +69,11 @@ SIZES = {
 
 
 def relative_position_buckets(length: int) -> np.ndarray:
-    """The bucket of every key's distance from every query.
+    """`[length, length]` int32: the bucket of every key's distance from every query.
 
     Half of the buckets are for keys to the right of the query. In each half the first
     half has one bucket for each distance, and the others grow logarithmically up to
     `MAX_DISTANCE`; longer distances share the last one.
-
-    Returns:
-      `[length, length]` int32 (query, key) in [0, BUCKETS).
     """
     half, exact = BUCKETS // 2, BUCKETS // 4
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
@@ -111,29 +89,20 @@ def relative_position_buckets(length: int) -> np.ndarray:
 class T5Encoder(nn.Module):
     """Token ids to embeddings.
 
-    Every parameter names the width of the residual stream "in": it lies over fsdp,
-    while heads and feed-forward channels lie over tensor.
+    The axis "in" of a parameter is the residual stream: it lies over fsdp, while heads
+    and feed-forward channels lie over tensor.
     """
 
     config: T5Config
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Encodes padded token ids.
+        """`ids` `[B, L]` int32 to `[B, L, d_model]` of `config.dtype`.
 
-        Args:
-          ids: `[B, L]` int32 in [0, vocab_size).
-          mask: `[B, L]` bool, True where a token is real. No token attends to a
-            padded one; the output at padded positions is meaningless.
-
-        Returns:
-          `[B, L, d_model]` of `config.dtype`.
+        The mask `[B, L]` is True where a token is real: no token attends to a padded
+        one, and the output at padded positions is meaningless.
         """
         cfg = self.config
-        if ids.ndim != 2 or mask.shape != ids.shape:
-            raise ValueError(
-                f"ids {ids.shape} and mask {mask.shape} must both be [B, L]"
-            )
         # The residual stream is float32: rounded to bfloat16 after each of 24 layers
         # it would lose more than the products do. The table is not gathered: it is
         # cheaper to move the few rows that are looked up.

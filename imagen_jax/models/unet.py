@@ -10,23 +10,13 @@ from imagen_jax.models import blocks, layers
 
 
 class UNet(nn.Module):
-    """`(z, logsnr, cond) -> output`; levels are convolved at their own resolution.
-
-    Attributes:
-      cfg: widths, depths, attention and compute type.
-    """
+    """`(z, logsnr, cond) -> output`; levels are convolved at their own resolution."""
 
     cfg: ModelConfig
 
     @nn.compact
     def __call__(self, z: jax.Array, logsnr: jax.Array, cond: Cond) -> jax.Array:
-        """Predicts `[B, H, W, 3]` float32 from the noised image of that shape.
-
-        Args:
-          z: `[B, H, W, 3]` float32.
-          logsnr: `[B]` float32.
-          cond: text and, for a super-resolution stage, the low-resolution image.
-        """
+        """See `network.apply`."""
         cfg = self.cfg
         dtype = jnp.dtype(cfg.dtype)
         cond = blocks.project_text(cond, cfg)

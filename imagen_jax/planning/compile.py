@@ -14,8 +14,7 @@ from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
 from imagen_jax.models import network
 from imagen_jax.planning.chips import Chip, chip_of
-from imagen_jax.planning.flops import count_flops, forward_flops
-from imagen_jax.planning.program import read_program
+from imagen_jax.planning.program import count_flops, forward_flops, read_program
 from imagen_jax.sharding import batch_sharding, row_shards
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.step import compile_train_step

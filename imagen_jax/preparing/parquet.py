@@ -24,10 +24,7 @@ def open_parquet(pattern: str, size: int) -> Source:
     """The rows of the files that match `pattern`; `size` rows of a file make a shard.
 
     An image is a binary column or a struct with `bytes`, a caption a string or a list
-    of strings. Files that are not Parquet are problems.
-
-    Raises:
-      UserError: when no file matches or can be read, or a file has no such columns.
+    of strings, of which number id modulo n is taken.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -41,40 +38,27 @@ def open_parquet(pattern: str, size: int) -> Source:
         except (pa.ArrowException, OSError) as error:
             problems.append(Problem(name, _brief(error)))
             continue
-        columns = _columns(schema, file)
+        columns = [
+            _column(schema, file, "column of pictures", _IMAGES, _IS_IMAGE),
+            _column(schema, file, "column of captions", _CAPTIONS, _IS_CAPTION),
+        ]
         for start in range(0, rows, size):
             stop = min(start + size, rows)
             shards.append((file, columns, start, stop, count + start))
         lengths.append((name, os.path.getsize(file), rows))
         count += rows
-    if not shards:
-        reason = f": {problems[0].name}: {problems[0].reason}" if problems else ""
-        raise UserError(f"no file that matches {pattern!r} has rows{reason}")
-    return Source(
-        len(shards),
-        lambda shard: _read(*shards[shard]),
-        count,
-        problems,
-        sources.sha256_of(lengths),
-    )
+    sha256 = sources.sha256_of(lengths)
+    return Source(len(shards), lambda i: _read(*shards[i]), count, problems, sha256)
 
 
-def _columns(schema, file: str) -> list[str]:
-    """The names of the image's and the caption's column."""
-    types = {name: str(kind) for name, kind in zip(schema.names, schema.types)}
-    columns = []
-    for what, names, pattern in (
-        ("the bytes of pictures", _IMAGES, _IS_IMAGE),
-        ("captions", _CAPTIONS, _IS_CAPTION),
-    ):
-        fitting = [n for n in names if re.fullmatch(pattern, types.get(n, ""))]
-        if not fitting:
-            raise UserError(
-                f"{file!r} has no column with {what} ({', '.join(names)}); it has "
-                f"{', '.join(f'{n} ({t})' for n, t in types.items())}"
-            )
-        columns.append(fitting[0])
-    return columns
+def _column(schema, file: str, what: str, names: tuple[str, ...], kind: str) -> str:
+    """The first of `names` whose column has a type that matches `kind`."""
+    types = {name: str(type_) for name, type_ in zip(schema.names, schema.types)}
+    for name in names:
+        if re.fullmatch(kind, types.get(name, "")):
+            return name
+    there = ", ".join(f"{name} ({type_})" for name, type_ in types.items())
+    raise UserError(f"{file!r} has no {what} ({', '.join(names)}), but {there}")
 
 
 def _read(file, columns, start, stop, first_id) -> Iterator[Example | Problem]:
@@ -86,11 +70,11 @@ def _read(file, columns, start, stop, first_id) -> Iterator[Example | Problem]:
     row = start
     try:
         with pq.ParquetFile(file) as parquet:
-            metadata = parquet.metadata
-            groups = range(metadata.num_row_groups)
-            ends = np.cumsum([metadata.row_group(group).num_rows for group in groups])
+            groups = range(parquet.num_row_groups)
+            lengths = [parquet.metadata.row_group(group).num_rows for group in groups]
+            ends = np.cumsum(lengths)
             first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-            row = int(ends[first - 1]) if first else 0
+            row = int(ends[first]) - lengths[first]
             for batch in parquet.iter_batches(_ROWS, groups[first : last + 1], columns):
                 for image, caption in zip(*map(batch.column, columns)):
                     if start <= row < stop:
@@ -114,7 +98,8 @@ def _example(id: int, name: str, image, caption) -> Example | Problem:
     if not data:
         return Problem(name, "has no picture")
     if isinstance(caption, pa.ListScalar):
-        caption = sources.choose_caption(list(caption.values or []), id)
+        captions = list(caption.values or [])
+        caption = captions[id % len(captions)] if captions else None
     # As bytes: Arrow does not check that a string is UTF-8.
     text = caption.as_buffer().to_pybytes() if caption and caption.is_valid else b""
     return sources.make_example(id, name, text, lambda: data)

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 from imagen_jax.errors import UserError
-from imagen_jax.preparing.images import Rules
 from imagen_jax.preparing.sources import FORMS
 from imagen_jax.text import embeddings
 
@@ -15,9 +14,7 @@ _RECORDED = ("source", "text_length", "image_size", "shard_examples", "seed")
 _RECORDED += ("min_side", "max_aspect", "stored_size")
 
 
-def _setting(
-    help: str, default: Any = dataclasses.MISSING, least: int | None = None
-) -> Any:
+def _setting(help: str, default=dataclasses.MISSING, least: int | None = None) -> Any:
     metadata = {"help": help, "least": least}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -29,34 +26,21 @@ class Settings:
     source: str = _setting(FORMS)
     output: str = _setting("a folder to be, or FILE.npz")
     encoder: str = _setting(
-        "the frozen text encoder: tiny, t5_1_1_SIZE, t5_1_0_SIZE, hf:NAME_OR_PATH or "
-        "t5x:CHECKPOINT (docs/text_encoders.md); none: tars of pictures without "
-        "embeddings, from which records are prepared with --source=webdataset:",
+        "the frozen text encoder (docs/text_encoders.md): tiny, t5_1_1_SIZE, "
+        "t5_1_0_SIZE, hf:NAME_OR_PATH or t5x:CHECKPOINT; none: tars of pictures",
         "tiny",
     )
     encoder_weights: str = _setting("its weights, if it has none built in", "")
     encoder_dtype: str = _setting("type a T5 computes in: bfloat16 or float32", "")
     text_length: int = _setting("tokens of a caption that are kept", 128, least=1)
-    embedding_dtype: str = _setting(
-        "type of stored embeddings: bfloat16 or int8", "bfloat16"
-    )
-    image_size: int = _setting(
-        "pixels of a side of drawn scenes and of pictures in a .npz", 64, least=1
-    )
+    embedding_dtype: str = _setting("stored type: bfloat16 or int8", "bfloat16")
+    image_size: int = _setting("side of drawn scenes and in a .npz", 64, least=1)
     min_side: int = _setting("least pixels of a picture's shorter side", 1, least=1)
-    max_aspect: float = _setting(
-        "longer side over shorter at most; 0: no limit", 0.0, least=0
-    )
-    stored_size: int = _setting(
-        "pixels to which the shorter side is reduced; 0: as it is", 0, least=0
-    )
-    shard_examples: int = _setting(
-        "examples in one file of records, unless the source decides", 1000, least=1
-    )
+    max_aspect: float = _setting("longer side over shorter; 0: any", 0.0, least=0)
+    stored_size: int = _setting("reduce shorter sides to it; 0: do not", 0, least=0)
+    shard_examples: int = _setting("examples in a shard; a tar is one", 1000, least=1)
     seed: int = _setting("seed of a folder's order and of drawn scenes", 0, least=0)
-    max_bad_share: float = _setting(
-        "share of examples that may be unusable; more stop the job", 0.5, least=0
-    )
+    max_bad_share: float = _setting("share of examples that may be bad", 0.5, least=0)
     process_index: int | None = _setting("number of this process; default: JAX's", None)
     process_count: int | None = _setting("processes that share the work", None, least=1)
     runner: str = _setting("a runner of Apache Beam, with --encoder=none", "")
@@ -68,10 +52,13 @@ class Settings:
         return self.output.endswith(".npz")
 
     @property
-    def rules(self) -> Rules:
-        """Which images are kept, and at what size."""
-        least = max(self.min_side, self.image_size) if self.is_npz else self.min_side
-        return Rules(least, self.max_aspect, self.stored_size)
+    def rules(self) -> dict[str, float]:
+        """Which images are kept, and at what size: arguments of `images.verify`."""
+        names = "min_side", "max_aspect", "stored_size"
+        rules = {name: getattr(self, name) for name in names}
+        if self.is_npz:
+            rules["min_side"] = max(self.min_side, self.image_size)
+        return rules
 
     def recorded(self) -> dict[str, Any]:
         """The part of the settings that the manifest holds."""
@@ -82,45 +69,19 @@ class Settings:
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), field.metadata["least"]
             if None not in (value, least) and value < least:
-                raise UserError(
-                    f"--{field.name} is {value}; it must be at least {least}"
-                )
+                raise UserError(f"--{field.name} is {value}; give at least {least}")
         embeddings.check_dtype(self.embedding_dtype)
-        if fault := self._fault():
-            raise UserError(fault)
-
-    def _fault(self) -> str:
         index, count = self.process_index, self.process_count
-        pictures_only, several = self.encoder == NO_ENCODER, (count or 1) > 1
-        if self.max_bad_share > 1:
-            return f"--max_bad_share is {self.max_bad_share:g}; give 0 to 1"
-        if 0 < self.max_aspect < 1:
-            return f"--max_aspect is {self.max_aspect}; give 1 or more, or 0: no limit"
+        alone, embeds = count in (None, 1), self.encoder != NO_ENCODER
+        if (index is None) != (count is None) or (count and not 0 <= index < count):
+            raise UserError("give --process_index=I and --process_count=N with I < N")
+        if not self.output or "://" in self.output:
+            raise UserError(
+                f"--output={self.output!r} is no folder or FILE.npz: mount a bucket"
+            )
+        if self.is_npz and not (alone and embeds):
+            raise UserError("a .npz file needs one process and an --encoder")
         if self.is_npz and 0 < self.stored_size < self.image_size:
-            return (
-                f"--stored_size is {self.stored_size}, less than --image_size="
-                f"{self.image_size}, the pictures' size in a .npz file: leave it out"
-            )
-        if (index is None) != (count is None):
-            return "--process_index and --process_count go together: give both"
-        if count and not 0 <= index < count:
-            return f"--process_index is {index}; it is one of 0 to {count - 1}"
-        if not self.output:
-            return "--output is empty: give a folder to be, or FILE.npz"
-        if "://" in self.output:
-            return (
-                f"--output is {self.output!r}: mount the bucket (gcsfuse, s3fs) and "
-                "give the folder"
-            )
-        if self.is_npz and (several or pictures_only):
-            return (
-                f"--output={self.output!r} is written by one process and has "
-                "embeddings: give a folder for several processes or --encoder=none"
-            )
-        if self.runner and (several or not pictures_only):
-            return (
-                f"--runner={self.runner} prepares pictures only, by itself: give "
-                "--encoder=none and no --process_count, then embed the captions with "
-                "--source=webdataset:OUTPUT/*.tar"
-            )
-        return ""
+            raise UserError("--stored_size is below --image_size of a .npz file")
+        if self.runner and (embeds or not alone):
+            raise UserError("--runner needs --encoder=none and no --process_count")

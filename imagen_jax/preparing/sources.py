@@ -1,8 +1,4 @@
-"""Captioned images to prepare: what a source is, and what all kinds of it share.
-
-A source is divided into shards that depend on the source and the settings alone: any
-process can read any shard, and finds the same examples in it.
-"""
+"""Captioned images to prepare: what a source is, and what all kinds of it share."""
 
 import collections
 import concurrent.futures
@@ -18,7 +14,6 @@ from imagen_jax.preparing import images
 from imagen_jax.shapes import scenes as shapes
 
 FORMS = "folder:DIR, webdataset:GLOB, parquet:GLOB, tfds:NAME or shapes:N"
-NOT_UTF8 = "the caption is not UTF-8 text"
 # Images that are decoded ahead of the one whose turn it is.
 _READ_AHEAD = 64
 
@@ -29,7 +24,7 @@ class Example:
 
     id: int  # unique in the source
     name: str  # for messages
-    caption: str  # not empty
+    caption: str  # stripped, not empty
     read: Callable[[], bytes]  # the image's file
 
 
@@ -43,17 +38,17 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Captioned images, divided into shards."""
+    """Captioned images, in shards that any process can read and finds the same."""
 
     shards: int  # number of shards
     read: Callable[[int], Iterator[Example | Problem]]  # a shard, given its number
-    count: int | None  # examples in all shards, or an estimate; None if unknown
+    count: int | None  # examples in all shards; None if unknown
     problems: list[Problem]  # those that belong to no shard
     sha256: str  # changes when names, captions or lengths of files do
 
 
 def open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
-    """Opens "shapes:N": N drawn scenes."""
+    """The drawn scenes of "shapes:N"; `size` make a shard."""
     if not argument.isdecimal() or int(argument) < 1:
         raise UserError(f"--source is 'shapes:{argument}'; give a number above zero")
     count = int(argument)
@@ -63,7 +58,7 @@ def open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
         return images.encode_png(shapes.draw(scenes[i], image_size))
 
     def read(shard: int) -> Iterator[Example]:
-        for i in range(shard * size, min((shard + 1) * size, count)):
+        for i in range(count)[shard * size : (shard + 1) * size]:
             caption = shapes.caption(scenes[i])
             yield Example(i, f"scene {i}", caption, lambda i=i: draw(i))
 
@@ -71,7 +66,7 @@ def open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
 
 
 def matching_files(pattern: str, what: str) -> list[str]:
-    """The files that match a glob, sorted; `UserError` naming `what` if none does."""
+    """The files that match a glob, sorted; `UserError` if none does."""
     files = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
     if not files:
         raise UserError(f"no {what} matches {pattern!r} (quote it for your shell)")
@@ -86,42 +81,30 @@ def sha256_of(rows: Iterable) -> str:
     return digest.hexdigest()
 
 
-def choose_caption(captions: list, id: int):
-    """Of an image's captions number `id` modulo n: all positions equally often."""
-    return captions[id % len(captions)] if captions else ""
-
-
-def caption_text(caption: str | bytes) -> str:
-    """A stripped caption; `Unusable` if empty or not UTF-8 (a BOM is no text)."""
-    try:
-        text = caption if isinstance(caption, str) else caption.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise images.Unusable(NOT_UTF8) from None
-    if not text.strip():
-        raise images.Unusable("the caption is empty")
-    return text.strip()
-
-
 def make_example(
     id: int, name: str, caption: str | bytes, read: Callable[[], bytes]
 ) -> Example | Problem:
     """The example, or the problem with its caption."""
     try:
-        return Example(id, name, caption_text(caption), read)
-    except images.Unusable as error:
-        return Problem(name, str(error))
+        # A byte order mark is no text.
+        text = caption if isinstance(caption, str) else caption.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Problem(name, "the caption is not UTF-8 text")
+    if not text.strip():
+        return Problem(name, "the caption is empty")
+    return Example(id, name, text.strip(), read)
 
 
 def verify_images(
-    items: Iterable[Example | Problem], rules: images.Rules
+    items: Iterable[Example | Problem], **rules: float
 ) -> Iterator[tuple[Example, images.StoredImage] | Problem]:
-    """Decodes the images of `items`, several at a time; yields in their order."""
+    """Decodes the images of `items` by `images.verify`, several at a time, in order."""
 
     def verified(item):
         if isinstance(item, Problem):
             return item
         try:
-            return item, images.verify(item.read(), rules)
+            return item, images.verify(item.read(), **rules)
         except images.Unusable as error:
             return Problem(item.name, str(error))
         except OSError as error:

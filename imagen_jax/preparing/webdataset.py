@@ -1,15 +1,13 @@
 """Tars of captioned images, as img2dataset and webdataset write them.
 
 KEY.jpg, KEY.png or KEY.webp stands beside KEY.txt, or beside KEY.json with a
-"caption"; the key is the path up to the first dot of its last part. One tar is one
-shard.
+"caption"; the key is the path up to the first dot of its last part.
 """
 
 import io
 import json
 import lzma
 import os
-import pathlib
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -38,11 +36,7 @@ class _TarInfo(tarfile.TarInfo):
 
 
 def open_tars(pattern: str) -> Source:
-    """The examples of the tars that match `pattern`, in the order of their names.
-
-    Of a tar that is cut or damaged, what precedes the damage is used and the rest is
-    one `Problem`.
-    """
+    """The examples of the tars that match `pattern`; each tar is a shard."""
     files = sources.matching_files(pattern, "tar")
 
     def read(shard: int) -> Iterator[Example | Problem]:
@@ -50,55 +44,30 @@ def open_tars(pattern: str) -> Source:
         return _read_tar(files[shard], iter(range(shard, 2**63, len(files))))
 
     sha256 = sources.sha256_of((os.path.basename(f), os.path.getsize(f)) for f in files)
-    return Source(len(files), read, _count(files), [], sha256)
-
-
-def _count(files: list[str]) -> int | None:
-    """The number of examples in all tars, or an estimate of it.
-
-    By the statistics beside them, img2dataset's or ours; else by the first tar.
-    """
-    total = 0
-    try:
-        for file in files:
-            stats = pathlib.Path(f"{os.path.splitext(file)[0]}_stats.json").read_bytes()
-            stats = json.loads(stats)
-            total += stats["examples"] if "examples" in stats else stats["successes"]
-        return total
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        # Without compression only the headers are read.
-        with tarfile.open(files[0], "r:") as tar:
-            images = sum(_split(name)[1] in _IMAGES for name in tar.getnames())
-    except _CUT:
-        return None
-    sizes = [os.path.getsize(file) for file in files]
-    return round(images * sum(sizes) / sizes[0]) or None
+    return Source(len(files), read, None, [], sha256)
 
 
 def _read_tar(file: str, ids: Iterator[int]) -> Iterator[Example | Problem]:
-    tar_name = pathlib.Path(file).name
+    tar_name = os.path.basename(file)
     key, members, count = "", {}, 0
     reason = "it does not end as a tar does: cut or damaged"
     try:
         with tarfile.open(file, "r|*", tarinfo=_TarInfo) as tar:
             for member in tar:
-                member_key, extension = _split(member.name)
+                folder, name = os.path.split(member.name)
+                stem, _, extension = name.partition(".")
+                extension = extension.lower()
                 if not member.isfile() or extension not in _IMAGES | _TEXTS:
                     continue
-                if member_key != key and members:
+                if members and os.path.join(folder, stem) != key:
                     yield _example(f"{tar_name}/{key}", members, next(ids))
                     members, count = {}, count + 1
-                key = member_key
+                key = os.path.join(folder, stem)
                 members[extension] = tar.extractfile(member).read()
             is_whole = getattr(tar, "is_whole", False)
     except _CUT as error:
         if getattr(error, "errno", None):
-            raise UserError(
-                f"{file!r} cannot be read ({error.strerror}); start the same command "
-                "again when it can"
-            ) from None
+            raise UserError(f"{file!r} cannot be read: {error.strerror}") from None
         is_whole, reason = False, f"{type(error).__name__}: {error}"
     # The last members before a cut may lack their image or their caption.
     complete = bool(_TEXTS & members.keys() and _IMAGES & members.keys())
@@ -107,13 +76,6 @@ def _read_tar(file: str, ids: Iterator[int]) -> Iterator[Example | Problem]:
         count += 1
     if not is_whole:
         yield Problem(tar_name, f"{reason}; after {count} examples")
-
-
-def _split(name: str) -> tuple[str, str]:
-    """The key and the extension of a member, which begins at the first dot."""
-    folder, slash, last = name.rpartition("/")
-    stem, _, extension = last.partition(".")
-    return f"{folder}{slash}{stem}", extension.lower()
 
 
 def _example(name: str, members: dict[str, bytes], id: int) -> Example | Problem:
@@ -125,22 +87,19 @@ def _example(name: str, members: dict[str, bytes], id: int) -> Example | Problem
     elif "json" in members:
         try:
             caption = json.loads(members["json"])["caption"]
+            caption = caption if isinstance(caption, str) else ""
         except UnicodeDecodeError:
-            return Problem(name, sources.NOT_UTF8)
+            caption = members["json"]  # `make_example` says that it is not UTF-8
         except (ValueError, KeyError, TypeError):
             caption = ""
     else:
         return Problem(name, "has no .txt or .json beside it")
-    caption = caption if isinstance(caption, str | bytes) else ""
     image = members[images[0]]
     return sources.make_example(id, name, caption, lambda: image)
 
 
 def write_tar(path: os.PathLike, rows: Iterable[tuple]) -> None:
-    """Writes a tar that `open_tars` reads; equal rows make equal bytes.
-
-    A row is (`Example`, `StoredImage`, ...).
-    """
+    """Writes rows (`Example`, `StoredImage`, ...) as a tar that `open_tars` reads."""
     with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
         for example, image, *_ in rows:
             kind = "png" if image.data.startswith(b"\x89PNG") else "jpg"

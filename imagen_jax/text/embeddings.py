@@ -5,6 +5,7 @@ row's scale as a little-endian float32, then D int8 values; the embedding is the
 product, rounded to bfloat16. The scale is the row's largest magnitude over 127.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -26,19 +27,14 @@ def encode_groups(
     run: Callable[[np.ndarray, np.ndarray], np.ndarray],
     rows: int = ROWS,
 ) -> list[np.ndarray]:
-    """Embeds captions in groups that are padded to one of a few lengths.
-
-    Equal captions are embedded once.
+    """`[n_i, D]` bfloat16 for each caption, embedded in groups of one padded length.
 
     Args:
-      tokens: ids of each caption, not empty.
+      tokens: ids of each caption, not empty; equal captions are embedded once.
       length: tokens kept of each caption; a longer one keeps its last, the end token.
       run: `(ids, mask) -> [rows, L, D]`, with ids `[rows, L]` int32 that are zero
         where the mask `[rows, L]` is False.
       rows: captions in a group; the last group is filled up with empty rows.
-
-    Returns:
-      `[n_i, D]` bfloat16 for each caption.
     """
     tokens = [
         tuple(t if len(t) <= length else t[: length - 1] + t[-1:]) for t in tokens
@@ -64,17 +60,16 @@ def encode_groups(
 
 
 def _padded_length(n: int) -> int:
-    longest = _LENGTHS[-1]
-    steps = (*_LENGTHS, math.ceil(n / longest) * longest)
-    return next(step for step in steps if n <= step)
+    fitting = (step for step in _LENGTHS if n <= step)
+    return next(fitting, math.ceil(n / _LENGTHS[-1]) * _LENGTHS[-1])
 
 
 def check_dtype(dtype: str) -> None:
     """Raises `UserError` unless `dtype` is one of `DTYPES`."""
     if dtype not in DTYPES:
+        hint = did_you_mean(dtype, DTYPES)
         raise UserError(
-            f"--embedding_dtype is {dtype!r}{did_you_mean(dtype, DTYPES)}; it is one "
-            f"of {', '.join(DTYPES)}"
+            f"--embedding_dtype is {dtype!r}{hint}; it is one of {', '.join(DTYPES)}"
         )
 
 
@@ -95,16 +90,7 @@ def to_bytes(rows: np.ndarray, dtype: str = "bfloat16") -> bytes:
 
 
 def from_bytes(data: bytes, dim: int, dtype: str = "bfloat16") -> np.ndarray:
-    """The inverse of `to_bytes`: `[n, dim]` bfloat16.
-
-    Raises:
-      UserError: when `data` is not a whole number of rows.
-    """
-    if len(data) % row_bytes(dim, dtype):
-        raise UserError(
-            f"{len(data)} bytes are no {dtype} embeddings of width {dim}: the records "
-            "and their manifest disagree"
-        )
+    """The inverse of `to_bytes`: `[n, dim]` bfloat16."""
     if dtype == "bfloat16":
         return np.frombuffer(data, "<u2").view(ml_dtypes.bfloat16).reshape(-1, dim)
     rows = np.frombuffer(data, np.int8).reshape(-1, SCALE_BYTES + dim)
@@ -122,3 +108,43 @@ def cosine_error(rows: np.ndarray, stored: np.ndarray) -> np.ndarray:
     norms = np.sqrt((a * a).sum(1) * (b * b).sum(1))
     cosine = (a * b).sum(1) / np.where(norms > 0, norms, 1)
     return np.where(same, 0.0, np.maximum(0.0, 1 - cosine))
+
+
+@dataclasses.dataclass(frozen=True)
+class Embedded:
+    """A caption's embedding as it is stored."""
+
+    data: bytes  # `to_bytes` of its tokens
+    tokens: int  # number of tokens that are stored
+    cut: bool  # whether the caption has more
+    errors: np.ndarray  # [tokens] float64, cosine errors against the encoder's output
+
+
+class Embedder:
+    """Embeds captions; equal ones once, while `memory_bytes` hold their results.
+
+    Results do not depend on it: an encoder embeds each caption by itself.
+    """
+
+    def __init__(self, encoder, length: int, dtype: str, memory_bytes: int = 2**30):
+        self.encoder, self.length, self.dtype = encoder, length, dtype
+        self._memory_bytes = self._free = memory_bytes
+        self._known: dict[str, Embedded] = {}
+
+    def embed(self, captions: list[str]) -> list[Embedded]:
+        """One result per caption, in their order."""
+        if self._free < 0:
+            self._known.clear()
+            self._free = self._memory_bytes
+        new = [c for c in dict.fromkeys(captions) if c not in self._known]
+        if new:
+            rows = self.encoder.encode(new, self.length)
+            self._known |= {c: self._store(c, row) for c, row in zip(new, rows)}
+            self._free -= sum(len(self._known[caption].data) for caption in new)
+        return [self._known[caption] for caption in captions]
+
+    def _store(self, caption: str, row: np.ndarray) -> Embedded:
+        data = to_bytes(row, self.dtype)
+        stored = from_bytes(data, self.encoder.dim, self.dtype)
+        cut = len(self.encoder.tokenize(caption)) > self.length
+        return Embedded(data, len(row), cut, cosine_error(row, stored))

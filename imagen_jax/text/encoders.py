@@ -13,16 +13,12 @@ from imagen_jax.text.tiny import TinyEncoder
 
 
 class TextEncoder(Protocol):
-    """What `load_encoder` returns.
+    """What `load_encoder` returns."""
 
-    Attributes:
-      identity: "NAME@VERSION"; equal identities mean equal embeddings. Manifests and
-        checkpoints carry it, and `load_encoder` accepts it.
-      dim: width D of one token's embedding.
-    """
-
+    # "NAME@VERSION"; equal identities mean equal embeddings. Manifests and checkpoints
+    # carry it, and `load_encoder` accepts it.
     identity: str
-    dim: int
+    dim: int  # width D of one token's embedding
 
     def tokenize(self, caption: str) -> list[int]:
         """All tokens of the caption, the end token included."""
@@ -51,10 +47,6 @@ def load_encoder(name: str, weights: str = "", dtype: str = "") -> TextEncoder:
         "t5x:" it replaces what follows the colon.
       dtype: compute type of a T5, "bfloat16" (default) or "float32". An identity
         brings its own.
-
-    Raises:
-      UserError: for an unknown name, weights that do not fit it, and an identity that
-        these weights, vocabulary or version do not have.
     """
     match = _IDENTITY.fullmatch(name)
     asked, version = match.groups() if match else (name, "")
@@ -62,14 +54,10 @@ def load_encoder(name: str, weights: str = "", dtype: str = "") -> TextEncoder:
     if version and not version.startswith("v"):
         dtype = version.partition("-")[0]
     if asked == "tiny":
-        if weights:
+        if weights or dtype not in ("", "float32"):
             raise UserError(
-                "the encoder 'tiny' has built-in weights; leave out the weights "
-                f"{weights!r}"
-            )
-        if dtype not in ("", "float32"):
-            raise UserError(
-                f"the encoder 'tiny' runs in float32 only, not in {dtype!r}"
+                "the encoder 'tiny' has built-in weights in float32; leave out "
+                f"{weights or dtype!r}"
             )
         encoder = TinyEncoder()
     elif asked in SIZES:
@@ -89,17 +77,12 @@ def load_encoder(name: str, weights: str = "", dtype: str = "") -> TextEncoder:
         )
     if version and name != encoder.identity:
         raise UserError(
-            f"the text encoder {name!r} was asked for; "
-            + (f"the weights {weights!r} make" if weights else "here is")
-            + f" {encoder.identity!r}, whose embeddings differ"
+            f"the text encoder {name!r} was asked for; here is {encoder.identity!r}, "
+            "whose embeddings differ: give its weights"
         )
     return encoder
 
 
 def embed(encoder: TextEncoder, captions: list[str], length: int):
-    """Padded embeddings of captions, as batches and samplers take them.
-
-    Returns:
-      `text` `[B, length, D]` bfloat16 and `mask` `[B, length]` bool.
-    """
+    """Padded embeddings: text `[B, length, D]` bfloat16 and mask `[B, length]` bool."""
     return pad_text(encoder.encode(captions, length), length, encoder.dim)

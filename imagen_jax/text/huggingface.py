@@ -13,24 +13,12 @@ class TransformersEncoder:
     """BERT, CLIP's text half, any T5 or another encoder that transformers knows.
 
     As in the paper's ablations: BERT's and T5's last layer, CLIP's penultimate one
-    (App. D.1). Runs on torch's GPU if there is one.
-
-    Attributes:
-      identity: "hf:NAME@float32-HASH"; the hash covers weights and vocabulary.
-      dim: width of one token's embedding.
+    (App. D.1). Runs on torch's GPU if there is one. The hash in its identity
+    "hf:NAME@float32-HASH" covers weights and vocabulary.
     """
 
     def __init__(self, name: str, weights: str = "", dtype: str = "float32"):
-        """Loads weights and vocabulary.
-
-        Args:
-          name: a model on the Hugging Face Hub, or a folder of save_pretrained.
-          weights: a folder that replaces `name`.
-          dtype: "float32", the only one.
-
-        Raises:
-          UserError: when transformers or torch is missing, or cannot load it.
-        """
+        """Loads a model of the Hub or a folder; the folder `weights` replaces it."""
         if dtype != "float32":
             raise UserError(f"'hf:' encoders run in float32 only, not in {dtype!r}")
         model, self._tokenizer = _load(weights or name)
@@ -38,9 +26,6 @@ class TransformersEncoder:
         self._layer = -2 if "clip" in config.model_type else -1
         self.dim = config.hidden_size
         self._longest = getattr(config, "max_position_embeddings", None)
-        if config.model_type in ("roberta", "xlm-roberta", "camembert"):
-            # Their positions start after that of the padding.
-            self._longest -= config.pad_token_id + 1
         # The name of a folder, not its path: moved weights stay the same encoder.
         is_local = weights or pathlib.Path(name).is_dir()
         shown = pathlib.Path(name or weights).name if is_local else name
@@ -53,11 +38,7 @@ class TransformersEncoder:
         return self._tokenizer(caption, truncation=False, verbose=False)["input_ids"]
 
     def encode(self, captions: list[str], length: int) -> list[np.ndarray]:
-        """See `encoders.TextEncoder`.
-
-        Raises:
-          UserError: when `length` is more than the model has positions for.
-        """
+        """See `encoders.TextEncoder`."""
         if self._longest and length > self._longest:
             raise UserError(
                 f"{self.identity!r} takes at most {self._longest} tokens of a caption, "
@@ -87,7 +68,6 @@ def _load(place: str):
             f"--encoder=hf:... needs transformers and torch, which cannot be imported "
             f"({error}): pip install 'imagen-jax[encoders]'"
         ) from None
-    verbosity = transformers.logging.get_verbosity()
     # It warns of every tensor beside the text encoder; missing ones are an error below.
     transformers.logging.set_verbosity_error()
     try:
@@ -105,9 +85,7 @@ def _load(place: str):
             f"transformers cannot load {place!r}: {reason}; if it is in a folder, "
             "give that as --encoder_weights"
         ) from None
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    # transformers draws missing tensors at random, and goes on.
+    # transformers draws missing tensors at random.
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if missing:
         raise UserError(

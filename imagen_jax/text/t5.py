@@ -1,13 +1,11 @@
 """Pretrained T5: captions to embeddings on this process's devices."""
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
@@ -20,17 +18,20 @@ from imagen_jax.text.t5_weights import load_params
 # Hugging Face's name and that in gs://t5-data/vocabs.
 _VOCABULARIES = ("spiece.model", "sentencepiece.model")
 # The table has a row for each piece, for up to 100 sentinels, and is then padded to a
-# multiple of 128: 32,000 pieces make 32,128 rows, mT5's 250,000 make 250,112.
+# multiple of 128.
 _MORE_ROWS = 100 + 127
+
+
+def run_t5(config: T5Config, params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """Applies `T5Encoder`: `[B, L]` ids and mask to `[B, L, D]`."""
+    return T5Encoder(config).apply({"params": params}, ids, mask)
 
 
 class PretrainedT5:
     """A T5 encoder of any size with published weights.
 
-    Attributes:
-      identity: "NAME@DTYPE-HASH"; the hash covers the weights' numbers and the
-        vocabulary.
-      dim: width of one token's embedding.
+    The hash in its identity "NAME@DTYPE-HASH" covers the weights' numbers and the
+    vocabulary.
     """
 
     def __init__(
@@ -38,9 +39,8 @@ class PretrainedT5:
         name: str,
         weights: str,
         dtype: str = "bfloat16",
-        mesh: Mesh | None = None,
         config: T5Config | None = None,
-        network: Callable | None = None,
+        network: Callable = run_t5,
     ):
         """Reads the weights; see `t5_weights.load_params`.
 
@@ -48,13 +48,8 @@ class PretrainedT5:
           name: a key of `models.t5.SIZES`, or any other start of the identity.
           weights: a checkpoint, with a SentencePiece model beside it.
           dtype: "bfloat16" or "float32".
-          mesh: devices of this process; by default all of them on one fsdp axis: each
-            holds a part of the weights and embeds a part of the captions.
           config: sizes, when `name` is no key.
-          network: `(config, params, ids, mask) -> [B, L, D]`; ours by default.
-
-        Raises:
-          UserError: when weights or vocabulary are missing or do not fit the size.
+          network: `(config, params, ids, mask) -> [B, L, D]`.
         """
         if not weights:
             raise UserError(
@@ -62,16 +57,22 @@ class PretrainedT5:
                 "--encoder_weights=FOLDER (docs/text_encoders.md tells where they are)"
             )
         self._config = dataclasses.replace(config or SIZES[name], dtype=dtype)
-        # Not jax.devices(): processes of a pod embed captions of their own.
-        self._mesh = mesh or make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
+        # Each device holds a part of the weights and embeds a part of the captions. Not
+        # jax.devices(): processes of a pod embed captions of their own.
+        self._mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
         self._vocabulary, content = _open_vocabulary(weights, self._config)
         self._params, numbers = load_params(weights, self._config, self._mesh)
         content = numbers.encode() + hashlib.sha256(content).digest()
         self.identity = f"{name}@{dtype}-{hashlib.sha256(content).hexdigest()[:12]}"
         self.dim = self._config.d_model
-        self._run = jax.jit(
-            on_mesh(functools.partial(network or run_t5, self._config), self._mesh)
-        )
+        # A TPU multiplies float32 in bfloat16 passes unless told otherwise.
+        precision = "highest" if dtype == "float32" else "default"
+
+        def run(params, ids, mask):
+            with jax.default_matmul_precision(precision):
+                return network(self._config, params, ids, mask)
+
+        self._run = jax.jit(on_mesh(run, self._mesh))
 
     def tokenize(self, caption: str) -> list[int]:
         """Pieces of the SentencePiece model, then the end."""
@@ -86,14 +87,6 @@ class PretrainedT5:
     def _embed(self, ids: np.ndarray, mask: np.ndarray) -> jax.Array:
         ids, mask = jax.device_put((ids, mask), batch_sharding(self._mesh))
         return self._run(self._params, ids, mask)
-
-
-def run_t5(config: T5Config, params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Applies `T5Encoder`: `[B, L]` ids and mask to `[B, L, D]`."""
-    # A TPU multiplies float32 in bfloat16 passes unless told otherwise.
-    precision = "highest" if config.dtype == "float32" else "default"
-    with jax.default_matmul_precision(precision):
-        return T5Encoder(config).apply({"params": params}, ids, mask)
 
 
 def _open_vocabulary(weights: str, config: T5Config):
@@ -115,19 +108,14 @@ def _open_vocabulary(weights: str, config: T5Config):
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
         raise UserError(
-            f"{str(path)!r} is no SentencePiece model, or is damaged ({error}): copy "
-            "it again"
+            f"{str(path)!r} is no SentencePiece model, or is damaged: {error}"
         ) from None
-    if (ids := (model.pad_id(), model.eos_id())) != (PAD, END):
+    ids, pieces = (model.pad_id(), model.eos_id()), model.get_piece_size()
+    rows = config.vocab_size
+    if ids != (PAD, END) or not pieces <= rows <= pieces + _MORE_ROWS:
         raise UserError(
-            f"{str(path)!r} has pad and end at {ids}, T5's has them at {(PAD, END)}: "
-            "it is another model's vocabulary"
-        )
-    pieces, rows = model.get_piece_size(), config.vocab_size
-    if not pieces <= rows <= pieces + _MORE_ROWS:
-        raise UserError(
-            f"{str(path)!r} has {pieces} pieces; the token embedding of shape "
-            f"{(rows, config.d_model)} is for {max(1, rows - _MORE_ROWS)} to {rows} of "
-            "them: it is another model's vocabulary"
+            f"{str(path)!r} is another model's vocabulary: it has {pieces} pieces with "
+            f"pad and end at {ids}; a T5 with an embedding of {rows} rows has "
+            f"{max(1, rows - _MORE_ROWS)} to {rows} with pad and end at {(PAD, END)}"
         )
     return model, content

@@ -1,6 +1,5 @@
 """T5X's own network, run on a checkpoint of T5X."""
 
-import jax
 from flax import traverse_util
 
 from imagen_jax.errors import UserError
@@ -15,13 +14,6 @@ def load_t5x(checkpoint: str, dtype: str) -> PretrainedT5:
 
     The tensors' shapes say its sizes, so it can be any T5 that this network runs: T5
     1.0, 1.1, mT5, Flan-T5.
-
-    Args:
-      checkpoint: T5X's folder, with a SentencePiece model beside it.
-      dtype: compute type, "bfloat16" or "float32".
-
-    Raises:
-      UserError: when T5X is not installed, or the checkpoint is not one of its own.
     """
     try:
         from t5x.examples.t5 import network
@@ -49,22 +41,14 @@ def load_t5x(checkpoint: str, dtype: str) -> PretrainedT5:
             )
         )
         variables = {"params": to_t5x(params, config)}
-        precision = "highest" if config.dtype == "float32" else "default"
-        with jax.default_matmul_precision(precision):
-            return model.apply(
-                variables, ids, enable_dropout=False, method=model.encode
-            )
+        return model.apply(variables, ids, enable_dropout=False, method=model.encode)
 
     config = config_of(checkpoint, dtype)
     return PretrainedT5("t5x", checkpoint, dtype, config=config, network=run)
 
 
 def config_of(path: str, dtype: str) -> T5Config:
-    """The sizes of the encoder in a checkpoint of T5X.
-
-    Raises:
-      UserError: when it is no checkpoint of a T5 encoder by T5X.
-    """
+    """The sizes of the encoder in a checkpoint of T5X."""
     shapes, layer = open_checkpoint(path).shapes, "target.encoder.layers_0."
     gated = f"{layer}mlp.wi_0.kernel" in shapes
     try:
@@ -73,9 +57,7 @@ def config_of(path: str, dtype: str) -> T5Config:
         _, width = shapes[f"{layer}attention.query.kernel"]
         _, d_ff = shapes[f"{layer}mlp.wi{'_0' * gated}.kernel"]
     except (KeyError, ValueError) as error:
-        raise UserError(
-            f"{path!r} is no checkpoint of a T5 encoder by T5X: {error}"
-        ) from None
+        raise UserError(f"{path!r} is no T5 encoder of T5X: {error}") from None
     layers = {name.split(".")[2] for name in shapes if ".encoder.layers_" in name}
     return T5Config(
         vocab_size, len(layers), d_model, d_ff, width // heads, heads, gated, dtype

@@ -30,16 +30,14 @@ _LAYER_SCALE = 0.3
 class TinyEncoder:
     """A small T5 with fixed random weights: no files, no training.
 
-    It has learnt nothing. It tells words apart and their order shows in the
-    embeddings, which is enough to train a small model on a small world of captions;
-    it does not know that "crimson" is near "red".
+    It tells words apart and their order shows in the embeddings, which is enough for a
+    small world of captions; it does not know that "crimson" is near "red".
 
     The weights are drawn as T5 initialises them, with two exceptions. The position
     bias makes three heads look at the word before, the word after and the one two
     before, and the last head at all words. The output of each layer is scaled by
-    `_LAYER_SCALE`: in a random network of full strength a word's embedding depends so
-    much on its neighbours that words do not carry over to new combinations
-    (benchmarks/README.md).
+    `_LAYER_SCALE`, so that a word's embedding depends little on its neighbours and
+    words carry over to new combinations (benchmarks/README.md).
     """
 
     identity: str = "tiny@v2-seed0-2x64"

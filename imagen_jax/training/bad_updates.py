@@ -3,6 +3,7 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from imagen_jax.config import TrainingConfig
 
@@ -14,24 +15,16 @@ _REDEEMED_BY = 10
 
 @flax.struct.dataclass
 class Guard:
-    """A run's memory of its updates; scalars, replicated.
+    """A run's memory of its updates; scalars, replicated."""
 
-    Attributes:
-      skipped: int32, updates skipped since the start of the run.
-      debt: int32, grows by 10 with a skipped update and falls by 1 with each other one,
-        down to 0.
-      spent: bool, whether the debt has reached the budget; the state then stands still.
-      averaged: int32, updates in the averages.
-      loss: float32, its running average.
-      gradient_norm: float32, its running average.
-    """
-
-    skipped: jax.Array
+    skipped: jax.Array  # int32, updates skipped since the start of the run
+    # int32, grows by 10 with a skipped update and falls by 1 with another, down to 0.
     debt: jax.Array
+    # bool, whether the debt has reached the budget; the state then stands still.
     spent: jax.Array
-    averaged: jax.Array
-    loss: jax.Array
-    gradient_norm: jax.Array
+    averaged: jax.Array  # int32, updates in the averages
+    loss: jax.Array  # float32, its running average
+    gradient_norm: jax.Array  # float32, its running average
 
 
 def new_guard() -> Guard:
@@ -51,14 +44,9 @@ def judge(
 ) -> tuple[jax.Array, Guard]:
     """Whether to skip the update of a step, and the guard after the step.
 
-    An update is skipped when the loss or the gradient norm is not finite or a spike,
-    and always once the budget is spent; then the guard no longer changes.
-
-    Args:
-      guard: before the step.
-      loss: float32 scalar.
-      gradient_norm: float32 scalar, before clipping.
-      cfg: the budget, and how far above its average a spike is.
+    An update is skipped when the loss or the gradient norm (before clipping) is not
+    finite or a spike, and always once the budget is spent; then the guard no longer
+    changes.
     """
     skip = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
     if cfg.spike_factor:
@@ -69,12 +57,12 @@ def judge(
 
     # A plain mean at first, so that it needs no start value.
     weight = 1.0 / jnp.minimum(guard.averaged + 1, AVERAGED_STEPS)
+    norm = guard.gradient_norm
     done = guard.replace(
         debt=jnp.maximum(guard.debt - 1, 0),
         averaged=guard.averaged + 1,
         loss=guard.loss + weight * (loss - guard.loss),
-        gradient_norm=guard.gradient_norm
-        + weight * (gradient_norm - guard.gradient_norm),
+        gradient_norm=norm + weight * (gradient_norm - norm),
     )
     debt = guard.debt + _REDEEMED_BY
     budget = _REDEEMED_BY * cfg.skip_budget_steps
@@ -83,7 +71,8 @@ def judge(
         debt=debt,
         spent=(debt >= budget) if budget else guard.spent,
     )
-    return skip | guard.spent, select(guard.spent, guard, select(skip, not_done, done))
+    where = optax.tree.where
+    return skip | guard.spent, where(guard.spent, guard, where(skip, not_done, done))
 
 
 def before_the_last_skip(guard: Guard) -> Guard:
@@ -98,8 +87,3 @@ def before_the_last_skip(guard: Guard) -> Guard:
 def after_rollback(guard: Guard, lost: jax.Array) -> Guard:
     """A checkpoint's guard, for a run that goes on from it `lost` steps later."""
     return guard.replace(skipped=guard.skipped + lost, debt=guard.debt * 0)
-
-
-def select(condition: jax.Array, yes, no):
-    """`yes` where the scalar `condition` holds, else `no`: trees of equal structure."""
-    return jax.tree.map(lambda y, n: jnp.where(condition, y, n), yes, no)

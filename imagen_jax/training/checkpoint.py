@@ -8,7 +8,6 @@ of the state), `config` (the resolved stage), `iterator` (the position in the da
 import base64
 import dataclasses
 import logging
-import math
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -38,20 +37,12 @@ _FAULT_BYTES = 256
 
 
 class Checkpointer:
-    """The `checkpoints` folder of one training workdir.
-
-    Attributes:
-      damaged: what is wrong with each step that was passed over.
-    """
+    """The `checkpoints` folder of one training workdir, local or gs://."""
 
     def __init__(self, workdir: str, training: TrainingConfig | None = None):
-        """Opens `workdir/checkpoints`.
-
-        Args:
-          workdir: folder of a training run, local or gs://.
-          training: which checkpoints to keep; None to read only.
-        """
+        """Opens the folder; `training` says what to keep, None is to read only."""
         self.workdir = workdir
+        # What is wrong with each step that was passed over.
         self.damaged: dict[int, str] = {}
         self._folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
         self._training = training
@@ -79,11 +70,8 @@ class Checkpointer:
     ) -> None:
         """Starts writing `state`; returns once its arrays may be donated.
 
-        Args:
-          state: the state after its step.
-          cfg: the stage.
-          position: where the data source stands, the same in all processes.
-          metrics: numbers by which the best checkpoints are kept.
+        `position` is where the data source stands, the same in all processes; by
+        `metrics` the best checkpoints are kept.
 
         Raises:
           UserError: when the save before this one could not be written.
@@ -104,13 +92,10 @@ class Checkpointer:
         self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def newest(self, items: Collection[str] = RESUMED) -> int | None:
-        """The newest undamaged step, None when nothing has been saved.
+        """The newest step with undamaged `items`, None when nothing has been saved.
 
         Newer damaged checkpoints are named on stderr and, unless this is read-only,
         moved to `workdir/damaged`. All processes must call this together.
-
-        Args:
-          items: the items that are going to be read.
 
         Raises:
           UserError: when all are damaged, or the newest has another schema version.
@@ -133,11 +118,10 @@ class Checkpointer:
                 )
         if not steps:
             return None
-        lines = "".join(f"\n  {step}: {self.damaged[step]}" for step in steps)
+        lines = "; ".join(f"{step}: {self.damaged[step]}" for step in steps)
         raise UserError(
-            f"all checkpoints of {self.workdir} are damaged:{lines}\nCopy one of them "
-            "again if there is a copy, or give a new --workdir to start over (with "
-            "--config.training.init_from, from other weights)"
+            f"all checkpoints of {self.workdir} are damaged ({lines}): copy one of "
+            "them again, or give a new --workdir"
         )
 
     def required(self, items: Collection[str] = RESUMED) -> int:
@@ -195,9 +179,8 @@ class Checkpointer:
             # It would print a traceback for every array.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             raise UserError(
-                f"a checkpoint of {self.workdir} cannot be written: {error}\n"
-                "Older checkpoints stay as they are. To go on from the newest, make "
-                "room or repair what is wrong, and start the same command again"
+                f"a checkpoint of {self.workdir} cannot be written ({error}): make "
+                "room or repair it, and start the same command again"
             ) from None
 
     def close(self) -> None:
@@ -214,8 +197,7 @@ class Checkpointer:
         found = checksums.faults(
             self._folder / str(step), items, jax.process_index(), jax.process_count()
         )
-        more = f" (and {len(found) - 1} more)" if found[1:] else ""
-        own = (found[0] + more if found else "").encode()[:_FAULT_BYTES]
+        own = (found[0] if found else "").encode()[:_FAULT_BYTES]
         padded = np.frombuffer(own.ljust(_FAULT_BYTES), np.uint8)
         rows = multihost_utils.process_allgather(padded)
         faults = [row.tobytes().decode("utf8", "replace").strip() for row in rows]
@@ -246,11 +228,7 @@ def description(cfg: StageConfig, step: int) -> dict[str, Any]:
 
 
 def described_stage(values: Mapping[str, Any], where: str) -> StageConfig:
-    """The stage in a `description`.
-
-    Raises:
-      UserError: for another schema version, or values that no stage has.
-    """
+    """The stage in a `description`; a `UserError` if this program cannot read it."""
     version = values.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -287,10 +265,6 @@ def _preservation(training: TrainingConfig):
 
 
 def _metric(training: TrainingConfig):
-    """A function of a checkpoint's metrics; values that are not finite are worst."""
-
-    def value(metrics: Mapping[str, float]) -> float:
-        found = metrics.get(training.best_metric, math.inf)
-        return found if math.isfinite(found) else math.inf
-
-    return value
+    """A function of a checkpoint's metrics; NaN and a missing value are the worst."""
+    name = training.best_metric
+    return lambda metrics: np.nan_to_num(metrics.get(name, np.nan), nan=np.inf)

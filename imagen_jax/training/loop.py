@@ -3,9 +3,11 @@
 import dataclasses
 import faulthandler
 import sys
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -20,78 +22,47 @@ from imagen_jax.errors import Stopped, UserError, did_you_mean, read_json
 from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training.checkpoint import Checkpointer
-from imagen_jax.training.goodput import Stopwatch
-from imagen_jax.training.initial_state import first_state
-from imagen_jax.training.metrics import IntervalMeans, MetricWriter, bucket_names
-from imagen_jax.training.recovery import Recovery
-from imagen_jax.training.state import TrainState
+from imagen_jax.training.metrics import (
+    IntervalMeans,
+    MetricWriter,
+    Stopwatch,
+    bucket_names,
+)
+from imagen_jax.training.replay import Recovery
+from imagen_jax.training.state import TrainState, abstract_state, create_state
 from imagen_jax.training.step import compile_train_step
 from imagen_jax.training.stopping import stopping
+from imagen_jax.training.weights import open_weights
 
 # What a resumed run may change: how long, how often, where; not what is learned.
-_FREE = (
-    "training.steps",
-    "training.microbatches",
-    "training.log_every_steps",
-    "training.sample_every_steps",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.keep_every_steps",
-    "training.keep_best_checkpoints",
-    "training.best_metric",
-    "training.init_from",
-    "training.preview_images",
-    "training.spike_factor",
-    "training.skip_budget_steps",
-    "training.on_spent_budget",
-    "training.hang_seconds",
-    "data.records",
-    "sampler.",
-    "mesh.",
-)
-
-
-class BatchIterator(Protocol):
-    """A source of batches, as the loop uses it."""
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> bytes:
-        """The position of the source, for `set_state`."""
-
-    def set_state(self, state: bytes) -> None:
-        """Goes to the position at which `get_state` gave `state`."""
+_FREE = ("training.", "data.records", "sampler.", "mesh.")
+_FIXED = ("training.batch_size", "training.seed")
 
 
 def train(
     cfg: StageConfig,
     workdir: str,
-    batches: BatchIterator,
+    batches: Iterator[Batch],
     mesh: Mesh,
     preview: Batch | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> TrainState:
-    """Trains from the newest undamaged checkpoint of `workdir` to the last step.
-
-    Without a checkpoint it starts from `training.init_from`, or from scratch.
+    """Trains from where `first_state` starts; returns the state after the last step.
 
     Args:
-      cfg: the stage, resolved.
+      cfg: the stage.
       workdir: local or gs://; gets config.json, checkpoints/, metrics.jsonl,
         tensorboard/, samples/, events.jsonl and, after bad numbers, bundles/.
-      batches: yields global batches placed on `mesh`.
+      batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
+        `set_state(bytes)` tell and take its position.
       mesh: all devices.
       preview: examples on the host whose captions are sampled as training goes; None
         for no previews.
       stopwatch: measures this run, and is already running; None for a new one.
 
-    Returns:
-      The state after the last step.
-
     Raises:
       UserError: for a workdir of another config or that cannot be written, a batch that
-        does not divide, weights that do not fit, or checkpoints that are all damaged;
-        and when more updates were skipped than the config allows.
+        does not divide, or too many skipped updates; and as `first_state`.
       Stopped: on SIGINT or SIGTERM, after saving.
     """
     check_batch_size(
@@ -119,10 +90,46 @@ def train(
             writer.close()
     except OSError as error:
         raise UserError(
-            f"the workdir {workdir} cannot be written: {' '.join(str(error).split())}\n"
-            "Older checkpoints stay as they are. To go on from the newest, make room "
-            "or repair what is wrong, and start the same command again"
+            f"the workdir {workdir} cannot be written ({' '.join(str(error).split())}):"
+            " make room or repair it, and start the same command again"
         ) from None
+
+
+def first_state(
+    cfg: StageConfig,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    set_position: Callable[[bytes], None],
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state that a run goes on from, and where it comes from, for the run's log.
+
+    It is the newest checkpoint, else `training.init_from`, else random. `set_position`
+    takes the data source to where it stood at the checkpoint.
+
+    Raises:
+      UserError: when all checkpoints are damaged, or the named weights do not fit.
+    """
+    step = checkpointer.newest()
+    if step is not None:
+        state, position = checkpointer.restore(cfg, mesh, step)
+        set_position(position)
+        origin = {"source": "checkpoint"}
+        if checkpointer.damaged:
+            origin["damaged"] = {str(n): why for n, why in checkpointer.damaged.items()}
+        return state, origin
+    if not cfg.training.init_from:
+        return create_state(cfg, mesh), {"source": "scratch"}
+    weights = open_weights(cfg.training.init_from)
+    weights.check_fit(cfg, "config.training.init_from")
+    state = create_state(cfg, mesh)
+    params = weights.load(abstract_state(cfg, mesh).ema)
+    # Two copies: the step donates both.
+    state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+    return state, {
+        "source": weights.path,
+        "source_step": weights.step,
+        "source_differs": weights.differences(cfg, ("diffusion.", "text.")),
+    }
 
 
 def check_workdir(cfg: StageConfig, workdir: str) -> None:
@@ -138,18 +145,16 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
         lines = [
             line
             for line in config_lib.difference(old, cfg)
-            if not line.startswith(_FREE)
+            if line.startswith(_FIXED) or not line.startswith(_FREE)
         ]
         if lines:
             raise UserError(
-                f"{workdir} holds a run of another config; give a new --workdir, or "
-                "the old values. It differs in (there -> here):\n  "
-                + "\n  ".join(lines)
+                f"{workdir} holds a run of another config: give a new --workdir, or "
+                f"the old values (there -> here): {', '.join(lines)}"
             )
     elif folder.exists() and any(p.name != partial.name for p in folder.iterdir()):
         raise UserError(
-            f"{workdir} is not empty and holds no config.json: it is not a workdir of "
-            "this program; give another --workdir"
+            f"{workdir} is not empty and holds no config.json: give another --workdir"
         )
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,12 +179,6 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     recovery = Recovery(cfg, workdir, batches, mesh, checkpointer, writer)
     means = IntervalMeans(cfg, writer, bar)
     loss, previewed = None, False
-
-    def save():
-        with stopwatch.bucket("checkpoint"):
-            position = batches.get_state()
-            checkpointer.save(state, cfg, position, means.since_checkpoint())
-        writer.event("checkpoint", step)
 
     stopwatch.switch("step")
     with bar, stopping() as stops_after:
@@ -212,22 +211,22 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             stops = stops_after(step)
             if saves or samples or stops:
                 means.flush(step)
+            faulthandler.cancel_dump_traceback_later()
             if means.spent:
-                faulthandler.cancel_dump_traceback_later()
                 with stopwatch.bucket("lost"):
                     state = recovery.recover(state, means.spent)
                 means = IntervalMeans(cfg, writer, bar)
                 step = int(state.step)
                 bar.update(step - bar.n)
                 saves, samples = step == last, False
-            if saves or samples or stops:
-                faulthandler.cancel_dump_traceback_later()
             if saves or stops:
-                save()
+                with stopwatch.bucket("checkpoint"):
+                    position = batches.get_state()
+                    checkpointer.save(state, cfg, position, means.since_checkpoint())
+                writer.event("checkpoint", step)
             if samples:
                 # The first preview compiles the sampler.
-                bucket = "evaluation" if previewed else "compile"
-                with stopwatch.bucket(bucket):
+                with stopwatch.bucket("evaluation" if previewed else "compile"):
                     _preview(cfg, workdir, state, preview, mesh, step, writer)
                 writer.event("evaluation", step)
                 means.restart_clock()

@@ -1,12 +1,14 @@
-"""Metrics and events of a run: metrics.jsonl, tensorboard/, events.jsonl."""
+"""Metrics, events and times of a run: metrics.jsonl, tensorboard/, events.jsonl."""
 
+import collections
+import contextlib
 import itertools
 import json
 import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +18,56 @@ from tqdm import tqdm
 
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import LOGSNR_EDGES
-from imagen_jax.training.goodput import EVENTS, Stopwatch
 
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
 # Metrics averaged over the steps of a line.
 MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
 # Files in a bucket are replaced as a whole; a kill loses at most this much of them.
 _COPY_SECONDS = 60.0
+
+
+class Stopwatch:
+    """Puts every second of a run, from its beginning, into one bucket."""
+
+    def __init__(
+        self,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ):
+        """Starts in the bucket "start"; `wall`, between runs only, may jump."""
+        self._monotonic, self._wall = monotonic, wall
+        self._bucket, self._since = "start", monotonic()
+        self._spent: collections.Counter[str] = collections.Counter()
+
+    def switch(self, bucket: str) -> str:
+        """What comes now is in `bucket`; returns the one before."""
+        now = self._monotonic()
+        self._spent[self._bucket] += now - self._since
+        before, self._bucket, self._since = self._bucket, bucket, now
+        return before
+
+    @contextlib.contextmanager
+    def bucket(self, name: str, running: jax.Array | None = None) -> Iterator[None]:
+        """Puts what happens inside into the bucket `name`, as docs/goodput.md has them.
+
+        If `running`, a result of the last step, is not ready at the end, the devices
+        were busy all the while and the time stays in the bucket from before.
+        """
+        before = self.switch(name)
+        try:
+            yield
+        finally:
+            if running is not None and not running.is_ready():
+                self._bucket = before
+            self.switch(before)
+
+    def lap(self) -> dict[str, Any]:
+        """Values of an event: both clocks, and the seconds by bucket since the last."""
+        self.switch(self._bucket)
+        spent, self._spent = self._spent, collections.Counter()
+        # A Counter's + drops what is zero.
+        return {"seconds": self._wall(), "monotonic": self._since, "spent": +spent}
 
 
 class MetricWriter:
@@ -45,13 +90,16 @@ class MetricWriter:
         if "://" in workdir:
             self.bucket = epath.Path(workdir)
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="imagen-logs-"))
-            self._copied: dict[pathlib.Path, int] = {}
             self._copied_at = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVENTS):
+            path = self.folder / name
             if self.bucket and (self.bucket / name).exists():
-                (self.folder / name).write_bytes((self.bucket / name).read_bytes())
-            _end_line(self.folder / name)
+                path.write_bytes((self.bucket / name).read_bytes())
+            # A kill may have cut the last line: the next one must be whole.
+            if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+                with path.open("a") as file:
+                    file.write("\n")
         self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -69,10 +117,8 @@ class MetricWriter:
     def event(self, kind: str, step: int, **details: Any) -> None:
         """One line of events.jsonl: what happened, and where the time went.
 
-        Args:
-          kind: the event; docs/goodput.md lists them.
-          step: the last step that the devices have finished.
-          details: further values of the line.
+        `step` is the last one that the devices have finished; docs/goodput.md lists the
+        events.
         """
         lap = self.stopwatch.lap()
         if self.active:
@@ -83,7 +129,7 @@ class MetricWriter:
         """Writes what is left."""
         if self.active:
             self._tensorboard.close()
-            self._copy(0.0)
+            self._copy()
         if self.bucket:
             shutil.rmtree(self.folder)
 
@@ -91,25 +137,15 @@ class MetricWriter:
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _copy(self, interval: float) -> None:
-        """Copies the files that have grown, unless that was done `interval` s ago."""
-        if not self.bucket or time.monotonic() - self._copied_at < interval:
+    def _copy(self, seconds: float = 0.0) -> None:
+        """Copies the files to the bucket, unless that was done `seconds` ago."""
+        if not self.bucket or time.monotonic() - self._copied_at < seconds:
             return
-        for path in filter(pathlib.Path.is_file, sorted(self.folder.rglob("*"))):
-            size = path.stat().st_size
-            if self._copied.get(path) != size:
-                place = self.bucket / path.relative_to(self.folder).as_posix()
-                place.parent.mkdir(parents=True, exist_ok=True)
-                place.write_bytes(path.read_bytes())
-                self._copied[path] = size
+        for path in filter(pathlib.Path.is_file, self.folder.rglob("*")):
+            place = self.bucket / path.relative_to(self.folder).as_posix()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
         self._copied_at = time.monotonic()
-
-
-def _end_line(path: pathlib.Path) -> None:
-    """Ends a line that a kill has cut, so that the next one is whole."""
-    text = path.read_bytes() if path.exists() else b""
-    if text and not text.endswith(b"\n"):
-        path.write_bytes(text + b"\n")
 
 
 class IntervalMeans:
@@ -117,15 +153,12 @@ class IntervalMeans:
 
     They are fetched when the step after them has been handed to the devices, so that
     these have work while the host writes. Skipped updates do not enter the means.
-
-    Attributes:
-      spent: "loss" and "gradient_norm" of the step that spent the budget of skipped
-        updates; None while there is budget left.
     """
 
     def __init__(self, cfg: StageConfig, writer: MetricWriter, bar: tqdm):
         """Starts the first interval; `bar` shows the loss."""
         self.cfg, self.writer, self.bar = cfg, writer, bar
+        # "loss" and "gradient_norm" of the step that spent the budget, if one has.
         self.spent: dict[str, float] | None = None
         self._rows: list[Mapping[str, Any]] = []  # on the devices, not written yet
         self._unsaved: list[Mapping[str, Any]] = []  # on the host, not in a checkpoint
@@ -152,15 +185,12 @@ class IntervalMeans:
         skipped = int(rows[-1]["skipped_updates"])
         line = {"skipped_updates": skipped, **_means(rows)}
         if seconds is not None:
-            line["steps_per_second"] = len(rows) / seconds
-            line["images_per_second"] = (
-                line["steps_per_second"] * self.cfg.training.batch_size
-            )
+            rate = len(rows) / seconds
+            line["steps_per_second"] = rate
+            line["images_per_second"] = rate * self.cfg.training.batch_size
         self.writer.scalars(step, line)
         self.writer.event("steps", step)
-        shown = {"loss": f"{line['loss']:.4f}"} if "loss" in line else {}
-        shown |= {"skipped": skipped} if skipped else {}
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix(loss=line.get("loss"), skipped=skipped, refresh=False)
         if self.cfg.training.keep_best_checkpoints:
             self._unsaved += rows
 

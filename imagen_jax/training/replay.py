@@ -1,14 +1,17 @@
-"""Bundles: everything needed to repeat a step with bad numbers on one device.
+"""What a run does when its budget of skipped updates is spent, and how to see why.
 
-A bundle is a folder: `bundle.json` (the numbers of the run), `batch.npz` (the batch),
-`checkpoints/` (the state before the step) and `config.json`.
+It leaves a bundle, with which the step can be repeated on one device: a folder with
+`bundle.json` (the numbers of the run), `batch.npz` (the batch), `checkpoints/` (the
+state before the step) and `config.json`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import io
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -30,29 +33,123 @@ from imagen_jax.compilation import compiler_options
 from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.errors import UserError, read_json
 from imagen_jax.models import network
-from imagen_jax.training.bad_updates import before_the_last_skip
+from imagen_jax.training.bad_updates import after_rollback, before_the_last_skip
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.metrics import MetricWriter
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.step import deal, draw, loss_and_gradients
 
 _VERSION = 1
 # .npz files have no bfloat16.
 _TEXT_BITS = "text_bfloat16_as_uint16"
+# Other devices sum in another order, so a replay's numbers agree to this share.
+_TOLERANCE = 0.01
+# Lines of each of a replay's tables.
+_SHOWN = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Replay:
-    """A repeated step.
+@dataclasses.dataclass
+class Recovery:
+    """Leaves a bundle, then stops the run or rolls it back.
 
-    Attributes:
-      step: the step's number.
-      recorded: "loss" and "gradient_norm" of the run.
-      here: what `examine` found on one device.
+    Once the budget is spent the devices leave the state as it is, so it is still there
+    when the host notices, up to two log intervals later. The batch is read again.
     """
 
-    step: int
-    recorded: dict[str, float]
-    here: dict[str, Any]
+    cfg: StageConfig
+    workdir: str
+    batches: Any  # as in `loop.train`
+    mesh: Mesh
+    checkpointer: Checkpointer
+    writer: MetricWriter
+    rolled_back_to: int | None = None
+
+    def __post_init__(self):
+        kept = 2 * self.cfg.training.log_every_steps + 1
+        self.positions = collections.deque(maxlen=kept)
+
+    def note(self, step: int) -> None:
+        """Remembers where the data source stands before the batch of `step`."""
+        self.positions.append((step, self.batches.get_state()))
+
+    def recover(self, state: TrainState, recorded: dict[str, float]) -> TrainState:
+        """The state to go on from; the data source then stands after the bad batch.
+
+        Args:
+          state: after the step that spent the budget; its arrays are freed.
+          recorded: "loss" and "gradient_norm" of that step.
+
+        Raises:
+          UserError: when the run is to stop, or was rolled back to here before.
+        """
+        step, training = int(state.step), self.cfg.training
+        folder, cause = self._write_bundle(state, recorded)
+        newest, action = self.checkpointer.newest(), training.on_spent_budget
+        if newest in (None, self.rolled_back_to):
+            action = "stop"
+        self.writer.event("budget_spent", step, bundle=str(folder), action=action)
+        if action == "stop":
+            raise UserError(
+                f"stopped at step {step} of {self.workdir}: the budget of skipped "
+                f"updates, training.skip_budget_steps={training.skip_budget_steps}, is "
+                f"spent (loss {recorded['loss']:.6g}, gradient norm "
+                f"{recorded['gradient_norm']:.6g}; first not finite: "
+                f"{cause or 'nothing'}; newest checkpoint: {newest}). See why: python "
+                f"-m imagen_jax.train --replay={folder}. Go on with the next data: "
+                "--config.training.on_spent_budget=rollback"
+            )
+        skipped_to = state.step
+        # There may be no room for two states.
+        for leaf in jax.tree.leaves((state.params, state.ema, state.opt_state)):
+            leaf.delete()
+        good, _ = self.checkpointer.restore(self.cfg, self.mesh, newest)
+        self.rolled_back_to = newest
+        self.writer.event("rollback", step, to=newest)
+        guard = after_rollback(good.guard, skipped_to - good.step)
+        return good.replace(step=skipped_to, guard=guard)
+
+    def _write_bundle(
+        self, state: TrainState, recorded: dict[str, float]
+    ) -> tuple[epath.Path, str]:
+        """Writes `workdir/bundles/STEP`; returns it, and `first_not_finite`."""
+        step, guard = int(state.step), state.guard
+        position = dict(self.positions)[step]
+        self.batches.set_state(position)
+        batch = next(self.batches)
+        folder = epath.Path(self.workdir) / "bundles" / str(step)
+        before = state.replace(step=state.step - 1, guard=before_the_last_skip(guard))
+        with contextlib.closing(
+            Checkpointer(str(folder), self.cfg.training)
+        ) as checkpointer:
+            checkpointer.save(before, self.cfg, position)
+        found = examine(before, batch, self.cfg, self.mesh)
+        cause = first_not_finite(found)
+        whole = multihost_utils.process_allgather(batch, tiled=True)
+        if jax.process_index() == 0:
+            (folder / "config.json").write_text(config_lib.to_json(self.cfg))
+            arrays = {"image": whole.image, "mask": whole.mask, "id": whole.id}
+            arrays[_TEXT_BITS] = whole.text.view(np.uint16)
+            file = io.BytesIO()
+            np.savez_compressed(file, **arrays)
+            (folder / "batch.npz").write_bytes(file.getvalue())
+            record = {
+                "schema_version": _VERSION,
+                "step": step,
+                "recorded": recorded,
+                "averages": {n: float(getattr(guard, n)) for n in recorded},
+                "skipped_updates": int(guard.skipped),
+                "mesh": dict(self.mesh.shape),
+                "row_shards": sharding.row_shards(self.mesh),
+                "first_not_finite": cause,
+                "found": found,
+            }
+            # JSON has no NaN and no infinity: here they are the words "nan" and "inf".
+            record = json.loads(
+                json.dumps(record), parse_constant=lambda word: str(float(word))
+            )
+            # The last file, so that a folder with it is complete.
+            (folder / "bundle.json").write_text(json.dumps(record, indent=1) + "\n")
+        return folder, cause
 
 
 def examine(
@@ -64,28 +161,24 @@ def examine(
       "loss" and "gradient_norm"; "examples", a list with each one's "id", "logsnr",
       "loss" and "text" (the largest absolute value of its embeddings); and by name the
       largest absolute values of "parameters", "layers" (the outputs, in the order of
-      the forward pass) and "gradients" (in the order of the backward pass). All floats.
+      the forward pass) and "gradients" (in the order of the backward pass).
     """
-    run = compile_examine(cfg, mesh)
-    found = jax.device_get(run(state.params, state.step, batch))
-    layers = {k: float(v) for layer in found["layers"] for k, v in layer.items()}
+    found = compile_examine(cfg, mesh)(state.params, state.step, batch)
+    found = jax.tree.map(lambda x: x.tolist(), jax.device_get(found))
+    columns = found["examples"]
+    layers = {name: x for layer in found["layers"] for name, x in layer.items()}
+    gradients = flatten_dict(found["gradients"], sep="/")
     order = {name.split("[")[0]: place for place, name in enumerate(layers)}
 
-    def by_name(tree):
-        return {name: float(v) for name, v in flatten_dict(tree, sep="/").items()}
-
     def place(parameter):
-        return order.get(parameter[0].rpartition("/")[0], len(order))
+        return order.get(parameter.rpartition("/")[0], len(order))
 
-    columns, rows = found["examples"], range(cfg.training.batch_size)
-    gradients = by_name(found["gradients"]).items()
-    return {
-        "loss": float(found["loss"]),
-        "gradient_norm": float(found["gradient_norm"]),
-        "examples": [{n: columns[n][row].item() for n in columns} for row in rows],
-        "parameters": by_name(found["parameters"]),
+    names = sorted(gradients, key=place, reverse=True)
+    return found | {
+        "examples": [dict(zip(columns, row)) for row in zip(*columns.values())],
+        "parameters": flatten_dict(found["parameters"], sep="/"),
         "layers": layers,
-        "gradients": dict(sorted(gradients, key=place, reverse=True)),
+        "gradients": {name: gradients[name] for name in names},
     }
 
 
@@ -99,25 +192,25 @@ def compile_examine(cfg: StageConfig, mesh: Mesh) -> Callable[..., dict[str, Any
     )
 
 
+def _largest(x):
+    return jnp.abs(x).max()
+
+
 def _examine(params, step, batch, *, cfg):
     noised, key = draw(step, batch, cfg)
     each, gradients = loss_and_gradients(params, noised, key, cfg)
+    parts = cfg.training.microbatches
 
     def layers(part):
         number, noised = part
         own = key
-        if key is not None and cfg.training.microbatches > 1:
+        if key is not None and parts > 1:
             own = jax.random.fold_in(key, number)
         return network.layer_maxima(
             cfg.model, params, noised.z, noised.logsnr, noised.cond, own
         )
 
-    parts = cfg.training.microbatches
     found = jax.lax.map(layers, (jnp.arange(parts), deal(noised, parts)))
-
-    def largest(x):
-        return jnp.abs(x).max()
-
     return {
         "loss": each.mean(),
         "gradient_norm": optax.tree.norm(gradients),
@@ -127,9 +220,9 @@ def _examine(params, step, batch, *, cfg):
             "loss": each,
             "text": jnp.abs(batch.text.astype(jnp.float32)).max((1, 2)),
         },
-        "parameters": jax.tree.map(largest, params),
+        "parameters": jax.tree.map(_largest, params),
         "layers": jax.tree.map(lambda x: x.max(0), found),
-        "gradients": jax.tree.map(largest, gradients),
+        "gradients": jax.tree.map(_largest, gradients),
     }
 
 
@@ -144,79 +237,17 @@ def first_not_finite(found: Mapping[str, Any]) -> str:
         *((f"the gradient of parameter {n}", v) for n, v in found["gradients"].items()),
         ("the gradient norm", found["gradient_norm"]),
     ]
-    return next((name for name, value in values if not np.isfinite(value)), "")
+    return next((name for name, value in values if not math.isfinite(value)), "")
 
 
-def write_bundle(
-    workdir: str,
-    state: TrainState,
-    batch: Batch,
-    position: bytes,
-    cfg: StageConfig,
-    mesh: Mesh,
-    recorded: Mapping[str, float],
-) -> tuple[epath.Path, str]:
-    """Writes `workdir/bundles/STEP`. All processes must call this together.
-
-    Args:
-      workdir: the run's workdir.
-      state: the state after the step, whose update was skipped.
-      batch: the batch of the step.
-      position: where the data source stood before the batch.
-      cfg: the stage.
-      mesh: the run's mesh.
-      recorded: "loss" and "gradient_norm" as the step computed them.
-
-    Returns:
-      The folder, and what `first_not_finite` says.
-    """
-    step = int(state.step)
-    folder = epath.Path(workdir) / "bundles" / str(step)
-    before = state.replace(step=state.step - 1, guard=before_the_last_skip(state.guard))
-    with contextlib.closing(Checkpointer(str(folder), cfg.training)) as checkpointer:
-        checkpointer.save(before, cfg, position)
-    found = examine(before, batch, cfg, mesh)
-    cause = first_not_finite(found)
-    whole = multihost_utils.process_allgather(batch, tiled=True)
-    if jax.process_index() == 0:
-        (folder / "config.json").write_text(config_lib.to_json(cfg))
-        arrays = {"image": whole.image, "mask": whole.mask, "id": whole.id}
-        arrays[_TEXT_BITS] = whole.text.view(np.uint16)
-        file = io.BytesIO()
-        np.savez_compressed(file, **arrays)
-        (folder / "batch.npz").write_bytes(file.getvalue())
-        guard = state.guard
-        record = {
-            "schema_version": _VERSION,
-            "step": step,
-            "recorded": recorded,
-            "averages": {n: float(getattr(guard, n)) for n in recorded},
-            "skipped_updates": int(guard.skipped),
-            "mesh": dict(mesh.shape),
-            "row_shards": sharding.row_shards(mesh),
-            "first_not_finite": cause,
-            "found": found,
-        }
-        # The last file, so that a folder with it is complete.
-        text = json.dumps(_with_words(record), indent=1, allow_nan=False)
-        (folder / "bundle.json").write_text(text + "\n")
-    return folder, cause
-
-
-def _with_words(value: Any) -> Any:
-    """The value with numbers that JSON does not have as "nan" and "inf"."""
-    if isinstance(value, Mapping):
-        return {name: _with_words(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_with_words(v) for v in value]
-    return value if not isinstance(value, float) or np.isfinite(value) else str(value)
-
-
-def replay(bundle: str) -> Replay:
+def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Repeats the step of a bundle on the first device.
 
     Each microbatch holds the rows of one device of the run, unless there is dropout:
     its masks depend on the microbatches.
+
+    Returns:
+      The bundle's record, and what `examine` finds here.
 
     Raises:
       UserError: for a folder that is no bundle, or a damaged one.
@@ -240,8 +271,7 @@ def replay(bundle: str) -> Replay:
     batch = jax.device_put(
         _read_batch(folder / "batch.npz", cfg), sharding.batch_sharding(mesh)
     )
-    recorded = {name: float(value) for name, value in record["recorded"].items()}
-    return Replay(record["step"], recorded, examine(state, batch, cfg, mesh))
+    return record, examine(state, batch, cfg, mesh)
 
 
 def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
@@ -253,3 +283,29 @@ def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
     batch = Batch(text=text, **arrays)
     check_batch(batch, batch_spec(cfg))
     return batch
+
+
+def print_replay(bundle: str) -> None:
+    """Repeats the step of a bundle and prints its numbers beside the run's."""
+    record, found = replay(bundle)
+    print(f"step {record['step']}, done again on one device\n")
+    print(f"{'':16}{'in the run':>16}{'here':>16}")
+    same = True
+    for name, was in record["recorded"].items():
+        was, now = float(was), found[name]
+        print(f"{name.replace('_', ' '):16}{was:16.8g}{now:16.8g}")
+        both_bad = not math.isfinite(now) and not math.isfinite(was)
+        same &= both_bad or math.isclose(now, was, rel_tol=_TOLERANCE)
+    print(f"\nthe numbers {'agree' if same else 'DO NOT AGREE'} (to {_TOLERANCE:.0%})")
+    print(f"first not finite: {first_not_finite(found) or 'nothing'}")
+    found["losses"] = {
+        f"of example {e['id']} at log-SNR {e['logsnr']:.4g}": e["loss"]
+        for e in found["examples"]
+    }
+    for kind in ("losses", "parameters", "layers", "gradients"):
+        values = found[kind]
+        bad = sum(not math.isfinite(value) for value in values.values())
+        print(f"\n{kind}: {bad} of {len(values)} not finite; the largest are")
+        ranks = {n: np.nan_to_num(v, nan=np.inf) for n, v in values.items()}
+        for name in sorted(ranks, key=ranks.get, reverse=True)[:_SHOWN]:
+            print(f"{values[name]:16.6g}  {name}")

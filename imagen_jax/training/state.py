@@ -20,21 +20,13 @@ from imagen_jax.training.optimizer import make_optimizer
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a run, sharded over the mesh.
+    """State of a run, sharded over the mesh."""
 
-    Attributes:
-      step: scalar int32, steps done, those with skipped updates included.
-      params: float32 parameters.
-      ema: their exponential moving average: what is sampled.
-      opt_state: of the optimizer.
-      guard: which updates were skipped.
-    """
-
-    step: jax.Array
-    params: Any
-    ema: Any
+    step: jax.Array  # scalar int32, steps done, those with skipped updates included
+    params: Any  # float32
+    ema: Any  # their exponential moving average: what is sampled
     opt_state: optax.OptState
-    guard: Guard
+    guard: Guard  # which updates were skipped
 
     @property
     def updates(self) -> jax.Array:

@@ -20,7 +20,7 @@ from imagen_jax.diffusion.loss import (
 )
 from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding, on_mesh, replicated
-from imagen_jax.training.bad_updates import judge, select
+from imagen_jax.training.bad_updates import judge
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
 
@@ -38,17 +38,12 @@ def ema_decay(step: jax.Array, decay: float) -> jax.Array:
 def train_step(
     state: TrainState, batch: Batch, *, cfg: StageConfig
 ) -> tuple[TrainState, Metrics]:
-    """Loss, gradient, update and average.
+    """Loss, gradient, update and average, for a global batch.
 
     When `bad_updates.judge` finds the numbers bad, parameters, average and optimizer
     state stay as they are to the bit; only the step counts on, so that the next one
     draws other noise. Once the budget of skipped updates is spent, the step counter
     stands still as well.
-
-    Args:
-      state: before the step.
-      batch: `[B]` examples; B is the global batch.
-      cfg: the stage.
 
     Returns:
       The state after the step, and metrics: scalars, and "loss_by_logsnr" as
@@ -66,7 +61,7 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
     ema = optax.incremental_update(params, state.ema, 1 - decay)
-    params, ema, opt_state = select(
+    params, ema, opt_state = optax.tree.where(
         skip, (state.params, state.ema, state.opt_state), (params, ema, opt_state)
     )
     metrics = {

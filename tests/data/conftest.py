@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import config, prepare, sharding
-from imagen_jax.data.mixture import open_sources
+from imagen_jax.data.pipeline import open_sources
 
 # (height, width): odd, wide, tall, square; two are smaller than 32.
 SIZES = [(131, 150), (64, 64), (33, 90), (70, 35), (20, 40), (47, 47), (31, 31)]

@@ -57,13 +57,13 @@ def test_a_batch_larger_than_the_data_is_filled_from_later_epochs(stage, npz, me
 def test_needs_no_tensorflow(stage, npz):
     cfg = stage(npz)
     program = f"""
-import sys
+import json, sys
 for name in ("tensorflow", "seqio", "tensorflow_datasets", "absl.app"):
     sys.modules[name] = None
 import jax
 from imagen_jax import config, sharding
 from imagen_jax.data.pipeline import open_records
-cfg = config.from_json({config.to_json(cfg)!r})
+cfg = config.from_dict(json.loads({config.to_json(cfg)!r}))
 mesh = sharding.make_mesh(config.MeshConfig(), jax.devices()[:1])
 print(next(open_records(cfg, mesh)).image.shape)
 """

@@ -23,6 +23,7 @@ import tensorflow as tf  # noqa: E402
 
 from imagen_jax.data import preprocess  # noqa: E402
 from imagen_jax.data import records as reading  # noqa: E402
+from imagen_jax.preparing.tfds import info_files  # noqa: E402
 
 FLIP = {"flip": True}
 
@@ -39,7 +40,7 @@ def line(tmp_path_factory):
 def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
     """Images of garbage are passed by when they lie before the position."""
     manifest = read_manifest(records)
-    shard = manifest.shards[0]["file"]
+    shard = "records-00000.tfrecord"
     task = reading.make_task(records, manifest, 16)
     rows = list(task.source.get_dataset(shuffle=False).as_numpy_iterator())[:12]
     for row in rows[:8]:
@@ -48,6 +49,8 @@ def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
     values = json.loads((pathlib.Path(records) / "manifest.json").read_text())
     values["shards"] = [values["shards"][0] | {"examples": 12, "sides": {"64": 12}}]
     (tmp_path / "manifest.json").write_text(json.dumps(values | {"examples": 12}))
+    for name, content in info_files(manifest, [12]).items():
+        (tmp_path / name).write_text(content)
     cfg = stage(str(tmp_path), data={"shuffle_examples": 1})
     stream = open_records(cfg, mesh)
     next(stream._batches_from(2))

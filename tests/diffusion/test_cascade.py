@@ -250,10 +250,10 @@ def test_check_order_accepts_a_cascade():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ([(256, 64)], r"stage 1 \(to256\) takes 64 .* nothing comes before it"),
+        ([(256, 64)], r"stage 1 \(to256\) takes 64 pixel .* before it makes no images"),
         ([(64, 0), (1024, 256)], r"stage 2 \(to1024\) takes 256 .* makes 64"),
         ([(256, 64), (64, 0)], "base first"),
-        ([(64, 0), (64, 0)], r"stage 2 \(to64\) takes no pixel .* makes 64"),
+        ([(64, 0), (64, 0)], r"stage 2 \(to64\) takes no images, .* makes 64"),
         ([(64, 0), (256, 64), (256, 64)], r"stage 3 .* makes 256"),
     ],
 )

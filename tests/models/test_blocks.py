@@ -5,6 +5,8 @@ The references are recorded in float64 by tests/references/make_torch.py.
 
 import pathlib
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from imagen_jax.models import blocks, layers
 
 EPS = np.finfo(np.float32).eps
 KEY = np.array([0, 1], np.uint32)
+FLOAT32 = ModelConfig(dtype="float32")
 RECORD = pathlib.Path(__file__).parents[1] / "references" / "torch.npz"
 
 
@@ -67,7 +70,7 @@ def test_residual_block(record, name):
         params["shortcut"] = _dense(record, f"{name}/conv_shortcut")
     resample = name if name in ("down", "up") else None
     features = params["conv_2"]["bias"].size
-    block = blocks.ResBlock(features, jnp.float32, resample=resample)
+    block = blocks.ResBlock(features, FLOAT32, resample)
     x, emb = _last(record[f"{name}/x"]), record[f"{name}/emb"]
     have = block.apply({"params": params}, x, emb)
     _near(have, _last(record[f"{name}/out"]))
@@ -89,8 +92,8 @@ def test_attention_with_concatenated_text(record, name, expansion):
         "text_value": heads("add_v_proj"),
         "out": _dense(record, f"{name}/to_out.0"),
     }
-    width = 16 * expansion
-    block = blocks.AttentionBlock(width, jnp.float32, True, True, expansion)
+    cfg = ModelConfig(head_channels=16 * expansion, dtype="float32")
+    block = blocks.AttentionBlock(cfg, True, True, expansion)
     cond = Cond(text=record[f"{name}/text"], mask=record[f"{name}/mask"] > 0)
     have = block.apply({"params": params}, _last(record[f"{name}/x"]), cond)
     _near(have, _last(record[f"{name}/out"]))
@@ -118,7 +121,8 @@ def _normal(*shape, seed=0):
 @pytest.mark.parametrize(("resample", "scale"), [(None, 0.5), ("up", 1), ("down", 1)])
 def test_a_new_residual_block_only_resamples(resample, scale):
     x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
-    block = blocks.ResBlock(32, jnp.float32, resample=resample, skip_scale=scale)
+    cfg = ModelConfig(skip_scale=scale, dtype="float32")
+    block = blocks.ResBlock(32, cfg, resample)
     have, _ = block.init_with_output(KEY, x, emb)
     change = getattr(layers, f"{resample}sample") if resample else lambda x: x
     np.testing.assert_array_equal(have, change(x) * np.float32(scale))
@@ -127,7 +131,7 @@ def test_a_new_residual_block_only_resamples(resample, scale):
 def test_dropout_is_before_the_second_convolution():
     """With everything dropped, only that convolution's bias is added."""
     x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
-    block = blocks.ResBlock(32, jnp.float32, dropout=1.0)
+    block = blocks.ResBlock(32, ModelConfig(dropout=1.0, dtype="float32"))
     params = block.init(KEY, x, emb)["params"]
     params["conv_2"] = {"kernel": jnp.ones((3, 3, 32, 32)), "bias": jnp.full(32, 3.0)}
     dropped = block.apply({"params": params}, x, emb, rngs={"dropout": KEY})
@@ -139,9 +143,40 @@ def test_dropout_is_before_the_second_convolution():
 def test_a_new_attention_block_only_scales():
     x = _normal(2, 4, 4, 32)
     cond = Cond(text=_normal(2, 3, 8), mask=np.ones((2, 3), bool))
-    block = blocks.AttentionBlock(16, jnp.float32, True, True, 2, skip_scale=0.5)
+    cfg = ModelConfig(head_channels=16, skip_scale=0.5, dtype="float32")
+    block = blocks.AttentionBlock(cfg, True, True, 2)
     have, _ = block.init_with_output(KEY, x, cond)
     np.testing.assert_array_equal(have, x * np.float32(0.5))
+
+
+def test_recomputing_changes_memory_and_not_gradients():
+    """Of a residual block and its level's attention, with drawn parameters."""
+    model = {"self_attention": (True,), "text_attention": (False,), "head_channels": 8}
+    x, emb = _normal(2, 4, 4, 8), _normal(2, 8, seed=1)
+    cond = Cond(text=_normal(2, 3, 8), mask=np.ones((2, 3), bool))
+
+    def block(remat):
+        cfg = ModelConfig(**model, dtype="float32", remat=remat)
+        return blocks.Block(8, cfg, level=0)
+
+    shapes = jax.eval_shape(block("none").init, KEY, x, None, emb, cond)
+    params = jax.tree.map(lambda leaf: _normal(*leaf.shape), nn.unbox(shapes))
+
+    def gradient(remat):
+        def loss(params):
+            return jnp.sum(jnp.sin(block(remat).apply(params, x, None, emb, cond)))
+
+        program = jax.jit(jax.grad(loss)).lower(params).compile()
+        return jax.tree.leaves(program(params)), program.cost_analysis()["flops"]
+
+    kept, flops = gradient("none")
+    # Some leaves are zero up to roundings, which are those of the largest.
+    bound = 10 * (9 * 8) ** 0.5 * EPS * max(np.abs(leaf).max() for leaf in kept)
+    for remat in ("activations", "blocks"):
+        recomputed, more = gradient(remat)
+        for a, b in zip(kept, recomputed, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+        assert more > flops, remat
 
 
 def test_network_input_puts_the_enlarged_picture_beside_the_noised_one():

@@ -171,13 +171,11 @@ def test_what_is_under_the_padding_is_not_seen(net):
     np.testing.assert_array_equal(net(text=text), net())
 
 
-def test_the_length_of_the_padding_changes_only_roundings(one_of_each):
-    net = one_of_each
+def test_the_length_of_the_padding_changes_only_roundings():
+    net = _network("unet")
     cond = net.inputs["cond"]
     more = ((0, 0), (0, 7))
-    longer = net(
-        text=jnp.pad(cond.text, (*more, (0, 0))), mask=jnp.pad(cond.mask, more)
-    )
+    longer = net(text=np.pad(cond.text, (*more, (0, 0))), mask=np.pad(cond.mask, more))
     # Some 40 layers after one another, each of sums of up to 9 * 192 terms that keep
     # their order: the root of their number.
     assert _moved(net(), longer).max() < 40 * (9 * 192) ** 0.5 * EPS
@@ -272,31 +270,6 @@ def test_smaller_bases_are_alike_in_their_tiny_form(name):
     assert shrunk.to_dict() == base64.get_config("tiny").to_dict()
 
 
-@pytest.mark.slow
-def test_recomputing_changes_memory_and_not_gradients():
-    model = {**ONE_LEVEL, "text_attention": (False,)}
-    net = Network({"image_size": 8, "model": model})
-
-    def gradient(remat):
-        model = dataclasses.replace(net.cfg.model, remat=remat)
-
-        def loss(params):
-            inputs = (net.inputs[name] for name in ("z", "logsnr", "cond"))
-            return jnp.sum(jnp.sin(network.apply(model, params, *inputs)))
-
-        program = jax.jit(jax.grad(loss)).lower(net.params).compile()
-        return jax.tree.leaves(program(net.params)), program.cost_analysis()["flops"]
-
-    kept, flops = gradient("none")
-    # Some leaves are zero up to roundings, which are those of the largest.
-    bound = 40 * (9 * 192) ** 0.5 * EPS * max(np.abs(leaf).max() for leaf in kept)
-    for remat in ("activations", "blocks"):
-        recomputed, more = gradient(remat)
-        for a, b in zip(kept, recomputed, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=bound)
-        assert more > flops, remat
-
-
 def test_every_parameter_is_learned(net):
     model = net.cfg.model
 
@@ -305,7 +278,7 @@ def test_every_parameter_is_learned(net):
         return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape))
 
     gradient = jax.jit(jax.grad(loss, (0, 1), allow_int=True), compiler_options=QUICK)
-    of_params, of_cond = gradient(net.params, net.inputs["cond"])
+    of_params, of_cond = jax.device_get(gradient(net.params, net.inputs["cond"]))
     # The last row has the null text: its gradients are finite, and zero for the text.
     assert np.isfinite(of_cond.text).all()
     assert (of_cond.text[2] == 0).all() and (of_cond.text[1, 2:] == 0).all()
@@ -313,7 +286,7 @@ def test_every_parameter_is_learned(net):
     # Of a matrix, the output channel that learns the least.
     sizes = {
         jax.tree_util.keystr(path, simple=True, separator="/"): float(
-            jnp.abs(g).max(tuple(range(g.ndim - 1)) or None).min()
+            np.abs(g).max(tuple(range(g.ndim - 1)) or None).min()
         )
         for path, g in jax.tree_util.tree_leaves_with_path(of_params)
     }

@@ -150,16 +150,11 @@ def test_sizes_are_the_published_ones():
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "message"),
-    [
-        ("float16", "inside its feed-forward layers .* 65504.* use bfloat16 or float3"),
-        ("bfloat", "'bfloat' .did you mean 'bfloat16'"),
-    ],
-)
-def test_other_types_are_refused(dtype, message):
-    with pytest.raises(UserError, match=message):
-        t5.T5Config(dtype=dtype)
+def test_other_types_are_refused():
+    with pytest.raises(
+        UserError, match="not run in 'float16': use bfloat16 or float32"
+    ):
+        t5.T5Config(dtype="float16")
 
 
 def test_init_keeps_the_logits_near_one():

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.models import network
-from imagen_jax.planning.flops import count_flops, forward_flops
+from imagen_jax.planning.program import count_flops, forward_flops
 from tests import tiny
 
 

@@ -24,6 +24,14 @@ def _write(root, metadata=None, **files):
     return str(root)
 
 
+def _list(path):
+    """(name, caption) of each image, sorted, and the problems."""
+    source = folder.open_folder(path, seed=0, size=100)
+    examples = [e for k in range(source.shards) for e in source.read(k)]
+    assert sorted(e.id for e in examples) == list(range(len(examples)))
+    return sorted((e.name, e.caption) for e in examples), source.problems
+
+
 class TestList:
     def test_metadata(self, tmp_path):
         path = _write(
@@ -39,7 +47,7 @@ class TestList:
             c_png=b"",
             extra_png=b"",
         )
-        pairs, problems = folder.list_folder(path)
+        pairs, problems = _list(path)
         assert pairs == [("b.png", "two"), ("sub/a.JPG", "one")]
         assert problems == [
             Problem("c.png", "the caption is empty"),
@@ -57,7 +65,7 @@ class TestList:
             c_png=b"",
             d_txt=b"four",
         )
-        pairs, problems = folder.list_folder(path)
+        pairs, problems = _list(path)
         assert pairs == [("a.png", "one"), ("sub/b.jpg", "zw\u00f6lf")]
         assert problems == [
             Problem("c.png", "has no .txt file beside it"),
@@ -66,7 +74,7 @@ class TestList:
 
     def test_images_of_one_name_share_their_caption(self, tmp_path):
         files = {"a_png": b"", "a_jpg": b"", "a_TXT": b"x"}
-        pairs, problems = folder.list_folder(_write(tmp_path, **files))
+        pairs, problems = _list(_write(tmp_path, **files))
         assert (pairs, problems) == ([("a.jpg", "x"), ("a.png", "x")], [])
 
     @pytest.mark.parametrize(
@@ -74,11 +82,11 @@ class TestList:
         [
             (
                 '{"file_name": "a.png", "text": "x"}\n\n{"file',
-                "jsonl' line 3 is not valid JSON",
+                "jsonl' line 3 must be",
             ),
-            ('{"file_name": "a.png"}', 'line 1 must be an object with "file_name"'),
-            ('{"file_name": "a.png", "text": 3}', "line 1 must be .* both strings"),
-            ("[1]", "line 1 must be an object"),
+            ('{"file_name": "a.png"}', 'line 1 must be {"file_name"'),
+            ('{"file_name": "a.png", "text": 3}', "line 1 must be"),
+            ("[1]", "line 1 must be"),
             (
                 [("a.png", "x"), ("b.png", "y"), ("./a.png", "z")],
                 "line 3 captions 'a.png' a second time",
@@ -88,26 +96,22 @@ class TestList:
     def test_wrong_metadata(self, tmp_path, metadata, message):
         path = _write(tmp_path, metadata, a_png=b"", b_png=b"")
         with pytest.raises(UserError, match=message):
-            folder.list_folder(path)
+            _list(path)
 
     def test_wrong_folders(self, tmp_path):
         with pytest.raises(UserError, match="there is no folder '.*nowhere'"):
-            folder.list_folder(str(tmp_path / "nowhere"))
-        with pytest.raises(UserError, match="has no pictures"):
-            folder.list_folder(str(tmp_path))
-        _write(tmp_path, a_png=b"")
-        with pytest.raises(
-            UserError, match="pictures but no captions: give it a metadata"
-        ):
-            folder.list_folder(str(tmp_path))
+            _list(str(tmp_path / "nowhere"))
+        assert _list(str(tmp_path)) == ([], [])
+        problem = Problem("a.png", "has no .txt file beside it")
+        assert _list(_write(tmp_path, a_png=b"")) == ([], [problem])
         (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe")
-        with pytest.raises(UserError, match="metadata.jsonl' is not UTF-8 text"):
-            folder.list_folder(str(tmp_path))
+        with pytest.raises(UserError, match="jsonl' line 1 must be .* in UTF-8"):
+            _list(str(tmp_path))
 
     def test_captions_that_are_no_text(self, tmp_path):
         files = {"a_png": b"", "b_png": b"", "c_png": b""}
         captions = {"a_txt": b"caf\xe9", "b_txt": b" \n", "c_txt": b"\xef\xbb\xbfx"}
-        pairs, problems = folder.list_folder(_write(tmp_path, **files, **captions))
+        pairs, problems = _list(_write(tmp_path, **files, **captions))
         assert pairs == [("c.png", "x")]
         assert problems == [
             Problem("a.png", "the caption is not UTF-8 text"),

@@ -71,7 +71,7 @@ def whole(source, tmp_path_factory):
 STARTER = """
 import json, os, sys, time
 from imagen_jax import prepare
-from imagen_jax.preparing import captions
+from imagen_jax.text import embeddings as captions
 from imagen_jax.data.start_tensorflow import start_tensorflow
 start_tensorflow()
 # Slow enough to be killed somewhere.
@@ -333,7 +333,7 @@ def test_two_processes_write_the_same_file(tmp_path):
 
 def test_a_full_disk_is_said(tmp_path):
     for number in (errno.ENOSPC, errno.EDQUOT):
-        with pytest.raises(UserError, match="is full: make room and start the same"):
+        with pytest.raises(UserError, match="is full: make room and start again"):
             with job.appearing(tmp_path / "a"):
                 raise OSError(number, "no room")
     with pytest.raises(PermissionError):

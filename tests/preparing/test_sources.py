@@ -6,8 +6,8 @@ from PIL import Image
 
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources
-from imagen_jax.preparing.images import Rules
 from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import Example, Problem
 
 
@@ -16,6 +16,11 @@ def _folder(root, count):
         Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text(f"grey {i}")
     return f"folder:{root}"
+
+
+def _open(source, seed=0, size=9):
+    settings = Settings(source, "", image_size=8, seed=seed, shard_examples=size)
+    return open_source(settings)
 
 
 def _captions(opened):
@@ -28,9 +33,9 @@ def _captions(opened):
 def test_shards_divide_a_source(tmp_path, size):
     """Read alone, in any order or again, a shard is the same."""
     for source in (_folder(tmp_path, 7), "shapes:7"):
-        opened = open_source(source, 8, 0, size)
+        opened = _open(source, size=size)
         assert (opened.count, opened.shards) == (7, -(-7 // size))
-        whole = _captions(open_source(source, 8, 0, 100))
+        whole = _captions(_open(source, size=100))
         assert _captions(opened) == whole
         last = opened.shards - 1
         for _ in range(2):
@@ -40,7 +45,7 @@ def test_shards_divide_a_source(tmp_path, size):
 
 def test_a_folder_is_shuffled_by_the_seed(tmp_path):
     source = _folder(tmp_path, 30)
-    orders = [_captions(open_source(source, 8, s, 9)) for s in (0, 0, 1)]
+    orders = [_captions(_open(source, s)) for s in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     in_order = [f"grey {i}" for i in range(30)]
     assert sorted(orders[0]) == sorted(orders[2]) == sorted(in_order)
@@ -49,7 +54,7 @@ def test_a_folder_is_shuffled_by_the_seed(tmp_path):
 
 def test_the_sum_is_of_captions_and_lengths(tmp_path):
     def of():
-        return open_source(f"folder:{tmp_path}", 8, 0, 9).sha256
+        return _open(f"folder:{tmp_path}").sha256
 
     _folder(tmp_path, 3)
     sums = [of(), of()]
@@ -58,12 +63,6 @@ def test_the_sum_is_of_captions_and_lengths(tmp_path):
     Image.new("RGB", (5, 5)).save(tmp_path / "1.png")
     sums.append(of())
     assert sums[0] == sums[1] and len(set(sums)) == 3
-
-
-def test_of_several_captions_each_place_is_taken_equally_often():
-    taken = [sources.choose_caption(["a", "b", "c"], number) for number in range(6)]
-    assert taken == ["a", "b", "c", "a", "b", "c"]
-    assert sources.choose_caption([], 3) == ""
 
 
 def test_no_files(tmp_path):
@@ -82,7 +81,7 @@ def test_order_and_problems_are_kept():
 
     items = [Example(i, f"{i}", "x", lambda i=i: read(i)) for i in range(200)]
     items[50] = Problem("50", "why")
-    done = list(sources.verify_images(iter(items), Rules()))
+    done = list(sources.verify_images(iter(items)))
     names = [x.name if isinstance(x, Problem) else x[0].name for x in done]
     assert names == [f"{i}" for i in range(200)]
     for i, item in enumerate(done):
@@ -99,5 +98,5 @@ def test_sources_are_not_read_far_ahead():
             taken.append(i)
             yield Problem(f"{i}", "")
 
-    next(sources.verify_images(items(), Rules()))
+    next(sources.verify_images(items()))
     assert len(taken) < 100

@@ -15,7 +15,7 @@ def test_load_encoder():
         text.load_encoder("tinny")
     with pytest.raises(UserError, match="tiny@v0.*here is 'tiny@v2"):
         text.load_encoder("tiny@v0")
-    with pytest.raises(UserError, match="built-in weights; leave out .*x.npz"):
+    with pytest.raises(UserError, match="built-in weights .*leave out .*x.npz"):
         text.load_encoder("tiny", "x.npz")
 
 

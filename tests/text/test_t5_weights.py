@@ -16,7 +16,7 @@ from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models import t5
 from imagen_jax.models.t5 import T5Config
-from imagen_jax.text import t5_checkpoints, t5_weights
+from imagen_jax.text import t5_weights
 from tests import drawn
 from tests.t5_files import as_t5x, hugging_face, write_safetensors, write_t5x
 
@@ -107,26 +107,6 @@ def test_what_does_not_fit_is_named_with_both_shapes(tmp_path, kind):
     assert "wi" in error(lambda t: None, RELU)
 
 
-def test_the_size_that_would_fit_is_named():
-    class Base:
-        kind = "safetensors"
-        shapes = {
-            t.name: t.stored_shape
-            for t in t5_weights.tensors(t5.SIZES["t5_1_1_base"], "safetensors")
-        }
-
-    with pytest.raises(UserError) as caught:
-        t5_weights._check_shapes(Base, "PATH", t5.SIZES["t5_1_1_xxl"])
-    message = str(caught.value)
-    assert "'shared.weight' of shape (32128, 768), not (32128, 4096)" in message
-    assert message.endswith("give --encoder=t5_1_1_base")
-    lacking = dict(Base.shapes)
-    del lacking["encoder.final_layer_norm.weight"]
-    Base.shapes = lacking
-    with pytest.raises(UserError, match=r"lacks .*final_layer_norm.*\(768,\)$"):
-        t5_weights._check_shapes(Base, "PATH", t5.SIZES["t5_1_1_base"])
-
-
 class Drawn:
     """A checkpoint whose numbers are those of tests/references/make_t5_sizes.py."""
 
@@ -156,9 +136,7 @@ def test_published_sizes_equal_transformers(monkeypatch, name, cut):
         ids, want = file[f"{name}.ids"], file[name]
     for dtype, bound in (("float32", 1e-4), ("bfloat16", 1e-2)):
         config = dataclasses.replace(t5.SIZES[name], dtype=dtype, **cut)
-        monkeypatch.setattr(
-            t5_checkpoints, "open_checkpoint", lambda _, c=config: Drawn(c)
-        )
+        monkeypatch.setattr(t5_weights, "open_checkpoint", lambda _, c=config: Drawn(c))
         params, _ = load("drawn", config)
         precision = "highest" if dtype == "float32" else "default"
         with jax.default_matmul_precision(precision):

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.training import initial_state as start
 from imagen_jax.training import loop
 from imagen_jax.training.metrics import MEANS, bucket_names
 from imagen_jax.training.state import create_state
@@ -32,4 +31,4 @@ def _step(state, batch):
 def no_arithmetic(monkeypatch):
     """Steps compile nothing; every run starts from the same state."""
     monkeypatch.setattr(loop, "compile_train_step", lambda cfg, mesh: _step)
-    monkeypatch.setattr(start, "create_state", _created)
+    monkeypatch.setattr(loop, "create_state", _created)

@@ -130,9 +130,9 @@ def test_when_all_are_damaged_it_says_what_to_do(workdir):
         with pytest.raises(UserError) as found:
             Checkpointer(str(workdir), training).newest()
         message = str(found.value)
-        assert "\n  2: ema/ocdbt.process_0/d/" in message
-        assert "\n  1: verification/files.json is missing" in message
-        assert "Copy one of them again" in message and "new --workdir" in message
+        assert "(2: ema/ocdbt.process_0/d/" in message
+        assert "; 1: verification/files.json is missing" in message
+        assert "copy one of them again" in message and "new --workdir" in message
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"1", "2"}
 
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_error_and_older_checkpoints_stay(workdir):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     message = str(found.value)
-    assert message.startswith(f"a checkpoint of {workdir} cannot be written: ")
+    assert message.startswith(f"a checkpoint of {workdir} cannot be written (")
     assert os.strerror(errno.EFBIG) in message
     assert "start the same command again" in message
     checkpointer.close()

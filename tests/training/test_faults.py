@@ -72,7 +72,7 @@ def test_no_room_for_a_line_of_the_logs(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricWriter, "event", full)
-        with pytest.raises(UserError, match="cannot be written: .*No space left"):
+        with pytest.raises(UserError, match="cannot be written .*No space left"):
             train(run)
     assert_goes_on(run)
 
@@ -80,7 +80,7 @@ def test_no_room_for_a_line_of_the_logs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("where", ["file/run", "/proc/run"])
 def test_a_workdir_that_cannot_be_made(tmp_path, where):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written: "):
+    with pytest.raises(UserError, match="cannot be written "):
         train(tmp_path / where)
 
 
@@ -92,7 +92,7 @@ def test_a_workdir_that_is_taken_away_while_it_trains(tmp_path):
             shutil.move(run, tmp_path / "elsewhere")
             run.write_text("")
 
-    with pytest.raises(UserError, match="cannot be written: .*Not a directory"):
+    with pytest.raises(UserError, match="cannot be written .*Not a directory"):
         train(run, take)
     run.unlink()
     shutil.move(tmp_path / "elsewhere", run)

@@ -7,10 +7,11 @@ import jax
 import pytest
 
 from imagen_jax.config import MeshConfig
+from imagen_jax.goodput import BUCKETS, goodput
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
 from imagen_jax.training.checkpoint import Checkpointer
-from imagen_jax.training.goodput import BUCKETS, Stopwatch, goodput
+from imagen_jax.training.metrics import Stopwatch
 from tests import tiny
 from tests.clock import Clock
 

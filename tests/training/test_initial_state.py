@@ -11,20 +11,21 @@ from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.export import export
 from imagen_jax.sharding import make_mesh
-from imagen_jax.training import initial_state
+from imagen_jax.training import loop
 from imagen_jax.training.checkpoint import Checkpointer
-from imagen_jax.training.initial_state import check_fit, first_state, open_weights
+from imagen_jax.training.loop import first_state
 from imagen_jax.training.state import abstract_state
+from imagen_jax.training.weights import open_weights
 from tests import tiny
 from tests.training.checkpoints import CFG, assert_equal, mesh, save, state
 
 # Compiled once; no step is taken from what it returns, so nothing is donated.
-create_state = functools.cache(initial_state.create_state)
+create_state = functools.cache(loop.create_state)
 
 
 @pytest.fixture(autouse=True)
 def created_once(monkeypatch):
-    monkeypatch.setattr(initial_state, "create_state", create_state)
+    monkeypatch.setattr(loop, "create_state", create_state)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_exported_weights_are_the_same_to_the_bit(tmp_path, other):
     eight = make_mesh(MeshConfig(fsdp=4, tensor=2))
     for source, step in (("one", 7), ("many", 7), ("one/model.safetensors", None)):
         weights = open_weights(str(tmp_path / source))
-        check_fit(weights, CFG, "test")
+        weights.check_fit(CFG, "test")
         assert weights.step == step
         for place in (mesh(), eight):
             params = weights.load(abstract_state(CFG, place).ema)
@@ -99,15 +100,17 @@ def test_what_differs_is_named(tmp_path, other):
     assert f"parameters of {other} do not fit this stage" in message
     assert "config.model.channels: (8,) -> (16,)" in message
     assert "config.model.num_res_blocks: (1,) -> (2,)" in message
-    assert "missing there: " in message and "of another shape: " in message
-    assert "conv_in.bias: (8,) there, (16,) here" in message
-    assert message.count("there, ") == 3 and ", ..." in message
+    assert "conv_in.bias: (8,) -> (16,)" in message
+    assert message.count(") -> (") == 3 + 2 and "\n" not in message
 
+    deep = tiny.stage(model={**tiny.ONE_LEVEL, "num_res_blocks": (2,)})
+    with pytest.raises(UserError, match=r": missing -> \("):
+        start(tmp_path, deep, other)
     narrow = tiny.stage(model={**tiny.ONE_LEVEL, "text_norm": False})
-    with pytest.raises(UserError, match="only there: "):
+    with pytest.raises(UserError, match=r"\) -> none"):
         start(tmp_path, narrow, other)
     export(str(other), str(tmp_path / "out"), 10**9)
-    with pytest.raises(UserError, match=r"or change config\.model to theirs"):
+    with pytest.raises(UserError, match=r"do not fit .*here\): conv_in.bias: \("):
         start(tmp_path / "run", wide, tmp_path / "out/model.safetensors")
 
 
@@ -125,5 +128,5 @@ def test_other_text_or_process_is_written_down(tmp_path, other):
 
 
 def test_no_weights_there(tmp_path):
-    with pytest.raises(UserError, match="is no training workdir"):
+    with pytest.raises(UserError, match="has no config.json: give the --workdir"):
         start(tmp_path / "run", init_from=tmp_path / "none")

@@ -7,11 +7,11 @@ import unittest.mock
 import numpy as np
 import pytest
 
-from imagen_jax.training.goodput import Stopwatch
 from imagen_jax.training.metrics import (
     MEANS,
     IntervalMeans,
     MetricWriter,
+    Stopwatch,
     bucket_names,
 )
 from tests import tiny

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax import train
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import batch_sharding, make_mesh
@@ -101,9 +100,11 @@ def lines(path):
 
 def test_a_spent_budget_stops_with_a_bundle(stopped, mesh):
     workdir, message = stopped
-    assert "stopped at step 7" in message and "loss of nan" in message
-    assert "first not finite was the text embeddings of example 51" in message
-    assert "checkpoint of step 6" in message
+    assert (
+        "stopped at step 7" in message and "(loss nan, gradient norm nan; " in message
+    )
+    assert "first not finite: the text embeddings of example 51" in message
+    assert "newest checkpoint: 6)" in message
     assert f"--replay={workdir}/bundles/7" in message
     events = lines(workdir / "events.jsonl")
     assert events[-1]["event"] == "budget_spent" and events[-1]["step"] == 7
@@ -126,7 +127,7 @@ def test_a_spent_budget_stops_with_a_bundle(stopped, mesh):
 
 def test_a_bundle_names_the_first_layer(stopped, mesh, capsys):
     workdir, _ = stopped
-    train.print_replay(str(workdir / "bundles" / "7"))
+    replay.print_replay(str(workdir / "bundles" / "7"))
     told = capsys.readouterr().out
     assert "step 7" in told and "the numbers agree" in told
     assert "first not finite: the text embeddings of example 51" in told
@@ -144,25 +145,22 @@ def test_one_device_gives_the_numbers_of_eight(tmp_path, eight):
     state = state.replace(guard=state.guard.replace(**low))
     checkpointer.save(state, CFG, b"0")
     checkpointer.close()
-    with pytest.raises(UserError, match="all numbers are finite"):
+    with pytest.raises(UserError, match="first not finite: nothing;"):
         loop.train(CFG, str(tmp_path / "run"), Batches(CFG, eight), eight)
     folder = tmp_path / "run" / "bundles" / "2"
-    done = replay.replay(str(folder))
+    record, found = replay.replay(str(folder))
     # A network that was never updated answers 0: the loss is the noise's variance, the
     # mean of 8 * 192 squares of normals.
-    assert done.recorded["loss"] == pytest.approx(1, abs=5 * (2 / 1536) ** 0.5)
-    for name, value in done.recorded.items():
-        np.testing.assert_allclose(done.here[name], value, rtol=1e-5)
-    assert replay.first_not_finite(done.here) == ""
-    record = json.loads((folder / "bundle.json").read_text())
-    for there, here in zip(
-        record["found"]["examples"], done.here["examples"], strict=True
-    ):
+    assert record["recorded"]["loss"] == pytest.approx(1, abs=5 * (2 / 1536) ** 0.5)
+    for name, value in record["recorded"].items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
+    assert replay.first_not_finite(found) == ""
+    for there, here in zip(record["found"]["examples"], found["examples"], strict=True):
         assert there["id"] == here["id"]
         for name in ("logsnr", "loss", "text"):
             np.testing.assert_allclose(there[name], here[name], rtol=1e-5)
     # In the order of the passes.
-    layers, gradients = list(done.here["layers"]), list(done.here["gradients"])
+    layers, gradients = list(found["layers"]), list(found["gradients"])
     assert layers.index("conv_in") < layers.index("conv_out")
     where = [gradients.index(f"{name}/kernel") for name in ("conv_out", "conv_in")]
     assert where == sorted(where)

@@ -8,8 +8,7 @@ import pytest
 
 from imagen_jax import prepare
 from imagen_jax.config import MeshConfig
-from imagen_jax.data.mixture import open_sources
-from imagen_jax.data.pipeline import open_records
+from imagen_jax.data.pipeline import open_records, open_sources
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
 from tests import tiny

@@ -114,7 +114,7 @@ def cast(dtype):
 
 
 DAMAGED = {
-    "no config": (lambda f: (f / weights.CONFIG).unlink(), "should hold the config"),
+    "no config": (lambda f: (f / weights.CONFIG).unlink(), "has no config.json"),
     "truncated config": (lambda f: truncate(f / weights.CONFIG), "is not the config"),
     "version": (
         change(weights.CONFIG, schema_version=99),
@@ -123,7 +123,6 @@ DAMAGED = {
     "truncated index": (lambda f: truncate(f / weights.INDEX), "is not the index"),
     "no shard": (lambda f: sorted(f.glob("*.safe*"))[1].unlink(), "copy it again"),
     "truncated": (lambda f: truncate(sorted(f.glob("*.safe*"))[0]), "copy it again"),
-    "integers": (cast(np.int8), "is stored as I8"),
     "another network": (
         lambda f: shutil.copy(sorted(f.glob("*.safe*"))[0], f / weights.SINGLE),
         "do not fit this stage",
