@@ -29,6 +29,7 @@ from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes.judge import Verdict, judge
 from imagen_jax.sharding import make_mesh
+from imagen_jax.training.metrics import METRICS
 
 # Training configs/tiny.py takes about this long on two CPU cores.
 _SECONDS = 400
@@ -43,7 +44,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto
 pre { background: #fafafa; padding: 1em; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, 112px); gap: 12px; }
 figure { margin: 0; font-size: 12px; } img { width: 112px; image-rendering: pixelated; }
-.wrong { color: #b00020; }
+.wrong { color: #b00020; } svg { background: #fafafa; }
 """
 
 
@@ -137,7 +138,8 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         "training_steps": {t.cfg.name: t.step for t in trained},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "index.html").write_text(page(report, prompts, verdicts), "utf8")
+    curves = {name: read_curve(folder / name / METRICS) for name in _STAGES}
+    (folder / "index.html").write_text(page(report, prompts, verdicts, curves), "utf8")
     return report
 
 
@@ -155,6 +157,7 @@ def page(
     report: Mapping[str, Any],
     prompts: Sequence[str],
     verdicts: Sequence[Verdict],
+    curves: Mapping[str, Sequence[tuple[int, float]]],
 ) -> str:
     """The demo's HTML page; its pictures are samples/NNNN.png beside it.
 
@@ -162,6 +165,7 @@ def page(
       report: what `demo` returns.
       prompts: the captions, one per picture.
       verdicts: the judge's, with guidance on.
+      curves: `(step, loss)` points of each stage.
     """
     steps = ", ".join(f"{k} {v} steps" for k, v in report["training_steps"].items())
     guidance = ", ".join(f"{w:g} for {k}" for k, w in report["guidance"].items())
@@ -186,8 +190,28 @@ most {report["peak_memory_gib"]:.1f} GiB of memory.</p>
 <p>With guidance (w = {guidance}). What the judge finds wrong is in red.</p>
 <div class="pictures">
 {figures}</div>
-</html>
+<h2>Loss</h2>
+{"".join(_curve(name, points) for name, points in curves.items())}</html>
 """
+
+
+def read_curve(path: pathlib.Path) -> list[tuple[int, float]]:
+    """`(step, loss)` of every line of a metrics.jsonl."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def _curve(name: str, points: Sequence[tuple[int, float]]) -> str:
+    """An SVG of a loss over steps; the loss axis starts at 0, at the bottom."""
+    last, top = max(step for step, _ in points), max(loss for _, loss in points)
+    line = " ".join(
+        f"{s / last * 400:.1f},{200 - y / top * 190:.1f}" for s, y in points
+    )
+    return (
+        f'<svg width="420" height="225" font-size="12"><polyline points="{line}" '
+        'fill="none" stroke="#0b57d0"/><path d="M0 200H400" stroke="#888"/>'
+        f'<text y="218">{name}: 0 to {top:.2f}, {last} steps</text></svg>\n'
+    )
 
 
 def define_flags() -> None:
@@ -203,7 +227,7 @@ def main() -> None:
     print(
         f"\n{table(report)}\n\n"
         f"{report['seconds']:.0f} seconds, at most {report['peak_memory_gib']:.1f} GiB "
-        f"of memory; open {pathlib.Path(flags.FLAGS.output).resolve() / 'index.html'}"
+        f"of memory\nopen {pathlib.Path(flags.FLAGS.output).resolve() / 'index.html'}"
     )
 
 

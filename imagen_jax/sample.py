@@ -49,8 +49,8 @@ def read_lowres(paths: Sequence[str], size: int, count: int) -> np.ndarray:
         height, width, _ = picture.shape
         if (height, width) != (size, size):
             raise UserError(
-                f"--lowres={path} has {width} x {height} pixels; the first stage takes "
-                f"{f'{size} x {size}' if size else 'none'}"
+                f"--lowres={path} has {width} x {height} pixels; the stage takes "
+                f"{size} x {size}: crop and resize it first"
             )
         pictures.append(picture)
     return np.stack(pictures * (count // len(pictures)))
@@ -128,7 +128,10 @@ def main() -> None:
     )
     lowres = None
     if args.lowres:
-        lowres = read_lowres(args.lowres, trained[0].cfg.lowres_size, len(prompts))
+        size = trained[0].cfg.lowres_size
+        if not size:
+            raise UserError("--lowres is given, but the first stage is a base stage")
+        lowres = read_lowres(args.lowres, size, len(prompts))
         lowres = np.repeat(lowres, len(cells), 0)
     recorded = sum(numbers("estimates", args.estimates, int), ())
     fewest = min(one.cfg.sampler.steps for one in trained)

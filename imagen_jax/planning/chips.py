@@ -79,8 +79,8 @@ def slice_devices(name: str) -> list[jax.Device]:
         raise UserError(f"to compile for {name} install libtpu: pip install libtpu")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    # libtpu would ask a TPU machine's metadata server what it is, complain that there is
-    # none, and lock the whole machine against a second process that compiles.
+    # libtpu would ask a TPU machine's metadata server what it is, complain that there
+    # is none, and lock the whole machine against a second process that compiles.
     for variable, value in _LIBTPU.items():
         os.environ.setdefault(variable, value)
     generation = name.partition("-")[0].replace("v5litepod", "v5e")

@@ -70,7 +70,7 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     - `relation`: from one partner to the other it is further in the asked direction
       than across it.
 
-    What a caption does not ask is True. Two touching objects of one colour count as one.
+    What a caption does not ask is True. Touching objects of one colour count as one.
 
     Args:
       picture: `[H, W, 3]` uint8, H == W.
