@@ -68,9 +68,7 @@ def threshold(folder, mesh, count):
     rows, shown, labels = {weight: [] for weight in WEIGHTS}, [], []
     for kind in KINDS:
         changed = with_sampler(stages, threshold=[kind])
-        (samples,), _ = sample_prompts(
-            changed, prompts, seeds, mesh, cells=cells, progress=False
-        )
+        (samples,), _ = sample_prompts(changed, prompts, seeds, mesh, cells=cells)
         for i, weight in enumerate(WEIGHTS):
             own = samples[i :: len(cells)]
             rows[weight].append(accuracy(own, prompts))
@@ -103,7 +101,7 @@ def augmentation(folder, mesh, count):
     prompts, seeds = captions(count)
     without = open_stages([str(train_without_augmentation(folder))])
     base, sr = (open_stages([str(folder / name)]) for name in ("base", "sr"))
-    (low,), _ = sample_prompts(base, prompts, seeds, mesh, progress=False)
+    (low,), _ = sample_prompts(base, prompts, seeds, mesh)
     normal = np.random.default_rng(0).normal(size=low.shape)
     noisy = [
         np.clip(np.round(low + scale * normal), 0, 255).astype(np.uint8)
@@ -119,7 +117,7 @@ def augmentation(folder, mesh, count):
         row = []
         for scale, lowres in zip(NOISE, noisy, strict=True):
             (samples,), _ = sample_prompts(
-                stages, prompts, seeds, mesh, "", lowres, cells, progress=False
+                stages, prompts, seeds, mesh, "", lowres, cells
             )
             row.append(accuracy(samples, prompts))
             shown.append(samples[:8])
@@ -141,7 +139,7 @@ def solver(folder, mesh, count):
             grid=[grid],
         )
         start = time.perf_counter()
-        samples, _ = sample_prompts(stages, prompts, seeds, mesh, progress=False)
+        samples, _ = sample_prompts(stages, prompts, seeds, mesh)
         seconds = time.perf_counter() - start
         right = accuracy(samples[-1], prompts)
         print(f"| {name} | {steps} | {grid} | {right} | {seconds:.0f} |", flush=True)

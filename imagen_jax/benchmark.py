@@ -2,11 +2,8 @@
 
 python -m imagen_jax.benchmark --config=configs/sr256.py:tiny --what=train \
     [--json=FILE] [--seconds=20] [--config.training.batch_size=4]
-python -m imagen_jax.benchmark --config=configs/base64.py --what=params
 python -m imagen_jax.benchmark --config=configs/base64.py --what=compile \
     --topology=v4-512 --config.mesh.fsdp=16
-python -m imagen_jax.benchmark --config=configs/tiny.py:base --what=data \
-    --config.data.records=RECORDS
 
 "params" counts parameters per block. "compile" compiles a training step for the
 devices here or for an absent TPU slice, and tells what it takes. "train" times training
@@ -91,8 +88,7 @@ def _times(run: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def _spread(times: list[float]) -> dict[str, float]:
-    middle = statistics.median(times)
-    return {"median": middle, "min": min(times), "max": max(times)}
+    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
 
 
 def time_steps(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:

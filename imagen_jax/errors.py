@@ -29,12 +29,8 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 def read_json(path: str | os.PathLike, what: str) -> dict[str, Any]:
     """The object in a small JSON file, local or in a bucket.
 
-    Args:
-      path: the file.
-      what: the file's role, for the message: "the config of a run".
-
-    Raises:
-      UserError: when the file is missing, unreadable, or does not hold a JSON object.
+    `UserError`, which calls the file `what` ("the config of a run"), when it is missing
+    or does not hold a JSON object.
     """
     try:
         values = json.loads(epath.Path(path).read_bytes())

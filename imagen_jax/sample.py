@@ -64,26 +64,21 @@ def define_flags() -> None:
     lowres = "a picture for a super-resolution stage to start from; once or per prompt"
     flags.DEFINE_multi_string("lowres", [], lowres)
     flags.DEFINE_string("output", None, "folder for the pictures")
-    flags.DEFINE_integer(
-        "seed", 0, "seed of the first prompt; the next prompt has the next seed"
-    )
+    flags.DEFINE_integer("seed", 0, "of the first prompt; the next has the next seed")
     flags.DEFINE_string("encoder_weights", "", "file or folder of the text encoder")
     each = "; once for all stages or once per stage"
     sweep = each + "; values with commas between them are compared"
-    flags.DEFINE_multi_string(
-        "guidance", [], "w of the paper's Eq. 2, 1 is none" + sweep
-    )
-    flags.DEFINE_multi_string(
-        "aug_level", [], "noise on the low-res input, in [0, 1]" + sweep
-    )
+    guidance = "w of the paper's Eq. 2, 1 is none" + sweep
+    flags.DEFINE_multi_string("guidance", [], guidance)
+    noise = "noise on the low-res input, in [0, 1]" + sweep
+    flags.DEFINE_multi_string("aug_level", [], noise)
     flags.DEFINE_multi_integer("steps", [], "sampling steps" + each)
     flags.DEFINE_multi_string("sampler", [], "ddpm, ddim or dpmpp" + each)
     flags.DEFINE_multi_string("threshold", [], "none, static or dynamic" + each)
     flags.DEFINE_multi_string("schedule", [], "trained, cosine or linear" + each)
     flags.DEFINE_multi_string("grid", [], "steps even in time or logsnr" + each)
-    flags.DEFINE_multi_string(
-        "estimates", [], "steps, from 0, whose estimates are shown in estimates_*.png"
-    )
+    estimates = "steps, from 0, whose estimates are shown in estimates_*.png"
+    flags.DEFINE_multi_string("estimates", [], estimates)
     flags.DEFINE_bool("show_steps", False, "count the steps of a batch, for long runs")
     flags.mark_flags_as_required(["stage", "output"])
 
@@ -102,11 +97,7 @@ def _prompts(given: Sequence[str], file: str) -> list[str]:
 
 
 def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
-    """The numbers in each use of a flag, which have commas between them.
-
-    Raises:
-      UserError: for text that is no number.
-    """
+    """The numbers between commas in each use of a flag, or `UserError`."""
     try:
         return [tuple(kind(v) for v in one.split(",")) for one in given]
     except ValueError:

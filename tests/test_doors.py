@@ -209,9 +209,12 @@ def test_values_compared_on_labelled_sheets(cascade, tmp_path):
     assert 192 < width < 240 and 192 < height < 280
     assert Image.open(out / "estimates_32px.png").size[0] == width
     for more, message in [
-        ([f"--lowres={small}", "--aug_level=1.5"], "levels lie in [0, 1]"),
+        (
+            [f"--lowres={small}", "--aug_level=1.5"],
+            "aug_level is 1.5; it must be in [0, 1]",
+        ),
         ([f"--lowres={small}", "--guidance=1;2"], "commas between them"),
-        ([f"--lowres={small}", "--estimates=0,2"], "has 2 steps, from 0 to 1"),
+        ([f"--lowres={small}", "--estimates=0,2"], "a stage has 2 steps, from 0"),
         ([f"--lowres={tmp_path / 'none.png'}"], "cannot be read"),
         ([f"--lowres={out / '0000.png'}"], "has 32 x 32 pixels; the stage takes 16"),
         ([], "or pictures to start from"),
@@ -306,7 +309,7 @@ def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
     [
         (["--what=compile", "--topology=v4-521"], 1, "did you mean 'v4-512'"),
         (["--what=train", "--topology=v4-512"], 1, "--topology is for --what=compile"),
-        (["--what=params", "--json=nowhere/a.json"], 1, "no such folder"),
+        (["--what=params", "--json=nowhere/a.json"], 1, "a folder that exists"),
         (["--what=speed"], 2, "one of"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_search_ranks_what_it_compiles(call, monkeypatch):
         ({"mesh": "fsdp"}, "not a list of axes"),
         ({"mesh": "fsdp:4.0"}, "not a list of axes"),
         ({"mesh": ""}, "not a list of axes"),
-        ({"json": "configs"}, "is a folder"),
+        ({"json": "configs"}, "name a file in a folder that exists"),
         ({"search": True, "what": "sample"}, "--search is for training"),
     ],
 )

@@ -20,25 +20,23 @@ SLICES = {
     for generation, cores in _CORES.items()
     for chips in (_CUBES if cores == 2 else _SQUARES)
 }
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v4-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device can do, by its maker's data sheet.
+    """What one device can do, by its maker's data sheet."""
 
-    Attributes:
-      flops: bfloat16 operations a second.
-      memory_gib: of its main memory, what programs may use.
-      bandwidth: bytes a second from and to that memory.
-      link: bytes a second that it can send to other chips for one exchange.
-      clock: cycles a second; 0 where it is of no use.
-    """
-
-    flops: float
-    memory_gib: float
-    bandwidth: float
-    link: float
-    clock: float = 0
+    flops: float  # bfloat16 operations a second
+    memory_gib: float  # of its main memory, what programs may use
+    bandwidth: float  # bytes a second from and to that memory
+    link: float  # bytes a second that it can send to other chips for one exchange
+    clock: float = 0  # cycles a second; 0 where it is of no use
 
 
 # TPUs: cloud.google.com/tpu/docs/v4, v5e, v5p, v6e. Memory: the limit that libtpu
@@ -81,12 +79,10 @@ def slice_devices(name: str) -> list[jax.Device]:
         raise UserError(f"to compile for {name} install libtpu: pip install libtpu")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    # libtpu would ask the metadata server of a TPU machine what it is, complain that
-    # there is none, and lock the whole machine against a second process that compiles.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # libtpu would ask a TPU machine's metadata server what it is, complain that there
+    # is none, and lock the whole machine against a second process that compiles.
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
     generation = name.partition("-")[0].replace("v5litepod", "v5e")
     # Both cores of a chip are one device.
     paired = {"chip_config_name": "megacore"} if _CORES[generation] == 2 else {}

@@ -116,9 +116,7 @@ def _compile(
         "program": memory.generated_code_size_in_bytes / GIB,
     }
     total, limit = sum(parts.values()), chip.memory_gib if chip else None
-    flops = count_flops(traced.jaxpr.jaxpr) / mesh.size
     traffic = read_program(run.as_text(), mesh.size)
-    sent = sum(each["bytes"] for each in traffic.collectives.values())
     found = {
         "chip": mesh.devices.flat[0].device_kind,
         "chips": mesh.size,
@@ -128,10 +126,12 @@ def _compile(
         "hbm_gib_per_chip": total,
         "hbm_limit_gib": limit,
         "memory_gib": parts,
-        "flops_per_chip": flops,
+        "flops_per_chip": count_flops(traced.jaxpr.jaxpr) / mesh.size,
         "bytes_per_chip": traffic.bytes,
         "collectives": traffic.collectives,
-        "collective_bytes_per_chip": sent,
+        "collective_bytes_per_chip": sum(
+            each["bytes"] for each in traffic.collectives.values()
+        ),
         "loops_of_unknown_length": traffic.unknown_loops,
         "trace_seconds": middle - start,
         "compile_seconds": end - middle,
@@ -168,9 +168,8 @@ def _times(found: Figures, cycles: int, chip: Chip) -> Figures:
 
 def summary(found: Figures) -> str:
     """The verdict in one line: "fits: 6.21 GiB a chip, 0.111 s a step"."""
-    verdict = "fits" if found["fits"] else "does not fit"
-    text = f"{verdict}: {found['hbm_gib_per_chip']:.2f} GiB a chip"
-    seconds, why = found.get("step_seconds"), found.get("why")
-    return text + (
-        f", {seconds:.4g} s a step" if seconds else f" ({why})" if why else ""
-    )
+    text = "fits" if found["fits"] else "does not fit"
+    text += f": {found['hbm_gib_per_chip']:.2f} GiB a chip"
+    if seconds := found.get("step_seconds"):
+        text += f", {seconds:.4g} s a step"
+    return text + (f" ({found['why']})" if "why" in found else "")

@@ -27,8 +27,7 @@ _FREE = re.compile(
 )
 _SLICES = ("slice", "dynamic-slice", "gather")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
-# name = type kind(operands), attributes. A literal instead of operands may hold
-# anything but the name of an attribute behind ")".
+# name = type kind(operands or a literal), attributes.
 _OPERATION = re.compile(
     r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, [a-z_]+=.*)?$"
 )
@@ -38,20 +37,13 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 @dataclasses.dataclass
 class Traffic:
-    """What one device does in one run of a program.
+    """What one device does in one run of a program."""
 
-    Attributes:
-      bytes: read from and written to main memory, without tiles' padding.
-      cycles: of its clock, as the compiler estimates; 0 where it estimates nothing.
-      collectives: exchanges by kind: how many run ("count"), and "bytes" that the
-        device sends for them.
-      unknown_loops: loops of unknown length, counted once.
-    """
-
-    bytes: float = 0
-    cycles: int = 0
+    bytes: float = 0  # from and to main memory, without tiles' padding
+    cycles: int = 0  # of its clock, as the compiler estimates; 0 where it does not
+    # Exchanges by kind: their "count", and the "bytes" that the device sends for them.
     collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    unknown_loops: int = 0
+    unknown_loops: int = 0  # loops of unknown length, counted once
 
 
 def read_program(text: str, devices: int) -> Traffic:
@@ -108,11 +100,9 @@ def _parse(text: str) -> dict[str, _Computation]:
             if start[1]:
                 computations["ENTRY"] = current
         elif match := _OPERATION.match(line):
-            is_root, name, type_, kind, inside, rest = match.groups()
+            _, name, type_, kind, inside, rest = match.groups(default="")
             operands = _NAME.findall(inside)
-            current[name] = _Operation(type_, kind, inside, rest or "", operands)
-    if "ENTRY" not in computations:
-        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
+            current[name] = _Operation(type_, kind, inside, rest, operands)
     return computations
 
 
@@ -141,10 +131,10 @@ class _Reader:
                 self.add_exchange(each, inside, times)
 
     def turns(self, loop: _Operation) -> int | None:
-        """How often a loop runs, where the compiler notes it or its condition says.
+        """How often a loop runs: as noted, or by its condition.
 
-        A TPU's compiler notes nothing, and may put two turns into one. The condition is
-        understood if it is `i < limit` and i grows by a constant; it begins at 0.
+        A TPU's compiler notes nothing, and may put two turns into one. Understood is
+        `i < limit` where i begins at 0 and grows by a constant.
         """
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(noted[1])
@@ -221,10 +211,7 @@ class _Reader:
 
 
 def group_size(rest: str, devices: int) -> int:
-    """How many devices exchange with one another, by a collective's attributes.
-
-    Without groups it is all of `devices`.
-    """
+    """How many devices exchange with one another; all of `devices` without groups."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return len(found[1].split(","))
     if found := re.search(r"replica_groups=\[[\d,]*?(\d+)\]<=", rest):

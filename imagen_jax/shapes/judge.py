@@ -11,8 +11,8 @@ from scipy import ndimage
 
 from imagen_jax.shapes import scenes
 
-# A pixel belongs to an object when this much of it is covered: two things 1.3 pixels
-# apart stay apart, and a stroke 1.2 pixels wide does not break.
+# A pixel belongs to an object when this much of it is covered: things 1.3 pixels apart
+# stay apart, and strokes of 1.2 pixels do not break.
 _COVERED = 0.4
 # Smaller parts of the picture are strays; the smallest drawn object has 4 %.
 _STRAY = 0.01
@@ -61,25 +61,20 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     """Compares the objects in a picture with the things in a caption.
 
     Things and objects are paired one to one so that the most pairs agree in colour
-    and shape, then the most in colour, in shape, in size, then the relation. Then
+    and shape, then the most in colour, in shape, in size, then the relation.
 
     - `count`: there are as many objects as things;
-    - `colour`: pairs agree in colour, every asked colour is seen, and no other is;
-    - `shape`: the same for shapes;
-    - `size`: every thing whose size is asked has a partner of that size, and
-      that is whether its radius is below or above `scenes.SIZE_BORDER`;
-    - `relation`: both things have partners, and from one to the other it is further
-      in the asked direction than across it.
+    - `colour`, `shape`: pairs agree, all that are asked are seen, and no others;
+    - `size`: a thing whose size is asked has a partner whose radius is on that side of
+      `scenes.SIZE_BORDER`;
+    - `relation`: from one partner to the other it is further in the asked direction
+      than across it.
 
-    A caption that asks no size or no relation has that verdict True. Two touching
-    objects of one colour count as one.
+    What a caption does not ask is True. Touching objects of one colour count as one.
 
     Args:
       picture: `[H, W, 3]` uint8, H == W.
-      caption: in the grammar of `scenes.parse`.
-
-    Raises:
-      UserError: when the caption is outside the grammar.
+      caption: in the grammar of `scenes.parse`; `UserError` for any other.
     """
     wanted = scenes.parse(caption)
     seen = look(picture)
@@ -128,13 +123,11 @@ def _relation_holds(relation: str, pairs) -> bool:
     first, second = (found for _, found in pairs)
     if first is None or second is None:
         return False
-    right, down = second.x - first.x, second.y - first.y
-    along, across = {
-        "above": (down, right),
-        "below": (-down, right),
-        "left of": (right, down),
-        "right of": (-right, down),
-    }[relation]
+    if relation in ("below", "right of"):
+        first, second = second, first
+    along, across = second.y - first.y, second.x - first.x
+    if relation in ("left of", "right of"):
+        along, across = across, along
     return along > abs(across)
 
 
@@ -163,9 +156,8 @@ def look(picture: np.ndarray) -> list[Object]:
 def _labels(offset: np.ndarray, covered: np.ndarray) -> np.ndarray:
     """Number of each pixel's colour, -1 for background, `[H, W]`.
 
-    Each pixel is the nearest mix of background and one colour. Pixels vote in 3x3
-    squares by how much they are covered: where red touches yellow, the orange line
-    of mixed pixels between them has no majority.
+    Each pixel is the nearest mix of background and one colour. Covered pixels vote in
+    squares of 3 x 3: the orange line where red touches yellow has no majority.
     """
     rest = offset[..., None, :] - covered[..., None] * _RAYS
     nearest = (rest**2).sum(-1).argmin(-1)
@@ -190,11 +182,9 @@ def _regions(labels: np.ndarray) -> list[np.ndarray]:
 
 
 def _colour(offset: np.ndarray, covered: np.ndarray) -> str:
-    """Nearest colour to the median of the most covered half of an object's pixels.
-
-    In a stroke as thin as a pixel even those are up to 0.4 background.
-    """
+    """Nearest colour to the median of the most covered half of an object's pixels."""
     core = np.median(offset[covered >= np.median(covered)], axis=0)
+    # Even those may be 0.4 background, in a stroke as thin as a pixel.
     share = np.clip(_RAYS @ core / (_RAYS**2).sum(-1), 0.6, 1)
     rest = core - share[:, None] * _RAYS
     return _NAMES[int((rest**2).sum(-1).argmin())]
@@ -203,9 +193,7 @@ def _colour(offset: np.ndarray, covered: np.ndarray) -> str:
 def fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float, float]:
     """The shape that overlaps a soft mask `[H, W]` best: sum of min over sum of max.
 
-    Every shape is tried at five scales about the one that gives it the mask's area,
-    at three heights about the one that gives it the mask's centroid, sharp and
-    blurred.
+    Shapes are tried about the mask's area and centroid, sharp and blurred.
 
     Returns:
       shape, x, y and radius in pixels, and the overlap.
@@ -227,12 +215,9 @@ def fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float, float]:
     for shape in scenes.SHAPES:
         radius = np.sqrt(area / scenes.AREAS[shape]) * scales
         y = mean_y - (_CENTROID_Y.get(shape, 0.0) + steps) * radius
-        template = scenes.coverage(
-            shape, at_x[None, None, :] - mean_x, at_y[None, :, None] - y, radius
-        )
-        overlap = np.maximum(
-            _overlap(template, alpha), _overlap(_blur(template), alpha)
-        )
+        template = scenes.coverage(shape, at_x - mean_x, at_y[:, None] - y, radius)
+        sharp, blurred = _overlap(template, alpha), _overlap(_blur(template), alpha)
+        overlap = np.maximum(sharp, blurred)
         k = int(overlap.argmax())
         fits.append((shape, y[k, 0, 0], radius[k, 0, 0], overlap[k]))
     shape, y, radius, overlap = max(fits, key=lambda fit: fit[-1])

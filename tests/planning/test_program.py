@@ -51,11 +51,6 @@ def test_groups_that_cannot_be_read_are_no_guess():
         group_size(", replica_groups=<8>", 8)
 
 
-def test_other_text_is_refused():
-    with pytest.raises(ValueError, match="no ENTRY"):
-        read_program("HloModule m\n", 1)
-
-
 PROGRAM = """HloModule m, is_scheduled=true
 
 %inner (p: f32[8]) -> f32[8] {

@@ -1,9 +1,9 @@
-"""Which combinations are made, and which picture gets which values."""
+"""Which combinations are compared, and which picture gets which values."""
 
 import numpy as np
 import pytest
 
-from imagen_jax.api.sweep import all_cells, parse, settings
+from imagen_jax.api.cascade import all_cells, settings
 from imagen_jax.errors import UserError
 from tests import tiny
 
@@ -11,42 +11,48 @@ BASE = tiny.stage(sampler={"guidance": 3.0})
 SR = tiny.sr_stage(sampler={"guidance": 1.5, "aug_level": 0.2, "steps": 2})
 
 
-def _values(cells):
-    return [(cell.guidance, cell.aug_level) for cell in cells]
+def _guidance(cells):
+    return [tuple(cfg.sampler.guidance for cfg in cell.configs) for cell in cells]
+
+
+def _aug_level(cells):
+    return [tuple(cfg.sampler.aug_level for cfg in cell.configs) for cell in cells]
 
 
 def test_nothing_to_compare_is_the_stages_own():
     (cell,) = all_cells([BASE, SR])
-    assert cell.guidance == (3.0, 1.5) and cell.aug_level == (None, 0.2)
-    assert cell.label == ""
+    assert cell.configs == (BASE, SR) and cell.label == ""
 
 
 def test_one_list_is_for_all_stages_and_guidance_changes_fastest():
     cells = all_cells([BASE, SR], [(1.0, 4.0)], [(0.0, 0.3)])
-    assert _values(cells) == [
-        ((w, w), (None, level)) for level in (0.0, 0.3) for w in (1.0, 4.0)
-    ]
+    assert _guidance(cells) == [(1.0, 1.0), (4.0, 4.0)] * 2
+    own = BASE.sampler.aug_level
+    assert _aug_level(cells) == [(own, 0.0)] * 2 + [(own, 0.3)] * 2
     assert cells[-1].label == "w 4, aug 0.3"
 
 
 def test_lists_of_each_stage_are_combined():
     cells = all_cells([BASE, SR], [(1.0, 2.0), (5.0, 6.0)])
-    weights = [cell.guidance for cell in cells]
-    assert weights == [(1.0, 5.0), (1.0, 6.0), (2.0, 5.0), (2.0, 6.0)]
+    assert _guidance(cells) == [(1.0, 5.0), (1.0, 6.0), (2.0, 5.0), (2.0, 6.0)]
     assert [cell.label for cell in cells][:2] == ["w 1/5", "w 1/6"]
+
+
+def _settings(cells, stage, prompts):
+    return settings([cell.configs[stage] for cell in cells], prompts)
 
 
 def test_settings_keep_a_schedule_unless_it_is_compared():
     cfg = tiny.stage(sampler={"guidance_schedule": (1.0, 8.0), "steps": 2})
-    kept = settings(cfg, 0, all_cells([cfg]), prompts=2)
+    kept = _settings(all_cells([cfg]), 0, 2)
     np.testing.assert_array_equal(kept.guidance, [[1, 8], [1, 8]])
-    compared = settings(cfg, 0, all_cells([cfg], [(2.0, 3.0)]), prompts=2)
+    compared = _settings(all_cells([cfg], [(2.0, 3.0)]), 0, 2)
     np.testing.assert_array_equal(compared.guidance, [[2, 2], [3, 3]] * 2)
 
 
 def test_settings_of_each_picture():
     cells = all_cells([BASE, SR], [(1.0, 4.0)], [(0.0, 0.3)])
-    own = settings(SR, 1, cells, prompts=3)
+    own = _settings(cells, 1, prompts=3)
     np.testing.assert_array_equal(own.guidance[:, 0], [1, 4, 1, 4] * 3)
     np.testing.assert_allclose(own.aug_level, [0, 0, 0.3, 0.3] * 3, rtol=1e-6)
 
@@ -55,17 +61,11 @@ def test_settings_of_each_picture():
     ("configs", "guidance", "aug_level", "message"),
     [
         ([BASE, SR], [(1.0,)] * 3, [], "--guidance is given 3 times for 2 stages"),
-        ([BASE, SR], [], [(1.5,)], "--aug_level=1.5: levels lie in"),
-        ([BASE], [], [(0.5,)], "no stage is a super-resolution stage"),
+        ([BASE, SR], [], [(1.5,)], "aug_level is 1.5; it must be in .0, 1."),
+        ([BASE], [], [(0.5,)], "--aug_level is given 1 times for 0 stages"),
         ([BASE, SR], [], [(0.5,), (0.5,)], "--aug_level is given 2 times for 1 stages"),
     ],
 )
 def test_what_cannot_be_compared(configs, guidance, aug_level, message):
-    with pytest.raises(UserError, match=message.replace("(", "[(]")):
+    with pytest.raises(UserError, match=message):
         all_cells(configs, guidance, aug_level)
-
-
-def test_lists_are_numbers_with_commas():
-    assert parse("guidance", ["1,1.35", "8"]) == [(1.0, 1.35), (8.0,)]
-    with pytest.raises(UserError, match="--guidance=1;2: give numbers with commas"):
-        parse("guidance", ["1;2"])
