@@ -200,7 +200,7 @@ def test_other_processes_midway(tmp_path, records, whole, start):
     assert written[1] and all(line.endswith("process_1") for line in written[1])
     np.testing.assert_allclose(losses(run)[:6], losses(whole[0])[3:], rtol=1e-5)
     both = [a + b for a, b in zip(ids(second, 0), ids(second, 1), strict=False)]
-    assert both[:6] == ids(whole[1])[3:] and len(both[0]) == 4
+    assert both[:6] == ids(whole[1])[3:] and len(both[0]) == 8
 
     for path in (run / "checkpoints").iterdir():
         if path.name != "6":

@@ -233,7 +233,7 @@ def test_stages_that_do_not_fit_are_refused(cascade, tmp_path):
     assert "in order, base first" in error(wrong_order)
     nowhere = call("sample", f"--stage={tmp_path / 'none'}", *ask)
     assert nowhere.returncode == 1
-    assert "no training workdir" in error(nowhere)
+    assert "has no config.json" in error(nowhere)
     assert not output.exists()
 
 

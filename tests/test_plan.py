@@ -94,7 +94,7 @@ def test_a_search_ranks_what_it_compiles(call, monkeypatch):
     ("changes", "message"),
     [
         ({"topology": "v4-521"}, "did you mean 'v4-512'"),
-        ({"mesh": "fsdp:3"}, "an axis can be one of .1"),
+        ({"mesh": "fsdp:3"}, "the product must be 8"),
         ({"mesh": "fdsp:4"}, "mesh.fdsp does not exist .did you mean 'fsdp'"),
         ({"mesh": "fsdp=2"}, "as data:-1,fsdp:16"),
         ({"mesh": "fsdp"}, "not a list of axes"),

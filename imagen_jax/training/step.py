@@ -58,12 +58,12 @@ def train_step(
 
     optimizer = make_optimizer(cfg.optimizer)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    opt_state = optax.tree.where(skip, state.opt_state, opt_state)
+    # Selected before the average is taken, XLA updates both in place.
     params = optax.apply_updates(state.params, updates)
-    decay = ema_decay(state.updates, cfg.optimizer.ema_decay)
+    params = optax.tree.where(skip, state.params, params)
+    decay = jnp.where(skip, 1, ema_decay(state.updates, cfg.optimizer.ema_decay))
     ema = optax.incremental_update(params, state.ema, 1 - decay)
-    params, ema, opt_state = optax.tree.where(
-        skip, (state.params, state.ema, state.opt_state), (params, ema, opt_state)
-    )
     metrics = {
         "loss": loss,
         "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),

@@ -221,7 +221,7 @@ def test_a_host_that_reads_for_others_is_told(stage, one_file, mesh, caplog):
     open_records(cfg, mesh, np.arange(4))
     assert "as many records as it keeps" not in caplog.text
     open_records(cfg, mesh, np.arange(2))
-    assert "this one reads 4 times as many records as it keeps" in caplog.text
+    assert "this host reads 4 times as many records as it keeps" in caplog.text
     assert "config.data.readers" in caplog.text
 
 

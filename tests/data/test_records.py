@@ -23,7 +23,7 @@ import tensorflow as tf  # noqa: E402
 
 from imagen_jax.data import preprocess  # noqa: E402
 from imagen_jax.data import records as reading  # noqa: E402
-from imagen_jax.preparing.tfds import info_files  # noqa: E402
+from imagen_jax.preparing.tfds import write_info  # noqa: E402
 
 FLIP = {"flip": True}
 
@@ -49,8 +49,7 @@ def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
     values = json.loads((pathlib.Path(records) / "manifest.json").read_text())
     values["shards"] = [values["shards"][0] | {"examples": 12, "sides": {"64": 12}}]
     (tmp_path / "manifest.json").write_text(json.dumps(values | {"examples": 12}))
-    for name, content in info_files(manifest, [12]).items():
-        (tmp_path / name).write_text(content)
+    write_info(tmp_path, manifest, [12])
     cfg = stage(str(tmp_path), data={"shuffle_examples": 1})
     stream = open_records(cfg, mesh)
     next(stream._batches_from(2))

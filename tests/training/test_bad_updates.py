@@ -95,11 +95,11 @@ def test_an_update_that_is_not_finite_is_not_done(good, mesh, value):
 
 
 def test_what_is_kept_is_not_copied(mesh):
-    """Of an array that is selected twice XLA copies the old values, for each step."""
+    """XLA copies the old values of an array that two fusions read, in each step."""
     run = compiled(mesh)
     state, batch = abstract_state(CFG, mesh), batch_spec(CFG)
     program = run.lower(state, batch).compile().as_text()
-    names = r"%?state_(?:params|ema|opt_state)\w*"
+    names = r"%?state_(?:params|ema)\w*"
     assert re.search(rf"f32\[\d[\d,]*\]\S* fusion\([^)]*{names}", program)
     assert not re.findall(rf"f32\[\d[\d,]*\]\S* copy\({names}", program)
 
@@ -196,5 +196,5 @@ def test_eight_devices_decide_alike(eight):
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, -2.0, math.nan])
 def test_a_factor_that_would_skip_what_is_normal_is_refused(factor):
-    with pytest.raises(UserError, match="spike_factor is .*above 1, or 0"):
+    with pytest.raises(UserError, match="spike_factor is .*(above 1|in \[0, inf)"):
         tiny.stage(training={"spike_factor": factor})
