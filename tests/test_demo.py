@@ -30,7 +30,8 @@ def test_drawn_scenes_are_all_right_and_empty_ones_are_not():
 def test_the_page_escapes_and_points_at_its_pictures(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n')
-    curve = demo._curve("base", metrics)
+    points = demo.read_curve(metrics)
+    assert points == [(1, 2.0), (3, 1.0)]
     right = Verdict(True, True, True, True, True)
     wrong = Verdict(False, True, True, True, True)
     row = demo.summarise([right, wrong])
@@ -41,7 +42,7 @@ def test_the_page_escapes_and_points_at_its_pictures(tmp_path):
         "guidance": {"base": 3.0},
         "training_steps": {"base": 3},
     }
-    text = demo.page(report, ["a <b>", "c"], [right, wrong], curve)
+    text = demo.page(report, ["a <b>", "c"], [right, wrong], {"base": points})
     assert "a &lt;b&gt;" in text and "50%" in text
     assert text.count('class="wrong">colour<') == 1
 
