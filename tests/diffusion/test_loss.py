@@ -239,8 +239,14 @@ def test_a_base_stage_has_no_low_resolution_picture():
 
 def _weights(weighting, prediction, schedule="cosine", **values):
     cfg = _cfg(weighting=weighting, prediction=prediction, schedule=schedule, **values)
-    noised = _noise(_batch(64), 0, cfg)
-    return np.float64(noised.logsnr), np.float64(noised.weight)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(batch):
+        noised = noise_batch(batch, jax.random.key(0), cfg)
+        return noised.logsnr, noised.weight
+
+    logsnr, weight = run(_batch(64))
+    return np.float64(logsnr), np.float64(weight)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])

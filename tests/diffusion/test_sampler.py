@@ -119,27 +119,33 @@ def test_guidance_doubles_the_batch_only_when_it_guides(guidance, rows):
     assert set(seen) == {(rows, rows, rows)}
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp"])
-def test_nothing_is_lost_at_the_ends(name, schedule):
+@pytest.mark.parametrize(
+    ("name", "schedule", "grid", "clip"),
+    [
+        ("ddpm", "cosine", "time", 20.0),
+        ("ddpm", "linear", "time", 20.0),
+        ("ddim", "cosine", "logsnr", 20.0),
+        ("ddim", "linear", "logsnr", 4.0),
+        ("dpmpp", "cosine", "time", 4.0),
+        ("dpmpp", "linear", "logsnr", 20.0),
+    ],
+)
+def test_nothing_is_lost_at_the_ends(name, schedule, grid, clip):
     """From log-SNR -20 to 20, and where the clip holds the schedule level."""
-    clip = {"logsnr_min": -4.0, "logsnr_max": 4.0}
-    # Each grid with and without a clip, over both schedules.
-    options = [{"grid": "time"}, {"grid": "logsnr"}]
-    options[schedule == "linear"] |= clip
-    for each in options:
-        x0 = _sample(
-            lambda z, logsnr, cond: 0.5 * z,
-            2,
-            name=name,
-            steps=12,
-            schedule=schedule,
-            prediction="eps",
-            threshold="dynamic",
-            **each,
-        )
-        eps = np.finfo(np.float32).eps  # of the division by its largest value
-        assert np.isfinite(x0).all() and np.abs(x0).max() <= 1 + eps
+    x0 = _sample(
+        lambda z, logsnr, cond: 0.5 * z,
+        2,
+        name=name,
+        steps=12,
+        schedule=schedule,
+        grid=grid,
+        logsnr_min=-clip,
+        logsnr_max=clip,
+        prediction="eps",
+        threshold="dynamic",
+    )
+    eps = np.finfo(np.float32).eps  # of the division by its largest value
+    assert np.isfinite(x0).all() and np.abs(x0).max() <= 1 + eps
 
 
 def test_a_guidance_schedule_has_a_weight_for_each_step():

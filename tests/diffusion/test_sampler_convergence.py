@@ -190,9 +190,8 @@ def test_ancestral_samples_have_the_datas_moments(prediction, schedule, gamma):
     assert (np.abs(np.cov(pixels.T) - COVARIANCE) < 4 * error).all()
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0])
-def test_ancestral_samples_have_the_mixtures_moments(gamma):
-    x0, _, _ = _run(_mixed, 4, 32, name="ddpm", steps=1024, gamma=gamma)
+def test_ancestral_samples_have_the_mixtures_moments():
+    x0, _, _ = _run(_mixed, 4, 32, name="ddpm", steps=1024, gamma=1.0)
     first = SHARES @ MEANS
     second = SHARES @ (MEANS**2 + SCALES**2) - first**2
     fourth = SHARES @ (
@@ -231,8 +230,9 @@ def _guided_path(case, weight, noise, logsnr):
     return y - k[1] * eps
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "name"), [("one mean", "dpmpp"), ("one scale", "ddim")]
+)
 def test_guided_normal_data_have_a_closed_form_too(case, name):
     def data(z, logsnr, cond):
         with_text = expand(cond.mask.any(1), z)

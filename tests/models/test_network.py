@@ -130,12 +130,6 @@ def net(request):
     return _network(request.param)
 
 
-@pytest.fixture(params=["unet", "last_skips"])
-def one_of_each(request):
-    """A network of either architecture, for what is the same in all blocks."""
-    return _network(request.param)
-
-
 def _field(net, name):
     inputs = net.inputs
     return inputs[name] if name in inputs else getattr(inputs["cond"], name)
@@ -307,8 +301,8 @@ def test_the_null_text_gives_a_finite_answer(net):
     assert _moved(net(), out)[:2].min() > 1e-3
 
 
-def test_bfloat16_computes_near_float32_and_keeps_float32_parameters(one_of_each):
-    net = one_of_each
+def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
+    net = _network("last_skips")
     half = dataclasses.replace(net.cfg.model, dtype="bfloat16")
     stage = dataclasses.replace(net.cfg, model=half)
     shapes = network.abstract_params(stage)
@@ -337,8 +331,8 @@ def test_dropout_needs_its_key():
     assert draws(jax.random.key(0)) and not draws(None)
 
 
-def test_the_shapes_without_arrays_are_those_that_are_drawn(one_of_each):
-    net = one_of_each
+def test_the_shapes_without_arrays_are_those_that_are_drawn():
+    net = _network("unet")
     model = dataclasses.replace(net.cfg.model, remat="blocks")
     stage = dataclasses.replace(net.cfg, model=model)
     drawn = jax.eval_shape(lambda: network.init(stage, jax.random.key(0)))
