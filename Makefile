@@ -1,5 +1,5 @@
-# Each target makes its own virtual environment in $(VENV); nothing is needed but
-# Python 3.11 or newer.
+# Each target first makes the virtual environment $(VENV) if it is missing; nothing is
+# needed but Python 3.11 or newer.
 
 PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
 VENV ?= .venv

@@ -58,7 +58,7 @@ def runs(cfg, mesh):
     apply = jax.jit(
         network.apply,
         static_argnums=0,
-        compiler_options=compiler_options(mesh, dtype=cfg.model.dtype),
+        compiler_options=compiler_options(mesh, cfg.model.dtype),
     )
 
     def forward():

@@ -6,7 +6,7 @@ python -m benchmarks.findings --demo=demo [--what=threshold|augmentation|solver]
 thresholding (paper Fig. A.8).
 "augmentation": a second super-resolution stage is trained without noise-conditioning
 augmentation; both enlarge base images with growing noise (Fig. A.11).
-"solver": DPM-Solver++ in 25 steps beside DDPM in 1000.
+"solver": DDPM, DDIM and DPM-Solver++ in few steps beside DDPM in 1000.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Pictures and captions a second of `prepare`, and what int8 costs and saves.
 
-python benchmarks/prepare.py shapes:20000 'webdataset:TARS/*.tar' 'folder:DIR'
+python -m benchmarks.prepare shapes:20000 'webdataset:TARS/*.tar' 'folder:DIR'
 """
 
 import os

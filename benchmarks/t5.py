@@ -1,6 +1,6 @@
 """T5-XXL: what it takes to load here, and to run on a TPU v4-8.
 
-JAX_PLATFORMS=cpu python benchmarks/t5.py --size=t5_1_1_xxl --folder=FOLDER
+JAX_PLATFORMS=cpu python -m benchmarks.t5 --size=t5_1_1_xxl [--folder=FOLDER]
 
 Draws a checkpoint of the size as sharded safetensors in FOLDER (XXL: 19 GB), which is
 left there, and loads it in bfloat16: seconds and memory. Without --folder it compiles

@@ -1,7 +1,7 @@
 """A cascade that a laptop trains in minutes: captioned shapes of 16 and 32 pixels.
 
 python -m imagen_jax.prepare --source=shapes:20000 --image_size=32 \
-    --output=runs/shapes --encoder=tiny
+    --output=runs/shapes --encoder=tiny --text_length=16
 python -m imagen_jax.train --config=configs/tiny.py:base --workdir=runs/base \
     --config.data.records=runs/shapes
 python -m imagen_jax.train --config=configs/tiny.py:sr --workdir=runs/sr \

@@ -56,10 +56,10 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
     try:
         # Doors that do not compile need not import JAX for it.
-        if flags.FLAGS.compilation_cache and "jax" in sys.modules:
+        if "jax" in sys.modules:
             from imagen_jax.compilation import use_compilation_cache
 
-            use_compilation_cache()
+            use_compilation_cache(flags.FLAGS.compilation_cache)
         main()
     except UserError as error:
         _exit(1, str(error))

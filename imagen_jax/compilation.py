@@ -6,6 +6,9 @@ import os
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
+# Convolutions run faster without the library that XLA hands them to on a CPU: a step of
+# configs/tiny.py takes a tenth less time (benchmarks/README.md).
+_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
 # For plans: content with convolutions up to 4 % slower, and writing equal code once,
@@ -16,23 +19,27 @@ _PLANNED = {
 }
 
 
-def use_compilation_cache() -> None:
+def use_compilation_cache(wanted: bool = True) -> None:
     """Keeps programs in JAX_COMPILATION_CACHE_DIR or the user's cache directory.
 
-    Call it before any is compiled. JAX keeps those that took more than a second, and
-    never removes any.
+    Unless `wanted`, none are kept or read. Call it before any is compiled. JAX keeps
+    those that took more than a second, and never removes any.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_enable_compilation_cache", wanted)
+    if wanted and not jax.config.jax_compilation_cache_dir:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = os.path.join(caches, "imagen-jax", "jax")
         jax.config.update("jax_compilation_cache_dir", folder)
 
 
-def compiler_options(mesh: Mesh, *, once: bool = False) -> dict[str, str | float]:
+def compiler_options(
+    mesh: Mesh, dtype: str, *, once: bool = False
+) -> dict[str, str | float]:
     """What to give as `compiler_options` to `jax.jit`.
 
     Args:
       mesh: where the program runs.
+      dtype: what its network computes in.
       once: whether it runs a single time, so that compiling is most of its cost.
     """
     device, options = mesh.devices.flat[0], {}
@@ -40,6 +47,10 @@ def compiler_options(mesh: Mesh, *, once: bool = False) -> dict[str, str | float
         options = _PLANNED
     elif device.platform == "cpu" and once:
         options = _CPU_ONCE
+    # Without the library jaxlib 0.10.2 cannot compile the gradient of bfloat16
+    # attention with one query: "Dot with multiple contracting dimensions".
+    elif device.platform == "cpu" and dtype == "float32":
+        options = _CPU
     known = options and _accepted(tuple(options.items()), device)
     return options if known else {}
 

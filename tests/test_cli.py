@@ -69,9 +69,11 @@ def test_programs_are_cached_where_the_environment_says(monkeypatch, tmp_path):
         jax.config.update("jax_compilation_cache_dir", None)
         _status(lambda: None, "--number=3", "--compilation_cache=False")
         assert jax.config.jax_compilation_cache_dir is None
+        assert not jax.config.jax_enable_compilation_cache
         _status(lambda: None, "--number=3", "--compilation_cache=True")
         wanted = str(tmp_path / "imagen-jax" / "jax")
         assert jax.config.jax_compilation_cache_dir == wanted
+        assert jax.config.jax_enable_compilation_cache
     finally:
         jax.config.update("jax_compilation_cache_dir", was)
 

@@ -23,10 +23,12 @@ def forget():
 
 def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    assert compiler_options(mesh) == {}
-    assert compiler_options(mesh, once=True) == {"xla_backend_optimization_level": 0}
+    assert compiler_options(mesh, "bfloat16") == {}
+    assert compiler_options(mesh, "float32") == compilation._CPU
+    once = compiler_options(mesh, "float32", once=True)
+    assert once == {"xla_backend_optimization_level": 0}
     monkeypatch.setattr(compilation, "_CPU_ONCE", {"xla_no_such_option": 0})
-    assert compiler_options(mesh, once=True) == {}
+    assert compiler_options(mesh, "float32", once=True) == {}
 
 
 def test_the_cache_lies_where_the_user_wants_it(monkeypatch, tmp_path):
@@ -53,7 +55,7 @@ def test_the_cache_lies_where_the_user_wants_it(monkeypatch, tmp_path):
 def test_what_is_only_planned_is_compiled_faster(name):
     pytest.importorskip("libtpu")
     mesh = make_mesh(MeshConfig(), slice_devices(name))
-    assert compiler_options(mesh) == compilation._PLANNED
+    assert compiler_options(mesh, "bfloat16") == compilation._PLANNED
 
 
 @pytest.mark.slow
@@ -76,7 +78,7 @@ def test_convolutions_of_a_plan_are_shorter_programs():
         lowered = jitted.lower(array(8, 32, 32, 1024), array(3, 3, 1024, 1024))
         return lowered.compile().memory_analysis().generated_code_size_in_bytes
 
-    assert size(compiler_options(mesh)) < 0.9 * size({})
+    assert size(compiler_options(mesh, "bfloat16")) < 0.9 * size({})
 
 
 @pytest.mark.slow

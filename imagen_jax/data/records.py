@@ -85,15 +85,8 @@ def batch_reader(
     def batches_from(start: int) -> Iterator[Batch]:
         readers, _ = host_reads(start)
         opened = [openers[k](reader, position) for k, reader, position in readers]
-        reads = tf.data.Dataset.from_generator(
-            lambda: host_reads(start)[1],
-            output_signature=(
-                tf.TensorSpec([None], tf.int64),
-                tf.TensorSpec([None], tf.bool),
-            ),
-        ).unbatch()
-        index = reads.map(lambda index, own: index)
-        own = reads.map(lambda index, own: own)
+        index = _column(host_reads(start)[1], 0, tf.int64)
+        own = _column(host_reads(start)[1], 1, tf.bool)
         rows = tf.data.Dataset.choose_from_datasets(opened, index)
         # Hosts that share a reader leave out each other's rows.
         rows = tf.data.Dataset.zip(rows, own).filter(lambda row, own: own)
@@ -113,6 +106,20 @@ def batch_reader(
             ) from None
 
     return batches_from
+
+
+def _column(parts: Iterator, place: int, dtype: tf.DType) -> tf.data.Dataset:
+    """The numbers in the arrays that each of `parts` has at `place`.
+
+    Under Python 3.11 `Dataset.from_generator` sets glibc's M_MMAP_THRESHOLD to 128 KiB:
+    from then on every larger array of a step on a CPU is mapped and unmapped.
+    """
+
+    def following(_):
+        values = tf.numpy_function(lambda: next(parts)[place], [], dtype)
+        return tf.ensure_shape(values, [None])
+
+    return tf.data.Dataset.counter().map(following).unbatch()
 
 
 def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:

@@ -111,7 +111,8 @@ def compile_sampler(
         recorded_steps=recorded_steps,
         on_step=on_step,
     )
-    return jax.jit(on_mesh(run, mesh), compiler_options=compiler_options(mesh))
+    options = compiler_options(mesh, cfg.model.dtype)
+    return jax.jit(on_mesh(run, mesh), compiler_options=options)
 
 
 def _program(cfg: StageConfig, settings: Settings) -> StageConfig:

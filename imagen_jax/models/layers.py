@@ -72,7 +72,7 @@ class GroupNorm(nn.Module):
     """GroupNorm (arXiv 1803.08494), with the scale and shift that condition it.
 
     Both are folded into one product and one sum per pixel, in float32; flax's GroupNorm
-    has more of them, and no scale and shift (benchmarks/README.md).
+    has more of them, and no scale and shift (docs/decisions.md).
     """
 
     num_groups: int  # of equally many channels

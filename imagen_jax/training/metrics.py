@@ -74,7 +74,7 @@ class MetricWriter:
     """Appends to the logs of a workdir; only process 0 writes.
 
     Files in a bucket cannot be appended to: those of a gs:// workdir are kept in a
-    temporary folder, and copied at every event and once a minute.
+    temporary folder, and copied at every event ("steps": at most once a minute).
     """
 
     def __init__(self, workdir: str, stopwatch: Stopwatch):
@@ -190,7 +190,8 @@ class IntervalMeans:
             line["images_per_second"] = rate * self.cfg.training.batch_size
         self.writer.scalars(step, line)
         self.writer.event("steps", step)
-        self.bar.set_postfix(loss=line.get("loss"), skipped=skipped, refresh=False)
+        shown = {"loss": line.get("loss")} | ({"skipped": skipped} if skipped else {})
+        self.bar.set_postfix(shown, refresh=False)
         if self.cfg.training.keep_best_checkpoints:
             self._unsaved += rows
 

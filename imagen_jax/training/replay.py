@@ -188,7 +188,7 @@ def compile_examine(cfg: StageConfig, mesh: Mesh) -> Callable[..., dict[str, Any
     return jax.jit(
         sharding.on_mesh(functools.partial(_examine, cfg=cfg), mesh),
         out_shardings=sharding.replicated(mesh),
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, cfg.model.dtype),
     )
 
 

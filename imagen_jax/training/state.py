@@ -71,6 +71,6 @@ def create_state(cfg: StageConfig, mesh: Mesh) -> TrainState:
     def init(key):
         return nn.unbox(_fresh(cfg, network.init(cfg, key)))
 
-    options = compiler_options(mesh, once=True)
+    options = compiler_options(mesh, cfg.model.dtype, once=True)
     run = jax.jit(init, out_shardings=shardings, compiler_options=options)
     return run(jax.random.key(cfg.training.seed))
