@@ -39,7 +39,15 @@ def run(cfg, mesh_cfg, devices, steps=3):
     [
         # Adafactor's factored moments have fewer axes than their parameter.
         (
-            tiny.stage(model={"channels": (8, 128)}, optimizer={"name": "adafactor"}),
+            tiny.stage(
+                model={
+                    "channels": (128,),
+                    "num_res_blocks": (1,),
+                    "self_attention": (True,),
+                    "text_attention": (True,),
+                },
+                optimizer={"name": "adafactor"},
+            ),
             {"data": 2, "fsdp": 2, "tensor": 2},
         ),
         (
