@@ -225,7 +225,8 @@ def main() -> None:
     else:
         mesh = make_mesh(cfg.mesh, args.topology and slice_devices(args.topology))
         rows, parts = cfg.training.batch_size, cfg.training.microbatches
-        check_batch_size(rows, mesh, "training.batch_size", parts)
+        if args.what != "sample":
+            check_batch_size(rows, mesh, "training.batch_size", parts)
         timers = {"train": time_steps, "sample": time_sampler, "data": time_data}
         if args.what == "compile":
             report = compile_step(cfg, mesh)[1]

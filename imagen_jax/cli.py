@@ -55,11 +55,9 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     if rest:
         _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
     try:
-        # Doors that do not compile need not import JAX for it.
-        if "jax" in sys.modules:
-            from imagen_jax.compilation import use_compilation_cache
+        from imagen_jax.compilation import use_compilation_cache  # imports JAX
 
-            use_compilation_cache(flags.FLAGS.compilation_cache)
+        use_compilation_cache(flags.FLAGS.compilation_cache)
         main()
     except UserError as error:
         _exit(1, str(error))
@@ -82,8 +80,8 @@ def config_values() -> dict[str, Any]:
 
 def check_json(path: str | None) -> None:
     """Raises `UserError` unless a file can be written to the `path` of --json."""
-    file = pathlib.Path(path or "report.json")
-    if file.is_dir() or not file.absolute().parent.is_dir():
+    file = pathlib.Path(path or "")
+    if path and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise UserError(f"--json={path}: name a file in a folder that exists")
 
 

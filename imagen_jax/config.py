@@ -2,8 +2,9 @@
 
 `configs/*.py` build an `ml_collections.ConfigDict` with these groups and fields, and
 `from_dict` freezes it. A checkpoint carries its stage's `to_json`, so that sampling
-never restates an architecture. A field's type says what it takes: one of some words, or
-a number in an interval ("[0, 1)" holds 0 but not 1; none holds NaN or an infinity).
+never restates an architecture. A field's type says what it takes: one of a fixed set of
+words, or a number in an interval ("[0, 1)" holds 0 but not 1; none holds NaN or an
+infinity).
 """
 
 import dataclasses
@@ -158,7 +159,8 @@ class TrainingConfig:
     # A loss in metrics.jsonl, averaged over the steps since the checkpoint before:
     # "loss" or "loss_by_logsnr/RANGE".
     best_metric: str = "loss"
-    # Workdir (averaged parameters) or `export` to start from; "" for none.
+    # Workdir (averaged parameters), `export` or .safetensors file to start from; ""
+    # for none.
     init_from: str = ""
     preview_images: Count = 16  # images of a preview grid
     # Updates are skipped whose loss or gradient norm is above this multiple of its

@@ -10,6 +10,7 @@ Face does), config.json and README.md, a model card with gaps for its publisher.
 import dataclasses
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping
 
 import jax
@@ -110,7 +111,8 @@ def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
     count = sum(x.size for x in flat.values())
     partial = place.with_name(place.name + ".partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         for file, names in shards.items():
             arrays = {name: np.asarray(flat[name]) for name in names}
             safetensors.numpy.save_file(arrays, partial / file, {"format": "flax"})
@@ -146,7 +148,9 @@ def _shards(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
 
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
-    flags.DEFINE_string("stage", None, "workdir of a training, or gs://BUCKET/FOLDER")
+    flags.DEFINE_string(
+        "stage", None, "workdir of a training run, or gs://BUCKET/FOLDER"
+    )
     flags.DEFINE_string("output", None, "a new folder")
     flags.DEFINE_float("shard_gb", 5.0, "most gigabytes of one file", lower_bound=0.001)
     flags.mark_flags_as_required(["stage", "output"])

@@ -1,4 +1,4 @@
-"""Tells where the time of a training went, restarts included.
+"""Tells where the time of a training run went, restarts included.
 
 python -m imagen_jax.goodput --workdir=DIR [--json=FILE]
 
@@ -128,7 +128,7 @@ def table(report: Report) -> str:
 
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
-    flags.DEFINE_string("workdir", None, "of a training, or gs://BUCKET/FOLDER")
+    flags.DEFINE_string("workdir", None, "of a training run, or gs://BUCKET/FOLDER")
     flags.DEFINE_string("json", None, "also write the report to this file")
     flags.mark_flag_as_required("workdir")
 

@@ -42,6 +42,7 @@ def prepare(
     asked = Settings(source, output, **settings)
     asked.check()
     index, count, embedder = asked.process_index, asked.process_count, None
+    opened = jobs.open_source(asked)  # first, as an encoder takes minutes to load
     if asked.encoder != NO_ENCODER:
         encoder = load_encoder(
             asked.encoder, asked.encoder_weights, asked.encoder_dtype
@@ -51,7 +52,7 @@ def prepare(
         # Pictures alone need no accelerator.
         several = embedder and not asked.is_npz
         index, count = (jax.process_index(), jax.process_count()) if several else (0, 1)
-    job = jobs.Job(asked, jobs.open_source(asked), embedder)
+    job = jobs.Job(asked, opened, embedder)
     old = jobs.start(job)
     if old:
         if progress:

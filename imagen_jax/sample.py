@@ -24,7 +24,7 @@ from imagen_jax.api.cascade import (
     sample_prompts,
     with_sampler,
 )
-from imagen_jax.api.samples import write
+from imagen_jax.api.samples import make_folder, write
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import make_mesh
@@ -109,6 +109,7 @@ def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
 def main() -> None:
     """Samples what the flags ask for."""
     args = flags.FLAGS
+    make_folder(args.output)
     prompts = _prompts(args.prompt, args.prompts)
     seeds = np.arange(args.seed, args.seed + len(prompts))
     if not 0 <= seeds[0] <= seeds[-1] < 2**32:
@@ -120,6 +121,8 @@ def main() -> None:
         threshold=args.threshold,
         schedule=args.schedule,
         grid=args.grid,
+        # Weights of --guidance hold for all steps.
+        guidance_schedule=[()] if args.guidance else [],
     )
     cells = all_cells(
         [one.cfg for one in trained],

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imagen_jax.api.samples import make_folder
 from imagen_jax.errors import UserError
 from imagen_jax.sample import numbers, read_lowres
 
@@ -25,3 +26,12 @@ def test_pictures_to_start_from(tmp_path):
         read_lowres(paths, 4, 3)
     with pytest.raises(UserError, match="4 x 4 pixels; the stage takes 8 x 8"):
         read_lowres(paths, 8, 2)
+
+
+def test_folders_that_cannot_hold_pictures(tmp_path):
+    with pytest.raises(UserError, match="--output=gs://b/x: sample to a disk"):
+        make_folder("gs://b/x")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/x cannot be made: .*Not a directory"):
+        make_folder(str(tmp_path / "file" / "x"))
+    assert make_folder(str(tmp_path / "a" / "b")).is_dir()

@@ -8,11 +8,12 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh
 
+from imagen_jax.batch import pad_text
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
-from imagen_jax.text.encoders import embed, load_encoder
+from imagen_jax.text.encoders import load_encoder
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.weights import Weights, open_weights
 
@@ -70,7 +71,8 @@ def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Traine
       UserError: for another number of values, or a value out of range.
     """
     for name, values in changes.items():
-        check_uses(name, values, len(trained))
+        flag = "sampler" if name == "name" else name
+        check_uses(flag, values, len(trained))
     result = []
     for i, one in enumerate(trained):
         new = {name: v[i % len(v)] for name, v in changes.items() if v}
@@ -197,7 +199,8 @@ def sample_prompts(
                 f"warning: {prompt!r} has {tokens} tokens; the stages were trained "
                 f"with {text_cfg.length}, the rest is cut"
             )
-    text, mask = embed(encoder, list(prompts), text_cfg.length)
+    embedded = encoder.encode(list(prompts), text_cfg.length)
+    text, mask = pad_text(embedded, text_cfg.length, encoder.dim)
     # T5-XXL's weights leave the devices before the stages run.
     del encoder
     text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))

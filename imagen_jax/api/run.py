@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.pipeline import Stream, open_records, open_sources
-from imagen_jax.sharding import make_mesh
+from imagen_jax.sharding import make_mesh, replicated
 from imagen_jax.training.loop import train
 from imagen_jax.training.metrics import Stopwatch
 from imagen_jax.training.state import TrainState
@@ -45,14 +44,17 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
     batches = open_records(cfg, mesh)
     preview = None
     if cfg.training.sample_every_steps:
-        preview = _peek(batches, cfg.training.preview_images)
+        preview = _peek(batches, cfg.training.preview_images, mesh)
     return train(cfg, workdir, batches, mesh, preview, stopwatch)
 
 
-def _peek(batches: Stream, count: int) -> Batch:
+def _peek(batches: Stream, count: int, mesh: Mesh) -> Batch:
     """The first `count` examples, on every host; the iterator stays where it is."""
     state = batches.get_state()
     batch = next(batches)
     batches.set_state(state)
-    whole = multihost_utils.process_allgather(batch, tiled=True)
-    return jax.tree.map(lambda x: np.asarray(x)[:count], whole)
+    first = jax.jit(
+        lambda batch: jax.tree.map(lambda x: x[:count], batch),
+        out_shardings=replicated(mesh),
+    )
+    return jax.device_get(first(batch))

@@ -10,6 +10,19 @@ import numpy as np
 
 from imagen_jax import images
 from imagen_jax.api.cascade import Cell, Trained, all_cells
+from imagen_jax.errors import UserError
+
+
+def make_folder(output: str) -> pathlib.Path:
+    """The folder for pictures, made if need be; `UserError` when that fails."""
+    if "://" in output:
+        raise UserError(f"--output={output}: sample to a disk, then copy the folder")
+    folder = pathlib.Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be made: {error}") from None
+    return folder
 
 
 def write(
@@ -33,8 +46,7 @@ def write(
       samples: `[N, H, W, 3]` uint8 of each stage.
       lowres: the files that the first stage started from: none, one, or one per prompt.
     """
-    folder = pathlib.Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(output)
     cells = cells or all_cells([one.cfg for one in trained])
     records = []
     for i in range(len(samples[-1])):

@@ -17,7 +17,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 
 _SPLIT = "train"
-# Files that are read by turns, by all readers of a data set together.
+# Files that are read in turn, by all readers of a data set together.
 _OPEN_FILES = 16
 
 

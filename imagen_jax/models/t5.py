@@ -46,10 +46,10 @@ class T5Config:
             )
 
 
-# Layers, d_model, d_ff, d_kv, heads of every published size. Source: T5X's
+# Layers, d_model, d_ff, d_kv, heads of every published size, by the name that
+# `--encoder` takes. Source: T5X's
 # examples/t5/t5_1_1/*.gin and t5_1_0/*.gin, which agree with the model cards of
 # google/t5-v1_1-* and t5-*.
-# By the name that `--encoder` takes.
 _SIZES = {
     "t5_1_1_small": (8, 512, 1024, 64, 6),
     "t5_1_1_base": (12, 768, 2048, 64, 12),

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -68,7 +69,7 @@ def sampler_inputs(cfg: StageConfig, mesh: Mesh) -> tuple:
     text, low, own = cfg.text, cfg.lowres_size, Settings.of(cfg.sampler, rows)
     return (
         np.arange(rows, dtype=np.uint32),
-        np.ones((rows, text.length, text.dim), np.float32),
+        np.ones((rows, text.length, text.dim), jnp.bfloat16),
         np.ones((rows, text.length), bool),
         own.guidance,
         own.aug_level,

@@ -77,8 +77,10 @@ def compile_settings(
     """
     factor = max(1.0, needed_gib / guess_gib(cfg, devices))
     for setting in settings(cfg):
+        if not tries:
+            return
         guessed = guess_gib(setting, devices)
-        if not tries or guessed * factor > _limit_gib(devices):
+        if guessed * factor > _limit_gib(devices):
             continue
         tries -= 1
         print(f"compiling {flags(setting)}", flush=True)
@@ -117,7 +119,7 @@ def _kept_gib(cfg: StageConfig, mesh: Mesh) -> float:
         return jax.vjp(lambda p: network.apply(cfg.model, p, *inputs).sum(), params)[1]
 
     params, *inputs = network.abstract_inputs(cfg)
-    # So many that what is kept of weights does not count.
+    # Many rows, so that residuals of the weights are negligible.
     rows = 64 * mesh.shape["data"]
     inputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), inputs

@@ -26,6 +26,7 @@ def open_folder(folder: str, seed: int, size: int) -> Source:
     images = {name for name in files if name.lower().endswith(_IMAGES)}
     if _METADATA in files:
         captions = _read_metadata(root / _METADATA)
+        images |= files & set(captions)  # whatever their names end in
         no_caption = f"not in {_METADATA}"
     else:
         captions = _read_text_files(root, files, images)

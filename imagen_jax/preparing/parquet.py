@@ -24,7 +24,7 @@ def open_parquet(pattern: str, size: int) -> Source:
     """The rows of the files that match `pattern`; `size` rows of a file make a shard.
 
     An image is a binary column or a struct with `bytes`, a caption a string or a list
-    of strings, of which number id modulo n is taken.
+    of n strings, of which number `id % n` is taken.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

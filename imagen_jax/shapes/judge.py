@@ -31,14 +31,13 @@ _SQUARE = np.ones((3, 3))
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One object seen; lengths as in `scenes.Item`, `fit` in [0, 1] is the overlap."""
+    """One object seen; lengths as in `scenes.Item`."""
 
     shape: str
     colour: str
     x: float
     y: float
     radius: float
-    fit: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +146,9 @@ def look(picture: np.ndarray) -> list[Object]:
         # The half covered edge belongs to the object too.
         own = (labels == label) | (labels < 0)
         own &= ndimage.binary_dilation(region, _SQUARE)
-        shape, x, y, radius, fit = fit_shape(np.where(own, alpha, 0))
+        shape, x, y, radius = fit_shape(np.where(own, alpha, 0))
         colour = _colour(offset[region], alpha[region])
-        objects.append(Object(shape, colour, x / side, y / side, radius / side, fit))
+        objects.append(Object(shape, colour, x / side, y / side, radius / side))
     return objects
 
 
@@ -190,13 +189,13 @@ def _colour(offset: np.ndarray, covered: np.ndarray) -> str:
     return _NAMES[int((rest**2).sum(-1).argmin())]
 
 
-def fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float, float]:
+def fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float]:
     """The shape that overlaps a soft mask `[H, W]` best: sum of min over sum of max.
 
     Shapes are tried about the mask's area and centroid, sharp and blurred.
 
     Returns:
-      shape, x, y and radius in pixels, and the overlap.
+      shape; x, y and radius in pixels.
     """
     rows, columns = np.nonzero(alpha)
     top, left = max(rows.min() - 1, 0), max(columns.min() - 1, 0)
@@ -220,9 +219,9 @@ def fit_shape(alpha: np.ndarray) -> tuple[str, float, float, float, float]:
         overlap = np.maximum(sharp, blurred)
         k = int(overlap.argmax())
         fits.append((shape, y[k, 0, 0], radius[k, 0, 0], overlap[k]))
-    shape, y, radius, overlap = max(fits, key=lambda fit: fit[-1])
+    shape, y, radius, _ = max(fits, key=lambda fit: fit[-1])
     place = mean_x * factor + left, y * factor + top
-    return shape, *map(float, place), float(radius * factor), float(overlap)
+    return shape, *map(float, place), float(radius * factor)
 
 
 def _overlap(templates: np.ndarray, alpha: np.ndarray) -> np.ndarray:

@@ -121,7 +121,7 @@ class Embedded:
 
 
 class Embedder:
-    """Embeds captions; equal ones once, while `memory_bytes` hold their results.
+    """Embeds captions, and caches results of up to `memory_bytes`.
 
     Results do not depend on it: an encoder embeds each caption by itself.
     """

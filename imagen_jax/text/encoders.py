@@ -5,7 +5,6 @@ from typing import Protocol
 
 import numpy as np
 
-from imagen_jax.batch import pad_text
 from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.models.t5 import SIZES
 from imagen_jax.text.t5 import PretrainedT5
@@ -81,8 +80,3 @@ def load_encoder(name: str, weights: str = "", dtype: str = "") -> TextEncoder:
             "whose embeddings differ: give its weights"
         )
     return encoder
-
-
-def embed(encoder: TextEncoder, captions: list[str], length: int):
-    """Padded embeddings: text `[B, length, D]` bfloat16 and mask `[B, length]` bool."""
-    return pad_text(encoder.encode(captions, length), length, encoder.dim)

@@ -56,21 +56,22 @@ class PretrainedT5:
                 f"the encoder {name!r} needs its weights: give "
                 "--encoder_weights=FOLDER (docs/text_encoders.md tells where they are)"
             )
-        self._config = dataclasses.replace(config or SIZES[name], dtype=dtype)
+        config = dataclasses.replace(config or SIZES[name], dtype=dtype)
         # Each device holds a part of the weights and embeds a part of the captions. Not
         # jax.devices(): processes of a pod embed captions of their own.
         self._mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
-        self._vocabulary, content = _open_vocabulary(weights, self._config)
-        self._params, numbers = load_params(weights, self._config, self._mesh)
+        self._vocabulary, content = _open_vocabulary(weights, config)
+        self._params, numbers = load_params(weights, config, self._mesh)
         content = numbers.encode() + hashlib.sha256(content).digest()
         self.identity = f"{name}@{dtype}-{hashlib.sha256(content).hexdigest()[:12]}"
-        self.dim = self._config.d_model
+        self.dim = config.d_model
         # A TPU multiplies float32 in bfloat16 passes unless told otherwise.
         precision = "highest" if dtype == "float32" else "default"
 
+        # Without `self`: a cycle would keep the weights until it is collected.
         def run(params, ids, mask):
             with jax.default_matmul_precision(precision):
-                return network(self._config, params, ids, mask)
+                return network(config, params, ids, mask)
 
         self._run = jax.jit(on_mesh(run, self._mesh))
 

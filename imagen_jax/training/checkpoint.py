@@ -44,7 +44,7 @@ class Checkpointer:
         self.workdir = workdir
         # What is wrong with each step that was passed over.
         self.damaged: dict[int, str] = {}
-        self._folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
+        self._folder = epath.Path(workdir).resolve() / "checkpoints"
         self._training = training
         options = ocp.CheckpointManagerOptions(
             create=False, read_only=True, save_interval_steps=0

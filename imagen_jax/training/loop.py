@@ -1,5 +1,6 @@
 """The training loop, one for all stages."""
 
+import contextlib
 import dataclasses
 import faulthandler
 import sys
@@ -78,16 +79,15 @@ def train(
         check_workdir(cfg, workdir)
         checkpointer = Checkpointer(workdir, cfg.training)
         writer = MetricWriter(workdir, stopwatch or Stopwatch())
-        try:
+        with contextlib.closing(writer), contextlib.closing(checkpointer):
             state, origin = first_state(cfg, mesh, checkpointer, batches.set_state)
             writer.event("start", int(state.step), devices=jax.device_count(), **origin)
-            return _run(
-                cfg, workdir, batches, mesh, preview, state, checkpointer, writer
-            )
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            checkpointer.close()
-            writer.close()
+            try:
+                return _run(
+                    cfg, workdir, batches, mesh, preview, state, checkpointer, writer
+                )
+            finally:
+                faulthandler.cancel_dump_traceback_later()
     except OSError as error:
         raise UserError(
             f"the workdir {workdir} cannot be written ({' '.join(str(error).split())}):"
@@ -140,6 +140,8 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
     """
     folder = epath.Path(workdir)
     path, partial = folder / "config.json", folder / "config.partial"
+    # Listed before it is asked for, or another process could write it in between.
+    names = {each.name for each in folder.iterdir()} if folder.exists() else set()
     if path.exists():
         old = config_lib.from_json(read_json(path, "the config of a run"), str(path))
         lines = [
@@ -152,7 +154,7 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
                 f"{workdir} holds a run of another config: give a new --workdir, or "
                 f"the old values (there -> here): {', '.join(lines)}"
             )
-    elif folder.exists() and any(p.name != partial.name for p in folder.iterdir()):
+    elif names - {partial.name}:
         raise UserError(
             f"{workdir} is not empty and holds no config.json: give another --workdir"
         )

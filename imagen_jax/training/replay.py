@@ -243,8 +243,8 @@ def first_not_finite(found: Mapping[str, Any]) -> str:
 def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Repeats the step of a bundle on the first device.
 
-    Each microbatch holds the rows of one device of the run, unless there is dropout:
-    its masks depend on the microbatches.
+    Each microbatch holds as many rows as one device of the run, unless there is
+    dropout: its masks depend on the microbatches.
 
     Returns:
       The bundle's record, and what `examine` finds here.

@@ -41,9 +41,9 @@ def train_step(
     """Loss, gradient, update and average, for a global batch.
 
     When `bad_updates.judge` finds the numbers bad, parameters, average and optimizer
-    state stay as they are to the bit; only the step counts on, so that the next one
-    draws other noise. Once the budget of skipped updates is spent, the step counter
-    stands still as well.
+    state stay as they are (an average of -0.0 becomes 0.0); only the step counts on, so
+    that the next one draws other noise. Once the budget of skipped updates is spent,
+    the step counter stands still as well.
 
     Returns:
       The state after the step, and metrics: scalars, and "loss_by_logsnr" as

@@ -1,4 +1,4 @@
-"""Averaged parameters on disk: in a training's checkpoint, or in safetensors files."""
+"""Averaged parameters on disk: in a checkpoint, or in safetensors files."""
 
 import contextlib
 import dataclasses

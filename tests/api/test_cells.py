@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imagen_jax.api.cascade import all_cells, settings
+from imagen_jax.api.cascade import Trained, all_cells, settings, with_sampler
 from imagen_jax.errors import UserError
 from tests import tiny
 
@@ -48,6 +48,17 @@ def test_settings_keep_a_schedule_unless_it_is_compared():
     np.testing.assert_array_equal(kept.guidance, [[1, 8], [1, 8]])
     compared = _settings(all_cells([cfg], [(2.0, 3.0)]), 0, 2)
     np.testing.assert_array_equal(compared.guidance, [[2, 2], [3, 3]] * 2)
+
+
+def test_other_steps_go_with_weights_for_all_of_them():
+    cfg = tiny.stage(sampler={"guidance_schedule": (1.0, 8.0), "steps": 2})
+    trained = [Trained("workdir", 1, cfg, None)]
+    with pytest.raises(UserError, match="guidance_schedule"):
+        with_sampler(trained, steps=[4])
+    (changed,) = with_sampler(trained, steps=[4], guidance_schedule=[()])
+    assert changed.cfg.sampler.steps == 4
+    with pytest.raises(UserError, match="--sampler is given 2 times for 1 stages"):
+        with_sampler(trained, name=["ddpm", "ddim"])
 
 
 def test_settings_of_each_picture():

@@ -40,15 +40,17 @@ class TestList:
                 ("./b.png", " two "),
                 ("sub/a.JPG", "one"),
                 ("gone.png", "x"),
+                ("scan", "three"),
                 ("c.png", " "),
             ],
             b_png=b"",
             sub__a_JPG=b"",
             c_png=b"",
+            scan=b"",
             extra_png=b"",
         )
         pairs, problems = _list(path)
-        assert pairs == [("b.png", "two"), ("sub/a.JPG", "one")]
+        assert pairs == [("b.png", "two"), ("scan", "three"), ("sub/a.JPG", "one")]
         assert problems == [
             Problem("c.png", "the caption is empty"),
             Problem("extra.png", "not in metadata.jsonl"),

@@ -1,7 +1,10 @@
+import dataclasses
+import gc
 import io
 import pathlib
 import shutil
 import sys
+import weakref
 import zipfile
 
 import jax
@@ -124,7 +127,7 @@ def test_embeddings_are_those_of_each_caption_alone(weights):
     encoder = text.load_encoder("t5_1_1_small", weights, "float32")
     rows = encoder.encode([*CAPTIONS, CAPTIONS[0]], 12)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    config = encoder._config
+    config = dataclasses.replace(CONFIG, dtype="float32")
     params, _ = load_params(weights, config, mesh)
     run = jax.jit(t5.T5Encoder(config).apply)
     for caption, row in zip([*CAPTIONS, CAPTIONS[0]], rows, strict=True):
@@ -138,6 +141,14 @@ def test_embeddings_are_those_of_each_caption_alone(weights):
         np.testing.assert_allclose(row.astype("f4"), want, rtol=2**-7, atol=2**-10)
     shard = encoder._params["attention_0"]["query"].addressable_shards[0].data
     assert shard.shape == (CONFIG.d_model // 8, 4, 16)
+    # Nothing else holds the weights: the stages that follow need the memory.
+    held = weakref.ref(encoder._params["attention_0"]["query"])
+    gc.disable()
+    try:
+        del encoder, shard
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_identity(weights, tmp_path, spiece):
