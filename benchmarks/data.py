@@ -18,7 +18,7 @@ import time
 import numpy as np
 from PIL import Image
 
-from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.data import start_tensorflow
 from imagen_jax.prepare import prepare
 
 COUNT = 300

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 
-from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.data import start_tensorflow
 from imagen_jax.prepare import prepare
 from imagen_jax.preparing.job import open_source
 from imagen_jax.preparing.settings import Settings

@@ -5,8 +5,8 @@ JAX_PLATFORMS=cpu python -m benchmarks.torture [--kills=100] [--seed=0] [--folde
 One run is left alone. Others are killed and started again until they are done: by
 SIGKILL, SIGTERM, Ctrl-C and a second Ctrl-C, while they start, take steps, save,
 finalise a checkpoint and end. Each must end with the arrays of the first in its last
-checkpoint, the same position of the data, and the same numbers for each step in
-metrics.jsonl. Prints a table of what was hit; exit status 1 when something differs.
+checkpoint, the same position of the data, previews, and metrics.jsonl but for fields of
+time. Prints a table of what was hit; exit status 1 when something differs.
 """
 
 import argparse
@@ -36,8 +36,12 @@ STAGE = {
     "model.text_conditioning": "mean_pool",
     "text.length": 4,
     "training.batch_size": 4,
-    "training.log_every_steps": 1,
-    "training.sample_every_steps": 0,
+    # No two of the intervals divide each other.
+    "training.log_every_steps": 3,
+    "training.sample_every_steps": 14,
+    "training.preview_images": 2,
+    "sampler.steps": 2,
+    "sampler.batch_size": 2,
 }
 # Ways to end a process, and how often each is drawn.
 WAYS = ("kill", "term", "int", "int twice")
@@ -221,11 +225,13 @@ class Torture:
         if want != found:
             names = sorted(n for n in want | found if want.get(n) != found.get(n))
             self.faults.append(f"{workdir.name}: {names} differ")
-        whole, own = (lines(run / "metrics.jsonl") for run in (self.whole, workdir))
-        rows = {row["step"]: row for row in map(numbers, whole)}
-        for row in map(numbers, own):
-            if row != rows[row["step"]]:
-                self.faults.append(f"{workdir.name}: {row} is not {rows[row['step']]}")
+        rows, own = (metrics(run / "metrics.jsonl") for run in (self.whole, workdir))
+        if rows != own:
+            wrong = [row for row in own if row not in rows]
+            steps = [row["step"] for row in own]
+            self.faults.append(f"{workdir.name}: logs differ: {steps}, {wrong}")
+        if previews(self.whole) != previews(workdir):
+            self.faults.append(f"{workdir.name}: previews differ")
         if any(unfinished(workdir)):
             self.faults.append(f"{workdir.name}: unfinished checkpoints are left")
 
@@ -246,9 +252,17 @@ def lines(path: pathlib.Path) -> list[dict]:
     return found
 
 
-def numbers(row: dict) -> dict:
-    """A line of metrics without what depends on the clock."""
-    return {n: v for n, v in row.items() if not n.endswith("_per_second")}
+def metrics(path: pathlib.Path) -> list[dict]:
+    """All lines of a metrics.jsonl, without what depends on the clock."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [
+        {n: v for n, v in row.items() if not n.endswith("_per_second")} for row in rows
+    ]
+
+
+def previews(workdir: pathlib.Path) -> dict[str, bytes]:
+    """The files of samples/ by name."""
+    return {path.name: path.read_bytes() for path in (workdir / "samples").iterdir()}
 
 
 def saved(workdir: pathlib.Path, step: int) -> dict[str, bytes]:

@@ -57,20 +57,22 @@ def bucket(monkeypatch):
 def test_a_workdir_in_a_bucket_is_claimed_once(bucket):
     workdir = "gs://b/runs/base"
     cfg = tiny.stage()
-    loop.check_workdir(cfg, workdir)
-    loop.check_workdir(tiny.with_steps(cfg, 9), workdir)
-    assert [p.name for p in (bucket / "runs/base").iterdir()] == ["config.json"]
+    loop.claim_workdir(cfg, workdir)
+    loop.claim_workdir(tiny.with_steps(cfg, 9), workdir)
+    names = {p.name for p in (bucket / "runs/base").iterdir()}
+    assert names == {"config.json", "lock"}
     with pytest.raises(UserError, match=r"optimizer\.learning_rate"):
-        loop.check_workdir(tiny.stage(optimizer={"learning_rate": 0.5}), workdir)
+        loop.claim_workdir(tiny.stage(optimizer={"learning_rate": 0.5}), workdir)
     (bucket / "thesis").mkdir()
     (bucket / "thesis/a.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds no config.json"):
-        loop.check_workdir(cfg, "gs://b/thesis")
+        loop.claim_workdir(cfg, "gs://b/thesis")
 
 
 def test_logs_in_a_bucket_go_on_where_they_were(bucket):
     for first in (1, 3):
         writer = MetricWriter("gs://b/run", Stopwatch())
+        writer.begin(first - 1)
         writer.event("start", first)
         writer.scalars(first, {"loss": 0.5})
         writer.scalars(first + 1, {"loss": 0.25})
@@ -85,6 +87,7 @@ def test_logs_in_a_bucket_go_on_where_they_were(bucket):
 
 def test_an_event_takes_what_was_logged_before_it_to_the_bucket(bucket):
     writer = MetricWriter("gs://b/run", Stopwatch())
+    writer.begin(0)
     writer.scalars(1, {"loss": 0.5})
     assert not (bucket / "run/metrics.jsonl").exists()
     writer.event("checkpoint", 1)

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from imagen_jax import prepare
+from imagen_jax.data import start_tensorflow
 from imagen_jax.data.manifest import read_manifest
-from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 from tests import tars
 

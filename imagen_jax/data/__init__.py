@@ -1,1 +1,23 @@
 """Prepared records, read as training batches."""
+
+import os
+import sys
+
+
+def start_tensorflow() -> None:
+    """Imports TensorFlow and seqio and hides the accelerators from them."""
+    # They print from C++, before any log level is read: stderr is shut meanwhile.
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        import seqio  # noqa: F401
+        import tensorflow as tf
+
+        # TensorFlow would take all of a GPU's memory for itself.
+        if tf.config.get_visible_devices("GPU"):
+            tf.config.set_visible_devices([], "GPU")
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)

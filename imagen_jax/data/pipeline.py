@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 from imagen_jax import sharding
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
-from imagen_jax.data import memory, order
+from imagen_jax.data import memory, order, start_tensorflow
 from imagen_jax.data.manifest import TFDS, Manifest, Source, read_manifest, with_text
-from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -26,9 +26,8 @@ import numpy as np
 from PIL import Image
 
 from imagen_jax.data import manifest as manifests
-from imagen_jax.data import memory
+from imagen_jax.data import memory, start_tensorflow
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError, read_json
 from imagen_jax.preparing import folder, parquet, sources, webdataset
 from imagen_jax.preparing.images import StoredImage

@@ -1,15 +1,15 @@
 """Checkpoints: asynchronous, atomic, and self-describing.
 
 The folder of a step has five items: `ema` (all that sampling needs), `train` (the rest
-of the state), `config` (the resolved stage), `iterator` (the position in the data) and
-`verification` (checksums of the other four).
+of the state), `config` (the resolved stage), `iterator` (the positions in the data and
+in the log) and `verification` (checksums of the other four).
 """
 
 import base64
 import dataclasses
 import logging
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ SCHEMA_VERSION = 2
 RESUMED = ("config", "ema", "iterator", "train")
 SAMPLED = ("config", "ema")
 
+_UNLOGGED = "unlogged"
 _FAULT_BYTES = 256
 
 
@@ -66,12 +67,14 @@ class Checkpointer:
         state: TrainState,
         cfg: StageConfig,
         position: bytes,
+        unlogged: Sequence[Mapping[str, Any]] = (),
         metrics: Mapping[str, float] | None = None,
     ) -> None:
         """Starts writing `state`; returns once its arrays may be donated.
 
-        `position` is where the data source stands, the same in all processes; by
-        `metrics` the best checkpoints are kept.
+        `position` is where the data source stands, the same in all processes;
+        `unlogged` are the metrics of steps without a line in the log; by `metrics` the
+        best checkpoints are kept.
 
         Raises:
           UserError: when the save before this one could not be written.
@@ -86,7 +89,7 @@ class Checkpointer:
             "ema": ocp.args.StandardSave(state.ema),
             "train": ocp.args.StandardSave(_train_item(state)),
             "config": ocp.args.JsonSave(description(cfg, step)),
-            "iterator": ocp.args.JsonSave(positions),
+            "iterator": ocp.args.JsonSave(positions | {_UNLOGGED: list(unlogged)}),
             checksums.ITEM: checksums.Checksums(),
         }
         self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
@@ -155,6 +158,10 @@ class Checkpointer:
         train, positions = dict(found.train), self._json(step, "iterator")
         state = TrainState(ema=found.ema, opt_state=train.pop("opt"), **train)
         return state, base64.b64decode(positions["0"])
+
+    def unlogged(self, step: int) -> list[dict[str, Any]]:
+        """What `save` was given; checkpoints of release 0.1 have none."""
+        return self._json(step, "iterator").get(_UNLOGGED, [])
 
     def stage(self, step: int | None = None) -> StageConfig:
         """The config of a checkpoint (default: the newest whose average is undamaged).

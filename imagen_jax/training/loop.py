@@ -22,7 +22,9 @@ from imagen_jax.diffusion.cascade import Stage, sample_cascade
 from imagen_jax.errors import Stopped, UserError, did_you_mean, read_json
 from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
+from imagen_jax.training import claim as claims
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.claim import Claim
 from imagen_jax.training.metrics import (
     IntervalMeans,
     MetricWriter,
@@ -38,6 +40,7 @@ from imagen_jax.training.weights import open_weights
 # What a resumed run may change: how long, how often, where; not what is learned.
 _FREE = ("training.", "data.records", "sampler.", "mesh.")
 _FIXED = ("training.batch_size", "training.seed")
+_CONFIG, _PARTIAL = "config.json", "config.partial"
 
 
 def train(
@@ -53,7 +56,7 @@ def train(
     Args:
       cfg: the stage.
       workdir: local or gs://; gets config.json, checkpoints/, metrics.jsonl,
-        tensorboard/, samples/, events.jsonl and, after bad numbers, bundles/.
+        tensorboard/, samples/, events.jsonl, lock and, after bad numbers, bundles/.
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
         `set_state(bytes)` tell and take its position.
       mesh: all devices.
@@ -76,18 +79,30 @@ def train(
             f"{did_you_mean(best, known)}"
         )
     try:
-        check_workdir(cfg, workdir)
-        checkpointer = Checkpointer(workdir, cfg.training)
-        writer = MetricWriter(workdir, stopwatch or Stopwatch())
-        with contextlib.closing(writer), contextlib.closing(checkpointer):
-            state, origin = first_state(cfg, mesh, checkpointer, batches.set_state)
+        with contextlib.ExitStack() as stack:
+            claim = stack.enter_context(contextlib.closing(claim_workdir(cfg, workdir)))
+            writer = MetricWriter(workdir, stopwatch or Stopwatch(), claim)
+            stack.enter_context(contextlib.closing(writer))
+            checkpointer = Checkpointer(workdir, cfg.training)
+            stack.enter_context(contextlib.closing(checkpointer))
+            stack.callback(faulthandler.cancel_dump_traceback_later)
+            state, origin, unlogged = first_state(
+                cfg, mesh, checkpointer, batches.set_state
+            )
+            writer.begin(int(state.step) - len(unlogged))
             writer.event("start", int(state.step), devices=jax.device_count(), **origin)
-            try:
-                return _run(
-                    cfg, workdir, batches, mesh, preview, state, checkpointer, writer
-                )
-            finally:
-                faulthandler.cancel_dump_traceback_later()
+            return _run(
+                cfg,
+                workdir,
+                batches,
+                mesh,
+                preview,
+                state,
+                unlogged,
+                claim,
+                checkpointer,
+                writer,
+            )
     except OSError as error:
         raise UserError(
             f"the workdir {workdir} cannot be written ({' '.join(str(error).split())}):"
@@ -100,8 +115,8 @@ def first_state(
     mesh: Mesh,
     checkpointer: Checkpointer,
     set_position: Callable[[bytes], None],
-) -> tuple[TrainState, dict[str, Any]]:
-    """The state that a run goes on from, and where it comes from, for the run's log.
+) -> tuple[TrainState, dict[str, Any], list[dict[str, Any]]]:
+    """The state that a run goes on from, where it comes from, and its unlogged steps.
 
     It is the newest checkpoint, else `training.init_from`, else random. `set_position`
     takes the data source to where it stood at the checkpoint.
@@ -116,30 +131,48 @@ def first_state(
         origin = {"source": "checkpoint"}
         if checkpointer.damaged:
             origin["damaged"] = {str(n): why for n, why in checkpointer.damaged.items()}
-        return state, origin
+        return state, origin, checkpointer.unlogged(step)
     if not cfg.training.init_from:
-        return create_state(cfg, mesh), {"source": "scratch"}
+        return create_state(cfg, mesh), {"source": "scratch"}, []
     weights = open_weights(cfg.training.init_from)
     weights.check_fit(cfg, "config.training.init_from")
     state = create_state(cfg, mesh)
     params = weights.load(abstract_state(cfg, mesh).ema)
     # Two copies: the step donates both.
     state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
-    return state, {
+    origin = {
         "source": weights.path,
         "source_step": weights.step,
         "source_differs": weights.differences(cfg, ("diffusion.", "text.")),
     }
+    return state, origin, []
 
 
-def check_workdir(cfg: StageConfig, workdir: str) -> None:
-    """Claims `workdir` for `cfg`. Every process checks, process 0 writes.
+def claim_workdir(cfg: StageConfig, workdir: str) -> Claim:
+    """Takes `workdir` for a run of `cfg`; all processes do it together.
 
     Raises:
-      UserError: when the folder holds a run of another config, or something else.
+      UserError: when another run is at work there, or the folder holds a run of another
+        config or something else.
     """
+    _check_workdir(cfg, workdir)
+    claim = Claim(workdir)
+    try:
+        _check_workdir(cfg, workdir)  # Another run may have come in between.
+    except UserError:
+        claim.close()
+        raise
+    if jax.process_index() == 0:
+        path = epath.Path(workdir) / _CONFIG
+        partial = path.with_name(_PARTIAL)
+        partial.write_text(config_lib.to_json(cfg))
+        partial.replace(path)
+    return claim
+
+
+def _check_workdir(cfg: StageConfig, workdir: str) -> None:
     folder = epath.Path(workdir)
-    path, partial = folder / "config.json", folder / "config.partial"
+    path = folder / _CONFIG
     # Listed before it is asked for, or another process could write it in between.
     names = {each.name for each in folder.iterdir()} if folder.exists() else set()
     if path.exists():
@@ -154,17 +187,15 @@ def check_workdir(cfg: StageConfig, workdir: str) -> None:
                 f"{workdir} holds a run of another config: give a new --workdir, or "
                 f"the old values (there -> here): {', '.join(lines)}"
             )
-    elif names - {partial.name}:
+    elif names - {_PARTIAL, claims.FILE_NAME}:
         raise UserError(
             f"{workdir} is not empty and holds no config.json: give another --workdir"
         )
-    if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(config_lib.to_json(cfg))
-        partial.replace(path)
 
 
-def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
+def _run(
+    cfg, workdir, batches, mesh, preview, state, unlogged, claim, checkpointer, writer
+):
     """The steps from `state` on, with all that is done between them."""
     training, stopwatch = cfg.training, writer.stopwatch
     step = first = int(state.step)
@@ -179,7 +210,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
     )
     step_fn = compile_train_step(cfg, mesh)
     recovery = Recovery(cfg, workdir, batches, mesh, checkpointer, writer)
-    means = IntervalMeans(cfg, writer, bar)
+    means = IntervalMeans(cfg, writer, bar, unlogged)
     loss, previewed = None, False
 
     stopwatch.switch("step")
@@ -212,7 +243,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             )
             stops = stops_after(step)
             if saves or samples or stops:
-                means.flush(step)
+                means.fetch(step)
             faulthandler.cancel_dump_traceback_later()
             if means.spent:
                 with stopwatch.bucket("lost"):
@@ -223,15 +254,21 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
                 saves, samples = step == last, False
             if saves or stops:
                 with stopwatch.bucket("checkpoint"):
-                    position = batches.get_state()
-                    checkpointer.save(state, cfg, position, means.since_checkpoint())
+                    claim.check()
+                    checkpointer.save(
+                        state,
+                        cfg,
+                        batches.get_state(),
+                        means.unlogged,
+                        means.since_checkpoint(),
+                    )
                 writer.event("checkpoint", step)
             if samples:
                 # The first preview compiles the sampler.
-                with stopwatch.bucket("evaluation" if previewed else "compile"):
+                bucket = "evaluation" if previewed else "compile"
+                with stopwatch.bucket(bucket), means.pause():
                     _preview(cfg, workdir, state, preview, mesh, step, writer)
                 writer.event("evaluation", step)
-                means.restart_clock()
                 previewed = True
             if stops or step == last:
                 with stopwatch.bucket("checkpoint"):
@@ -239,6 +276,7 @@ def _run(cfg, workdir, batches, mesh, preview, state, checkpointer, writer):
             if stops:
                 writer.event("stop", step)
                 raise Stopped(f"stopped on a signal at step {step}, saved in {workdir}")
+        means.flush(step)
     writer.event("done", last)
     return state
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import LOGSNR_EDGES
+from imagen_jax.training.claim import Claim
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -77,16 +78,17 @@ class MetricWriter:
     temporary folder, and copied at every event ("steps": at most once a minute).
     """
 
-    def __init__(self, workdir: str, stopwatch: Stopwatch):
-        """Opens the logs of `workdir`, which earlier runs may have begun."""
-        self.stopwatch = stopwatch
+    def __init__(self, workdir: str, stopwatch: Stopwatch, claim: Claim | None = None):
+        """Opens the logs of `workdir`; `begin` comes before the first metrics.
+
+        Once another run has taken `claim`, nothing is copied to a bucket.
+        """
+        self.stopwatch, self.claim = stopwatch, claim
         self.active = jax.process_index() == 0
         self.folder, self.bucket = pathlib.Path(workdir), None
+        self._tensorboard = None
         if not self.active:
             return
-        # Imported only by the process that writes: the import is slow.
-        from tensorboardX import SummaryWriter
-
         if "://" in workdir:
             self.bucket = epath.Path(workdir)
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="imagen-logs-"))
@@ -100,7 +102,27 @@ class MetricWriter:
             if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
                 with path.open("a") as file:
                     file.write("\n")
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+
+    def begin(self, step: int) -> None:
+        """Forgets metrics of steps after `step`, which are going to be done again."""
+        if not self.active:
+            return
+        # Imported only by the process that writes: the import is slow.
+        from tensorboardX import SummaryWriter
+
+        path = self.folder / METRICS
+        if path.exists():
+            kept = [
+                line
+                for line in path.read_text().splitlines(keepends=True)
+                if _step(line) <= step
+            ]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.replace(path)
+        self._tensorboard = SummaryWriter(
+            str(self.folder / "tensorboard"), purge_step=step + 1
+        )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and a point on each TensorBoard curve."""
@@ -128,7 +150,8 @@ class MetricWriter:
     def close(self) -> None:
         """Writes what is left."""
         if self.active:
-            self._tensorboard.close()
+            if self._tensorboard:
+                self._tensorboard.close()
             self._copy()
         if self.bucket:
             shutil.rmtree(self.folder)
@@ -141,11 +164,21 @@ class MetricWriter:
         """Copies the files to the bucket, unless that was done `seconds` ago."""
         if not self.bucket or time.monotonic() - self._copied_at < seconds:
             return
+        if self.claim and self.claim.taken_by():
+            return
         for path in filter(pathlib.Path.is_file, self.folder.rglob("*")):
             place = self.bucket / path.relative_to(self.folder).as_posix()
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(path.read_bytes())
         self._copied_at = time.monotonic()
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics; infinity for what a kill has left of one."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 class IntervalMeans:
@@ -155,14 +188,25 @@ class IntervalMeans:
     these have work while the host writes. Skipped updates do not enter the means.
     """
 
-    def __init__(self, cfg: StageConfig, writer: MetricWriter, bar: tqdm):
-        """Starts the first interval; `bar` shows the loss."""
+    def __init__(
+        self,
+        cfg: StageConfig,
+        writer: MetricWriter,
+        bar: tqdm,
+        unlogged: Sequence[Mapping[str, Any]] = (),
+    ):
+        """Starts with the `unlogged` steps of a checkpoint; `bar` shows the loss."""
         self.cfg, self.writer, self.bar = cfg, writer, bar
+        # Steps without a line yet, on the host: a checkpoint takes them along, so that
+        # the lines of a resumed run are those of a run that was not stopped.
+        self.unlogged: list[Mapping[str, Any]] = list(unlogged)
         # "loss" and "gradient_norm" of the step that spent the budget, if one has.
         self.spent: dict[str, float] | None = None
-        self._rows: list[Mapping[str, Any]] = []  # on the devices, not written yet
+        self._rows: list[Mapping[str, Any]] = []  # on the devices
         self._unsaved: list[Mapping[str, Any]] = []  # on the host, not in a checkpoint
+        # When the last line was written, and the steps fetched since.
         self._clock: float | None = None
+        self._timed = 0
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step that has been handed to the devices."""
@@ -170,38 +214,54 @@ class IntervalMeans:
             self.flush(step - 1)
         self._rows.append(metrics)
 
-    def flush(self, step: int) -> None:
-        """Writes what is left up to `step`, once the devices have done it."""
-        if not self._rows or self.spent:
-            return
+    def fetch(self, step: int) -> None:
+        """Waits for the steps up to `step`; writes a line if one spent the budget."""
         rows, self._rows = jax.device_get(self._rows), []
-        seconds = self.restart_clock()
-        spent = [bool(row["budget_spent"]) for row in rows]
-        if any(spent):
-            # The steps after the one that spent the budget changed nothing.
-            count = spent.index(True) + 1
-            step, rows = step - len(rows) + count, rows[:count]
-            self.spent = {name: float(rows[-1][name]) for name in MEANS[:2]}
-        skipped = int(rows[-1]["skipped_updates"])
+        for number, row in enumerate(rows, step - len(rows) + 1):
+            if self.spent:
+                return  # The steps after that one changed nothing.
+            if row["budget_spent"]:
+                self.spent = {name: float(row[name]) for name in MEANS[:2]}
+            if row["skipped"]:
+                row = {name: row[name] for name in ("skipped", "skipped_updates")}
+            row = jax.tree.map(lambda x: np.asarray(x).tolist(), row)
+            self.unlogged.append(row)
+            self._unsaved.append(row)
+            self._timed += 1
+            if self.spent:
+                self._write(number)
+
+    def flush(self, step: int) -> None:
+        """Writes the line of the steps up to `step`, once the devices have done it."""
+        self.fetch(step)
+        if self.unlogged and not self.spent:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        rows, self.unlogged = self.unlogged, []
+        skipped = rows[-1]["skipped_updates"]
         line = {"skipped_updates": skipped, **_means(rows)}
-        if seconds is not None:
-            rate = len(rows) / seconds
+        now = time.perf_counter()
+        if self._clock is not None:
+            rate = self._timed / (now - self._clock)
             line["steps_per_second"] = rate
             line["images_per_second"] = rate * self.cfg.training.batch_size
+        self._clock, self._timed = now, 0
         self.writer.scalars(step, line)
         self.writer.event("steps", step)
         shown = {"loss": line.get("loss")} | ({"skipped": skipped} if skipped else {})
         self.bar.set_postfix(shown, refresh=False)
-        if self.cfg.training.keep_best_checkpoints:
-            self._unsaved += rows
 
-    def restart_clock(self) -> float | None:
-        """The seconds since the last call; the rate of steps is measured from now."""
-        before, self._clock = self._clock, time.perf_counter()
-        return None if before is None else self._clock - before
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leaves what happens inside out of the rate of steps."""
+        began = time.perf_counter()
+        yield
+        if self._clock is not None:
+            self._clock += time.perf_counter() - began
 
     def since_checkpoint(self) -> dict[str, float]:
-        """Means of the written steps since the last call, to choose the best by."""
+        """Means of the fetched steps since the last call, to choose the best by."""
         rows, self._unsaved = self._unsaved, []
         return _means(rows)
 
@@ -212,8 +272,10 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     if not rows:
         return {}
     means = {name: float(np.mean([row[name] for row in rows])) for name in MEANS}
-    total = sum(row["loss_by_logsnr"]["sum"] for row in rows)
-    count = sum(row["loss_by_logsnr"]["count"] for row in rows)
+    total, count = (
+        np.sum([row["loss_by_logsnr"][name] for row in rows], axis=0)
+        for name in ("sum", "count")
+    )
     ranges = zip(bucket_names(), total, count, strict=True)
     return means | {name: float(s / n) for name, s, n in ranges if n}
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.batch import downsample
-from imagen_jax.data import order
-from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.data import order, start_tensorflow
 from imagen_jax.errors import UserError
 
 start_tensorflow()

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.batch import downsample, pad_text
-from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.data import start_tensorflow
 from imagen_jax.text import embeddings
 
 start_tensorflow()

@@ -10,9 +10,9 @@ from PIL import Image
 
 from imagen_jax import config, prepare, sharding
 from imagen_jax.batch import batch_spec, check_batch, downsample
+from imagen_jax.data import start_tensorflow
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.data.pipeline import open_records
-from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 from imagen_jax.text import encoders as text

@@ -11,8 +11,8 @@ from PIL import Image
 
 from imagen_jax import prepare
 from imagen_jax.batch import batch_spec, check_batch
+from imagen_jax.data import start_tensorflow
 from imagen_jax.data.pipeline import open_records, read_sources
-from imagen_jax.data.start_tensorflow import start_tensorflow
 from imagen_jax.errors import UserError
 from imagen_jax.text import encoders as text
 

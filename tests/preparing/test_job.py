@@ -72,7 +72,7 @@ STARTER = """
 import json, os, sys, time
 from imagen_jax import prepare
 from imagen_jax.text import embeddings as captions
-from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.data import start_tensorflow
 start_tensorflow()
 # Slow enough to be killed somewhere.
 embed = captions.Embedder.embed

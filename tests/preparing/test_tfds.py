@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from imagen_jax.data.start_tensorflow import start_tensorflow
+from imagen_jax.data import start_tensorflow
 
 start_tensorflow()
 import tensorflow_datasets as tfds  # noqa: E402

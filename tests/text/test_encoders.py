@@ -2,6 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from imagen_jax.batch import pad_text
 from imagen_jax.errors import UserError
 from imagen_jax.text import encoders as text
 
@@ -19,8 +20,8 @@ def test_load_encoder():
         text.load_encoder("tiny", "x.npz")
 
 
-def test_embed():
-    rows, mask = text.embed(ENCODER, ["red", "a red ring"], 6)
+def test_padded():
+    rows, mask = pad_text(ENCODER.encode(["red", "a red ring"], 6), 6, 64)
     assert rows.shape == (2, 6, 64) and rows.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(mask.sum(1), [2, 4])
     assert not rows[~mask].any() and rows[mask].any(-1).all()

@@ -42,7 +42,7 @@ def start(workdir, cfg=CFG, init_from=""):
     cfg = dataclasses.replace(cfg, training=training)
     positions = []
     with contextlib.closing(Checkpointer(str(workdir), training)) as checkpointer:
-        found, origin = first_state(cfg, mesh(), checkpointer, positions.append)
+        found, origin, _ = first_state(cfg, mesh(), checkpointer, positions.append)
     return found, origin, positions
 
 

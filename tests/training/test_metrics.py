@@ -55,7 +55,7 @@ def test_a_checkpoints_metrics_are_the_means_since_the_one_before(log_every):
         loss = np.nan if step == 6 else step
         log.add(step, metrics(loss, step % 2, skipped=step == 6))
         if step in (3, 7, 8):
-            log.flush(step)
+            log.fetch(step)
             found.append(log.since_checkpoint())
     # Summed in float32.
     want = pytest.approx([2.0, (4 + 5 + 7) / 3, 8.0], rel=1e-6)
@@ -64,9 +64,38 @@ def test_a_checkpoints_metrics_are_the_means_since_the_one_before(log_every):
     assert found[0][even] == 2.0 and found[0][odd] == 2.0
     assert found[1][even] == 4.0 and found[1][odd] == 6.0
     assert odd not in found[2]
-    # A line for each interval, and at each checkpoint.
-    assert list(writer.rows) == sorted({*range(log_every, 9, log_every), 3, 7, 8})
+    log.flush(8)
+    # A line for each interval, and at the end.
+    assert list(writer.rows) == sorted({*range(log_every, 9, log_every), 8})
     assert writer.events == [("steps", step) for step in writer.rows]
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_lines_do_not_tell_where_a_run_was_stopped(stop):
+    """A checkpoint takes the steps that have no line yet along, as JSON."""
+
+    def run(log, first, last):
+        for step in range(first, last + 1):
+            loss = np.nan if step == 4 else step / 3
+            log.add(step, metrics(loss, step % 2, skipped=step == 4))
+        log.fetch(last)
+
+    whole, want = means(log_every_steps=3)
+    run(whole, 1, 8)
+    whole.flush(8)
+    log, before = means(log_every_steps=3)
+    run(log, 1, stop)
+    saved = json.loads(json.dumps(log.unlogged, allow_nan=False))
+    after = Lines()
+    log = IntervalMeans(log.cfg, after, unittest.mock.Mock(), saved)
+    run(log, stop + 1, 8)
+    log.flush(8)
+    kept = {step: row for step, row in before.rows.items() if step <= stop - len(saved)}
+    rows = kept | after.rows
+    for row in (*rows.values(), *want.rows.values()):
+        for name in ("steps_per_second", "images_per_second"):
+            row.pop(name, None)
+    assert rows == want.rows and list(rows) == [3, 6, 8]
 
 
 def test_a_line_is_written_when_the_next_step_is_on_its_way():
@@ -93,26 +122,33 @@ def test_nothing_is_written_after_the_budget_is_spent():
 
 def test_rates_are_those_of_the_clock(monkeypatch):
     log, writer = means(log_every_steps=2, batch_size=8)
-    now = iter([10.0, 14.0, 20.0, 21.0])
+    # Written, written, paused from and to, written.
+    now = iter([10.0, 14.0, 20.0, 27.0, 28.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     for step in range(1, 6):
         log.add(step, metrics(1))
-    log.restart_clock()
+    log.fetch(5)
+    with log.pause():
+        pass
     log.flush(5)
     assert "steps_per_second" not in writer.rows[2]
     rates = [writer.rows[step]["steps_per_second"] for step in (4, 5)]
-    assert rates == [2 / 4, 1 / 1]
+    assert rates == [2 / 4, 1 / (28 - 14 - 7)]
     assert writer.rows[4]["images_per_second"] == 4
 
 
-def test_a_line_that_a_kill_has_cut_is_ended(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+def test_what_is_done_again_is_logged_again(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"ev')
     writer = MetricWriter(str(tmp_path), Stopwatch())
+    writer.begin(1)
     writer.scalars(2, {"loss": 0.5})
     writer.event("steps", 2, more=1)
     writer.close()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert lines == ['{"step": 1}', '{"st', '{"step": 2, "loss": 0.5}']
-    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
-    assert list(event) == ["event", "step", "seconds", "monotonic", "spent", "more"]
+    assert lines == ['{"step": 1}', '{"step": 2, "loss": 0.5}']
+    start, cut, event = (tmp_path / "events.jsonl").read_text().splitlines()
+    assert (start, cut) == ('{"event": "start"}', '{"ev')
+    names = ["event", "step", "seconds", "monotonic", "spent", "more"]
+    assert list(json.loads(event)) == names
     assert list((tmp_path / "tensorboard").iterdir())

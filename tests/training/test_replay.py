@@ -140,7 +140,7 @@ def test_one_device_gives_the_numbers_of_eight(tmp_path, eight):
     """
     state = create_state(CFG, eight)
     low = {"loss": state.guard.loss + 0.01, "averaged": state.guard.averaged + 100}
-    loop.check_workdir(CFG, str(tmp_path / "run"))
+    loop.claim_workdir(CFG, str(tmp_path / "run"))
     checkpointer = Checkpointer(str(tmp_path / "run"), CFG.training)
     state = state.replace(guard=state.guard.replace(**low))
     checkpointer.save(state, CFG, b"0")
