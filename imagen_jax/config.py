@@ -108,6 +108,9 @@ class DataConfig:
     # Mirrors a random half of the images in each epoch. Captions that tell left from
     # right are then wrong half of the time.
     flip: bool = False
+    # Records that cannot be decoded are told, and others take their places; more on a
+    # host stop the run.
+    max_damaged: CountOrZero = 100
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zipfile
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -53,7 +53,8 @@ class Manifest:
     skipped_files: list[dict[str, str]] = dataclasses.field(default_factory=list)
     # {"file", "examples", "sha256", "sides", "lengths"} for each file of records, or
     # for the one .npz file: "sides" counts images by their shorter side in pixels,
-    # "lengths" counts captions by their tokens.
+    # "lengths" counts captions by their tokens. Files of records also have "bytes" and
+    # "head_sha256".
     shards: list[dict[str, Any]]
 
     @property
@@ -107,6 +108,11 @@ def from_values(values: dict[str, Any], where: str) -> Manifest:
         return Manifest(**values)
     except TypeError as error:
         raise UserError(f"{where} is damaged, prepare again: {error}") from None
+
+
+def head_sha256(file: BinaryIO) -> str:
+    """Hash of the first 64 KiB of an open file."""
+    return hashlib.sha256(file.read(2**16)).hexdigest()
 
 
 def read_manifest(records: str | os.PathLike) -> Manifest:

@@ -97,19 +97,29 @@ class Stream:
         batches_from: Callable[[int], Iterator[Batch]],
         mesh: Mesh,
         identity: dict[str, Any],
+        faults: dict[int, list[str]] | None = None,
+        max_damaged: int = 0,
     ):
         """Starts at the first batch; reads nothing yet.
 
-        `batches_from(n)` yields this host's rows of batch n and of all that follow, as
-        numpy arrays. A state with another `identity` is refused.
+        Args:
+          batches_from: `batches_from(n)` yields this host's rows of batch n and of all
+            that follow, as numpy arrays.
+          mesh: where batches go.
+          identity: a state with another one is refused.
+          faults: gets a line for each record that could not be decoded, by number of
+            the batch, before `batches_from` yields it.
+          max_damaged: how many such records may come before it is an error.
         """
         self._batches_from = batches_from
         self._sharding = sharding.batch_sharding(mesh)
         self._identity = identity
-        self._seek(0)
+        self._faults = {} if faults is None else faults
+        self._max_damaged = max_damaged
+        self._seek(0, 0)
 
-    def _seek(self, batches: int) -> None:
-        self._consumed = batches
+    def _seek(self, batches: int, damaged: int) -> None:
+        self._consumed, self._damaged = batches, damaged
         self._host = None
         self._ahead = None
 
@@ -124,6 +134,14 @@ class Stream:
         batch = self._ahead
         # Copied while the devices work on `batch`; not counted until it is handed out.
         self._ahead = self._to_devices(next(self._host))
+        for fault in self._faults.pop(self._consumed, ()):
+            self._damaged += 1
+            if self._damaged > self._max_damaged:
+                raise UserError(
+                    f"more than config.data.max_damaged={self._max_damaged} records "
+                    f"cannot be decoded, now {fault}: prepare them again"
+                )
+            log.warning("passed over %s", fault)
         self._consumed += 1
         return batch
 
@@ -135,6 +153,8 @@ class Stream:
     def get_state(self) -> bytes:
         """The position after the last batch handed out, for any number of hosts."""
         state = {"batches": self._consumed, "identity": self._identity}
+        if self._damaged:
+            state["damaged"] = self._damaged
         return json.dumps(state).encode()
 
     def set_state(self, state: bytes) -> None:
@@ -156,7 +176,7 @@ class Stream:
                     f"has {have!r}: continue with the same data, or start in a new "
                     "workdir"
                 )
-        self._seek(batches)
+        self._seek(batches, values.get("damaged", 0))
 
 
 def open_records(
@@ -214,8 +234,16 @@ def open_records(
             "files (a smaller --shard_examples)",
             read / len(rows),
         )
-    batches_from = records.batch_reader(cfg, sources, groups, host_reads, len(rows))
-    return Stream(batches_from, mesh, identity)
+    for source in sources:
+        if not source.path.startswith(TFDS):
+            # Each host looks at its share of the files.
+            shards = source.manifest.shards[jax.process_index() :: jax.process_count()]
+            records.check_files(source.path, shards)
+    faults = {}
+    batches_from = records.batch_reader(
+        cfg, sources, groups, host_reads, len(rows), faults
+    )
+    return Stream(batches_from, mesh, identity, faults, cfg.data.max_damaged)
 
 
 def _usable(cfg: StageConfig, source: Source) -> list[int]:

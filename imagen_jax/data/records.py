@@ -1,18 +1,23 @@
 """Files of records: how they are written, and how tf.data reads them as batches."""
 
+import bisect
 import functools
+import itertools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 
 import numpy as np
 import seqio
 import tensorflow as tf
+from etils import epath
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import order, preprocess
-from imagen_jax.data.manifest import Manifest, Source
+from imagen_jax.data.manifest import Manifest, Source, head_sha256
 from imagen_jax.data.tfds import DataSource
 from imagen_jax.errors import UserError
 
@@ -71,18 +76,20 @@ def batch_reader(
     groups: Sequence[Sequence[int]],
     host_reads: Callable[[int], tuple[list, Iterator]],
     size: int,
+    faults: dict[int, list[str]],
 ) -> Callable[[int], Iterator[Batch]]:
     """A function that yields a host's batches from any number on.
 
     `groups` are the `order.group_sizes` of each source, `host_reads(n)` is
     `order.host_reads` from batch n on, `size` is the number of rows that it keeps.
+    `faults` gets a line for each record that cannot be decoded, by number of the batch.
     """
     openers = [_opener(cfg, sources, k, sizes) for k, sizes in enumerate(groups)]
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = min(os.cpu_count() or 1, _MAX_THREADS)
 
-    def batches_from(start: int) -> Iterator[Batch]:
+    def rows_from(start: int) -> tf.data.Dataset:
         readers, _ = host_reads(start)
         opened = [openers[k](reader, position) for k, reader, position in readers]
         index = _column(host_reads(start)[1], 0, tf.int64)
@@ -90,14 +97,32 @@ def batch_reader(
         rows = tf.data.Dataset.choose_from_datasets(opened, index)
         # Hosts that share a reader leave out each other's rows.
         rows = tf.data.Dataset.zip(rows, own).filter(lambda row, own: own)
-        rows = rows.map(
-            lambda row, own: preprocess.example(cfg, row),
-            num_parallel_calls=tf.data.AUTOTUNE,
-        )
+        return rows.map(lambda row, own: row)
+
+    def decoded(rows: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+        decode = functools.partial(preprocess.example, cfg)
+        rows = rows.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
         rows = rows.batch(size, drop_remainder=True).prefetch(2)
+        return rows.with_options(options).as_numpy_iterator()
+
+    def batches_from(start: int) -> Iterator[Batch]:
+        number = start
         try:
-            for fields in rows.with_options(options).as_numpy_iterator():
-                yield Batch(**fields)
+            while True:
+                rows, found = rows_from(number), []
+                try:
+                    for fields in decoded(rows):
+                        yield Batch(**fields)
+                        number += 1
+                except tf.errors.InvalidArgumentError:
+                    rows = iter(rows.with_options(options))
+                # What is read ahead fails some batches before the record's own.
+                while not found:
+                    part = itertools.islice(rows, size)
+                    fields, found = _one_by_one(cfg, sources, part)
+                    faults[number] = found
+                    yield Batch(**fields)
+                    number += 1
         except tf.errors.OpError as error:
             raise UserError(
                 f"the records {cfg.data.records!r} are damaged or gone: "
@@ -106,6 +131,58 @@ def batch_reader(
             ) from None
 
     return batches_from
+
+
+def _one_by_one(
+    cfg: StageConfig, sources: Sequence[Source], rows: Iterator[dict[str, tf.Tensor]]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Fields of a batch, and what is wrong with the records that do not decode.
+
+    In the place of such a record is the next one of the batch that does.
+    """
+    found, faults = [], []
+    for row in rows:
+        try:
+            found.append(preprocess.example(cfg, row))
+        except tf.errors.InvalidArgumentError as error:
+            found.append(None)
+            number, k = divmod(int(row["id"]), len(sources))
+            reason = re.sub(r"\{\{.*?\}\} *", "", error.message.splitlines()[0])
+            faults.append(f"record {number} of {sources[k].path!r}: {reason}")
+    good = [i for i, fields in enumerate(found) if fields]
+    if not good:
+        raise UserError(f"no record of a batch can be decoded: {faults[0]}")
+    taken = [
+        found[good[bisect.bisect_left(good, i) % len(good)]] for i in range(len(found))
+    ]
+    return {name: np.stack([f[name] for f in taken]) for name in taken[0]}, faults
+
+
+def check_files(path: str, shards: Sequence[dict]) -> None:
+    """Raises `UserError` unless files of records are as long as they were written.
+
+    Their first bytes are compared, too. Records of release 0.1 tell neither.
+    """
+
+    def fault(shard: dict) -> str:
+        file = epath.Path(path) / shard["file"]
+        if "bytes" not in shard:
+            return ""
+        length = file.stat().length
+        if length != shard["bytes"]:
+            return f"{shard['file']} has {length} bytes, not {shard['bytes']}"
+        with file.open("rb") as opened:
+            if head_sha256(opened) != shard["head_sha256"]:
+                return f"{shard['file']} holds other records"
+        return ""
+
+    with futures.ThreadPoolExecutor(_MAX_THREADS) as pool:
+        faults = list(filter(None, pool.map(fault, shards)))
+    if faults:
+        raise UserError(
+            f"{len(faults)} files of {path!r} are not what its manifest says, first: "
+            f"{faults[0]}; copy them again or prepare again"
+        )
 
 
 def _column(parts: Iterator, place: int, dtype: tf.DType) -> tf.data.Dataset:
@@ -128,6 +205,7 @@ def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
     task = make_task(source.path, source.manifest, cfg.image_size)
     added = {"int8": source.manifest.embedding_dtype == "int8"}
     # Each reader has a buffer; together they are as large as the config says.
+    examples = tf.constant(groups, tf.int64)
     share = source.weight / sum(other.weight for other in sources) / count
     buffer = max(1, round(cfg.data.shuffle_examples * share))
     seed = k * 2**53 + cfg.data.seed % 2**32 * 1_000_003
@@ -142,6 +220,10 @@ def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
             trim_output_features=False,
             try_in_mem_cache=False,
         )
+
+        # Or the places of a resumed run would be others.
+        part = tf.gather(examples, (reader + epoch) % count)
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(part))
 
         def add(row):
             return row | added | {"epoch": epoch, "id": row["id"] * len(sources) + k}

@@ -218,7 +218,7 @@ def _write_npz(job: Job) -> Manifest:
     for example, image, text in usable(job, job.items(), stats):
         pixels = _pixels(image.data, size)
         rows.append((example.id, example.caption, pixels, text.data))
-    summary = total([stats.report("arrays", "")], job.source.problems)
+    summary = total([stats.report("arrays")], job.source.problems)
     _check_share(job, summary["examples"], summary["skipped"])
     ids, captions, images, text = zip(*rows)
     row_bytes = embeddings.row_bytes(embedder.encoder.dim, embedder.dtype)
@@ -251,8 +251,11 @@ def write_shard(job: Job, number: int) -> dict[str, Any]:
     with appearing(shard) as partial:
         write(partial, usable(job, job.source.read(number), stats))
         with open(partial, "rb") as written:
-            sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-    report = stats.report(shard.name, sha256)
+            file = {"sha256": hashlib.file_digest(written, "sha256").hexdigest()}
+            file["bytes"] = written.tell()
+            written.seek(0)
+            file["head_sha256"] = manifests.head_sha256(written)
+    report = stats.report(shard.name) | file
     write_text(report_file, _json(report))
     return report
 

@@ -8,6 +8,8 @@ from imagen_jax.preparing.sources import Problem
 from imagen_jax.text.embeddings import Embedded
 
 _SUMS = ("reencoded", "image_bytes", "cut_captions", "text_bytes")
+# What a manifest keeps of the report on a file.
+_SHARD = ("file", "examples", "sha256", "bytes", "head_sha256", "sides", "lengths")
 
 
 class Stats:
@@ -35,11 +37,10 @@ class Stats:
             sums["error_sum"] += float(text.errors.sum())
             sums["error_worst"] = max(sums["error_worst"], float(text.errors.max()))
 
-    def report(self, file: str, sha256: str) -> dict[str, Any]:
+    def report(self, file: str) -> dict[str, Any]:
         """What happened in the shard that is written to `file`, as JSON values."""
         return {
             "file": file,
-            "sha256": sha256,
             "examples": self._sides.total(),
             "sides": {str(side): n for side, n in sorted(self._sides.items())},
             "lengths": {str(n): count for n, count in sorted(self._lengths.items())},
@@ -59,12 +60,12 @@ def total(reports: list[dict[str, Any]], problems: list[Problem]) -> dict[str, A
     tokens = sum(int(n) * count for n, count in lengths)
     mean = sum(report["error_sum"] for report in reports) / max(tokens, 1)
     worst = max((report["error_worst"] for report in reports), default=0)
-    kept = ("file", "examples", "sha256", "sides", "lengths")
+    files = [report for report in reports if report["examples"]]
     return sums | {
         "tokens_max": max((int(n) for n, _ in lengths), default=0),
         "tokens_mean": round(tokens / max(sums["examples"], 1), 2),
         # Seven digits are more than a cosine of bfloat16 rows has.
         "cosine_error": {"mean": float(f"{mean:.7g}"), "worst": float(f"{worst:.7g}")},
         "skipped": skipped,
-        "shards": [{key: r[key] for key in kept} for r in reports if r["examples"]],
+        "shards": [{n: file[n] for n in _SHARD if n in file} for file in files],
     }

@@ -38,7 +38,7 @@ from imagen_jax.training.stopping import stopping
 from imagen_jax.training.weights import open_weights
 
 # What a resumed run may change: how long, how often, where; not what is learned.
-_FREE = ("training.", "data.records", "sampler.", "mesh.")
+_FREE = ("training.", "data.records", "data.max_damaged", "sampler.", "mesh.")
 _FIXED = ("training.batch_size", "training.seed")
 _CONFIG, _PARTIAL = "config.json", "config.partial"
 

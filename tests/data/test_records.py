@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import time
 
 import jax
@@ -208,3 +209,104 @@ class TestContents:
         shapes = {s.data.shape for s in batch.image.addressable_shards}
         assert shapes == {(2, 16, 16, 3)}
         assert_equal(take([batch], 1), take(open_records(cfg, mesh), 1))
+
+
+def _copy(records, place, change, old=False):
+    """Records whose rows went through `change`, under a manifest that does not know.
+
+    Without `old` the manifest is that of the records; with it, as release 0.1 wrote it,
+    without the lengths of files.
+    """
+    shutil.copytree(records, place)
+    manifest = json.loads((place / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        path = place / shard["file"]
+        rows = [reading_rows(raw) for raw in tf.data.TFRecordDataset(str(path))]
+        reading.write_shard(path, filter(None, map(change, rows)))
+        if old:
+            del shard["bytes"], shard["head_sha256"]
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    return str(place)
+
+
+def reading_rows(raw):
+    features = tf.train.Example.FromString(raw.numpy()).features.feature
+    return {
+        name: (value.bytes_list.value or value.int64_list.value)[0]
+        for name, value in features.items()
+    }
+
+
+def _break(*numbers):
+    return lambda row: (
+        row | {"image": row["image"][:-20]} if row["id"] in numbers else row
+    )
+
+
+class TestDamage:
+    def test_the_next_record_takes_the_place_of_one_that_does_not_decode(
+        self, stage, records, mesh, tmp_path, caplog
+    ):
+        path = _copy(records, tmp_path / "r", _break(3, 10), old=True)
+        whole = take(open_records(stage(records, batch_size=7), mesh), 6)
+        cfg = stage(path, batch_size=7)
+        stream = open_records(cfg, mesh)
+        found = take(stream, 6)
+        for batch, want in zip(found, whole, strict=True):
+            good = [i for i, id in enumerate(want.id) if id not in (3, 10)]
+            for i in range(7):
+                j = min((g for g in good if g >= i), default=good[0])
+                np.testing.assert_array_equal(batch.id[i], want.id[j])
+                np.testing.assert_array_equal(batch.image[i], want.image[j])
+                np.testing.assert_array_equal(batch.text[i], want.text[j])
+        for number in (3, 10):
+            assert caplog.text.count(f"passed over record {number} of '{path}'") == 2
+        # The position has the count; a resumed stream goes on with both.
+        assert json.loads(stream.get_state())["damaged"] == 4
+        first = open_records(cfg, mesh)
+        take(first, 4)
+        second = open_records(cfg, mesh)
+        second.set_state(first.get_state())
+        assert_equal(take(second, 2), found[4:])
+        assert second.get_state() == stream.get_state()
+
+    def test_not_more_than_the_config_allows(self, stage, records, mesh, tmp_path):
+        path = _copy(records, tmp_path / "r", _break(3, 10), old=True)
+        stream = open_records(stage(path, batch_size=7, data={"max_damaged": 1}), mesh)
+        message = r"more than config.data.max_damaged=1 records .* now record \d+ of"
+        with pytest.raises(UserError, match=message):
+            take(stream, 6)
+        path = _copy(records, tmp_path / "all", _break(*range(21)), old=True)
+        with pytest.raises(UserError, match="no record of a batch can be decoded: rec"):
+            next(open_records(stage(path, batch_size=7), mesh))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda row: None,
+            lambda row: row if row["id"] % 2 else None,
+            lambda row: row | {"id": row["id"] + 1},
+            _break(3),
+        ],
+        ids=["emptied", "half", "other records", "one shorter"],
+    )
+    def test_files_that_are_not_those_of_the_manifest(
+        self, stage, records, mesh, tmp_path, change
+    ):
+        path = _copy(records, tmp_path / "r", change)
+        message = r"\d files of .* are not what its manifest says, first: records-0000"
+        with pytest.raises(UserError, match=message):
+            open_records(stage(path, batch_size=7), mesh)
+
+    @pytest.mark.parametrize("keep", [0, 2], ids=["emptied", "half"])
+    def test_missing_records_are_an_error_of_their_epoch(
+        self, stage, records, mesh, tmp_path, keep
+    ):
+        path = _copy(
+            records,
+            tmp_path / "r",
+            lambda row: row if row["id"] % 4 < keep else None,
+            1,
+        )
+        with pytest.raises(UserError, match="damaged or gone: .*expected to contain"):
+            take(open_records(stage(path, batch_size=7), mesh), 6)

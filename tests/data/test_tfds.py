@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax import prepare
-from imagen_jax.batch import batch_spec, check_batch
+from imagen_jax.batch import batch_spec, check_batch, pad_text
 from imagen_jax.data import start_tensorflow
 from imagen_jax.data.pipeline import open_records, read_sources
 from imagen_jax.errors import UserError
@@ -80,7 +80,8 @@ def test_coco_captions_into_a_training_batch(coco, tmp_path, stage, mesh):
     encoder = text.load_encoder("tiny")
     for image, row, mask, id in zip(batch.image, batch.text, batch.mask, batch.id):
         # The n-th picture with the n-th caption, and around.
-        want, want_mask = text.embed(encoder, [_captions(id)[id % 5]], cfg.text.length)
+        rows = encoder.encode([_captions(id)[id % 5]], cfg.text.length)
+        want, want_mask = pad_text(rows, cfg.text.length, encoder.dim)
         np.testing.assert_array_equal(row, want[0])
         np.testing.assert_array_equal(mask, want_mask[0])
         pixels = np.asarray(Image.open(io.BytesIO(_picture(id))), float)[:, 5:35]
