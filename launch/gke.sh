@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains stages on GKE: launch/README.md is the runbook.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # Read by lib.sh.
 # shellcheck disable=SC2034
@@ -19,7 +19,7 @@ chips-per-host|4|of the node pool'\''s machines
 service-account|default|Kubernetes service account that may write to the bucket
 spot|false|run on Spot nodes
 max-restarts|50|of the whole JobSet; preemptions count too
-env||VARIABLE=value words for the training
+env||VARIABLE=value words for the training; a value has no spaces
 start-timeout-seconds|600|how long a worker waits for the others
 '
 # shellcheck source=launch/lib.sh
@@ -43,38 +43,9 @@ END
   print_options
 }
 
-# Words as the inside of a JSON (and YAML) list.
-json_list() {
-  local word list=""
-  for word in "$@"; do
-    word=${word//\\/\\\\}
-    list+="${list:+, }\"${word//\"/\\\"}\""
-  done
-  printf '[%s]' "$list"
-}
-
-json_environment() {
-  local word list=""
-  for word in "$@"; do
-    [[ $word == *=* ]] || die 2 "--env has '$word': write VARIABLE=value"
-    list+="${list:+, }{\"name\": $(json_word "${word%%=*}"),"
-    list+=" \"value\": $(json_word "${word#*=}")}"
-  done
-  printf '[%s]' "$list"
-}
-
-json_word() {
-  local list
-  list=$(json_list "$1")
-  list=${list#[}
-  printf '%s' "${list%]}"
-}
-
 render() {
   require image config workdir
-  local chips=1 side words text key
-  [[ ${opt[topology]} =~ ^[0-9]+(x[0-9]+){1,2}$ ]] ||
-    die 2 "--topology is '${opt[topology]}': write it as 4x8x8"
+  local chips=1 side words
   for side in ${opt[topology]//x/ }; do chips=$((chips * side)); done
   # A slice smaller than a host has a machine type of its own.
   local per_host=${opt[chips-per-host]}
@@ -82,25 +53,15 @@ render() {
   ((chips % per_host == 0)) ||
     die 2 "--topology ${opt[topology]} has $chips chips, no multiple of" \
       "--chips-per-host $per_host"
-  read -ra words <<<"${opt[env]}"
-  local -A value=(
-    [NAME]=${opt[name]} [NAMESPACE]=${opt[namespace]} [IMAGE]=${opt[image]}
-    [ACCELERATOR]=${opt[accelerator]} [TOPOLOGY]=${opt[topology]}
-    [SLICES]=${opt[slices]} [HOSTS]=$((chips / per_host)) [CHIPS]=$per_host
-    [MAX_RESTARTS]=${opt[max-restarts]} [SERVICE_ACCOUNT]=${opt[service-account]}
-    [SPOT_NODES]=$([[ ${opt[spot]} == false ]] ||
-      echo 'cloud.google.com/gke-spot: "true"')
-    [SPOT_TOLERATIONS]=$([[ ${opt[spot]} == false ]] && echo '[]' ||
-      echo '[{key: cloud.google.com/gke-spot, operator: Exists}]')
-    [ENVIRONMENT]=$(json_environment "${words[@]}")
-    [ARGUMENTS]=$(json_list "--config=${opt[config]}" "--workdir=${opt[workdir]}" \
-      --distributed "--start_timeout_seconds=${opt[start-timeout-seconds]}" "${rest[@]}")
-  )
-  text=$(<"$here/gke/jobset.yaml")
-  for key in "${!value[@]}"; do
-    text=${text//"\${$key}"/"${value[$key]}"}
-  done
-  printf '%s\n' "$text"
+  split env "${opt[env]}"
+  # Isolated: a json.py in the current folder is none of its modules.
+  python3 -IX utf8 "$here/gke/fill.py" "$here/gke/jobset.yaml" \
+    "NAME=${opt[name]}" "NAMESPACE=${opt[namespace]}" "IMAGE=${opt[image]}" \
+    "ACCELERATOR=${opt[accelerator]}" "TOPOLOGY=${opt[topology]}" "SPOT=${opt[spot]}" \
+    "SLICES=${opt[slices]}" "HOSTS=$((chips / per_host))" "CHIPS=$per_host" \
+    "MAX_RESTARTS=${opt[max-restarts]}" "SERVICE_ACCOUNT=${opt[service-account]}" \
+    -- "${words[@]}" -- "--config=${opt[config]}" "--workdir=${opt[workdir]}" \
+    --distributed "--start_timeout_seconds=${opt[start-timeout-seconds]}" "${rest[@]}"
 }
 
 kube() {
@@ -110,22 +71,18 @@ kube() {
 }
 
 main() {
-  local command=${1:---help} word
+  local command=${1---help}
   case $command in
     --help | -h | help) usage && return ;;
     render | apply | logs | status | delete) shift ;;
-    *) die 2 "'$command' is no command (see --help)" ;;
+    *) die 2 "${command@Q} is no command (see --help)" ;;
   esac
-  for word in "$@"; do
-    [[ $word != -- ]] || break
-    [[ $word != --help && $word != -h ]] || { usage && return; }
-  done
   load_options
   parse_options "$@"
   require name
-  check_name "${opt[name]}"
   [[ $command == render ]] ||
     need kubectl "install it ('gcloud components install kubectl') and get the cluster's credentials"
+  need python3 "it writes the manifest"
   local manifest pods="jobset.sigs.k8s.io/jobset-name=${opt[name]}"
   case $command in
     render) render ;;

@@ -56,52 +56,101 @@ print_options() {
 
 # parse_options ARGUMENT...: fills `opt`, and `rest` with what follows "--".
 parse_options() {
-  local word name
+  local word name value
+  local -A given=()
   while (($#)); do
     word=$1
     shift
     case $word in
       --) rest=("$@") && break ;;
+      --help | -h) usage && exit ;;
       --*) ;;
-      *) die 2 "'$word' is no flag: write --name=value (see --help)" ;;
+      *) die 2 "${word@Q} is no flag: write --name=value (see --help)" ;;
     esac
     name=${word#--}
     name=${name%%=*}
-    [[ -v "opt[$name]" ]] || die 2 "there is no flag --$name (see --help)"
+    # A subscript is expanded once more: $(...) in it would run.
+    [[ $name =~ ^[a-z-]+$ && -v "opt[$name]" ]] ||
+      die 2 "there is no flag $(quoted "${word%%=*}") (see --help)"
     if [[ $word == *=* ]]; then
-      opt[$name]=${word#*=}
+      value=${word#*=}
     elif [[ ${default[$name]} == true || ${default[$name]} == false ]]; then
-      opt[$name]=true
+      value=true
     elif (($#)); then
-      opt[$name]=$1
+      value=$1
       shift
     else
       die 2 "--$name needs a value"
     fi
+    case $name in
+      # These are lists: given again, they grow.
+      env | create-args | ssh-args) value=${given[$name]:+${given[$name]} }$value ;;
+    esac
+    given[$name]=$value opt[$name]=$value
   done
-  check_options
+  for name in "${!opt[@]}"; do check "$name" "${opt[$name]}"; done
 }
 
-check_options() {
-  local name
-  for name in "${!opt[@]}"; do
-    case ${default[$name]} in
-      true | false)
-        [[ ${opt[$name]} == true || ${opt[$name]} == false ]] ||
-          die 2 "--$name is '${opt[$name]}': write true or false"
-        ;;
-    esac
-    case $name in
-      retry-seconds | retry-max-seconds | poll-seconds)
-        [[ ${opt[$name]} =~ ^[0-9]+(\.[0-9]+)?$ ]] ||
-          die 2 "--$name is '${opt[$name]}': write a number"
-        ;;
-      retries | parallel | slices | chips-per-host | max-restarts | *-seconds)
-        [[ ${opt[$name]} =~ ^[0-9]+$ ]] ||
-          die 2 "--$name is '${opt[$name]}': write a whole number"
-        ;;
-    esac
-  done
+# check NAME VALUE: ends the script where the value of an option could not arrive, or not
+# as it was written. In the C locale letters and digits are ASCII's.
+check() {
+  local name=$1 value=$2 word words allowed="" LC_ALL=C
+  [[ $value != *[[:cntrl:]]* ]] ||
+    die 2 "--$name is ${value@Q}: line breaks, tabs and the like are not allowed"
+  [[ -n $value || -n ${default[$name]} ]] || return 0 # not given
+  case $name in
+    name)
+      [[ $value =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+        allowed="use at most 40 small letters, digits and dashes, a letter first"
+      ;;
+    zone | project | accelerator-type | runtime-version | namespace | service-account | \
+      accelerator)
+      [[ $value =~ ^[a-zA-Z0-9]([-._:a-zA-Z0-9]*[a-zA-Z0-9])?$ ]] ||
+        allowed="use letters, digits and, between them, dashes, dots, colons and _"
+      ;;
+    topology)
+      [[ $value =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$ ]] ||
+        allowed="write it as 4x8x8"
+      ;;
+    repo | commit | stages)
+      [[ $value == [!-]* ]] || allowed="it cannot be empty or begin with a dash"
+      ;;
+    worker)
+      [[ $value =~ ^(all|0|[1-9][0-9]{0,8})$ ]] || allowed="write a number, or all"
+      ;;
+    retry-seconds | retry-max-seconds | poll-seconds)
+      [[ $value =~ ^[0-9]{1,9}(\.[0-9]{1,9})?$ ]] || allowed="write a number"
+      ;;
+    parallel | slices | chips-per-host)
+      [[ $value =~ ^[1-9][0-9]{0,8}$ ]] || allowed="write a whole number, at least 1"
+      ;;
+    retries | max-restarts | *-seconds)
+      # Bash takes 010 for 8.
+      [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
+        allowed="write a whole number of at most 9 digits, the first no 0"
+      ;;
+    create-args | ssh-args) split "$name" "$value" ;;
+    env)
+      split "$name" "$value"
+      for word in "${words[@]}"; do
+        [[ $word =~ ^[a-zA-Z_][a-zA-Z0-9_]*= ]] ||
+          die 2 "--env has ${word@Q}: write VARIABLE=value; a value has no spaces"
+      done
+      ;;
+    *)
+      [[ ${default[$name]} != true && ${default[$name]} != false ||
+        $value == true || $value == false ]] || allowed="write true or false"
+      ;;
+  esac
+  [[ -z $allowed ]] || die 2 "--$name is ${value@Q}: $allowed"
+}
+
+# split NAME VALUE: sets `words`. They have one space between them and are taken as they
+# are, quotes and all; what else there is between words would be lost.
+split() {
+  IFS=' ' read -ra words <<<"$2"
+  [[ ${words[*]} == "$2" ]] ||
+    die 2 "--$1 has ${2@Q}: write its words with one space between them and no other"
 }
 
 # require NAME...: these have to be given.
@@ -111,13 +160,6 @@ require() {
     [[ -n ${opt[$name]} ]] ||
       die 2 "--$name is missing (or set $(option_variable "$name") in the environment)"
   done
-}
-
-# Names of slices and of Kubernetes objects.
-check_name() {
-  [[ $1 =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
-    die 2 "--name is '$1': use at most 40 small letters, digits and dashes," \
-      "a letter first"
 }
 
 # Prints lines of stdin with $1 before each.

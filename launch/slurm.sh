@@ -24,16 +24,16 @@ set -euo pipefail
 
 complain() { echo "error: $*" >&2; }
 
-case ${1:---help} in
+case ${1---help} in
   --help | -h) sed -n '/^# Trains/,/^set/s/^# \{0,1\}//p' "$0" && exit ;;
 esac
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-  complain "this is for Slurm: sbatch [--nodes=N] launch/slurm.sh $*"
+  complain "this is for Slurm: sbatch [--nodes=N] launch/slurm.sh$(printf ' %q' "$@")"
   exit 2
 fi
 python=${PYTHON:-.venv/bin/python}
-if ! command -v "$python" >/dev/null; then
-  complain "there is no '$python' in $PWD: set PYTHON, or call sbatch where the" \
+if ! command -v -- "$python" >/dev/null; then
+  complain "there is no ${python@Q} in $PWD: set PYTHON, or call sbatch where the" \
     "virtual environment is"
   exit 2
 fi

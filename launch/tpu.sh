@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains stages on Cloud TPU VMs: launch/README.md is the runbook.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 OPTIONS='
 name||of the slice
@@ -17,7 +17,7 @@ repo||git URL to clone on the workers; empty copies this checkout'\''s commit
 commit|HEAD|what to install
 config||of the stage, such as configs/base64.py
 workdir||of the run, such as gs://BUCKET/base
-env||VARIABLE=value words for the training
+env||VARIABLE=value words for the training; a value has no spaces
 start-timeout-seconds|600|how long a worker waits for the others
 worker|all|for logs: one worker'\''s number
 stages|base configs/base64.py v4-512 --config.mesh.fsdp=16; sr256 configs/sr256.py v4-256 --config.mesh.fsdp=8; sr1024 configs/sr1024.py v4-256 --config.mesh.fsdp=8|for cascade: NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...] of each stage
@@ -105,11 +105,10 @@ is_gone() {
 }
 
 ask_for_slice() {
-  local words=("--accelerator-type=${opt[accelerator-type]}")
-  [[ ${opt[spot]} == false ]] || words+=(--spot)
-  # Words are split on purpose.
-  # shellcheck disable=SC2206
-  words+=(${opt[create-args]})
+  local words
+  split create-args "${opt[create-args]}"
+  [[ ${opt[spot]} == false ]] || words=(--spot "${words[@]}")
+  words=("--accelerator-type=${opt[accelerator-type]}" "${words[@]}")
   if [[ ${opt[queued]} == true ]]; then
     queued_resource create "${opt[name]}" "--node-id=${opt[name]}" \
       "--runtime-version=${opt[runtime-version]}" "${words[@]}"
@@ -220,13 +219,15 @@ count_workers() {
 
 # on_worker NUMBER COMMAND: the command is one line of shell.
 on_worker() {
-  # shellcheck disable=SC2086
-  tpu_vm ssh "${opt[name]}" "--worker=$1" ${opt[ssh-args]} --command="$2" </dev/null
+  local words
+  split ssh-args "${opt[ssh-args]}"
+  tpu_vm ssh "${opt[name]}" "--worker=$1" "${words[@]}" --command="$2" </dev/null
 }
 
 copy_to_worker() {
-  # shellcheck disable=SC2086
-  tpu_vm scp "$2" "${opt[name]}:$3" "--worker=$1" ${opt[ssh-args]} </dev/null
+  local words
+  split ssh-args "${opt[ssh-args]}"
+  tpu_vm scp "$2" "${opt[name]}:$3" "--worker=$1" "${words[@]}" </dev/null
 }
 
 # each_worker TRIES CALL ARGUMENT...: `CALL NUMBER ARGUMENT...` for every worker, some at
@@ -284,13 +285,13 @@ install() {
   count_workers || return
   if [[ -n ${opt[repo]} ]]; then
     commit=${opt[commit]}
-    unpack="[ -d imagen-jax/.git ] || git clone --quiet $(quoted "${opt[repo]}") imagen-jax"
+    [[ $commit != HEAD ]] || commit=origin/HEAD
+    unpack="[ -d imagen-jax/.git ] || git clone --quiet -- $(quoted "${opt[repo]}") imagen-jax"
     unpack+=" && cd imagen-jax && git fetch --quiet origin"
-    unpack+=" && git checkout --quiet $(quoted "$commit")"
-    [[ $commit != HEAD ]] || unpack="${unpack%HEAD}origin/HEAD"
+    unpack+=" && git checkout --quiet $(quoted "$commit") --" # never a file of this name
   else
-    commit=$(git -C "$here" rev-parse --short "${opt[commit]}") ||
-      die 2 "--commit is '${opt[commit]}': no such commit in $here"
+    commit=$(git -C "$here" rev-parse --verify --quiet --short "${opt[commit]}^{commit}") ||
+      die 2 "--commit is ${opt[commit]@Q}: no such commit in $here"
     [[ -z $(git -C "$here" status --porcelain --untracked-files=no) ]] ||
       say "warning: changes that are not committed are not installed"
     git -C "$here/.." archive --format=tar.gz --output="$scratch/imagen-jax.tar.gz" \
@@ -308,11 +309,10 @@ install() {
 worker_sh() { echo "bash imagen-jax/launch/worker.sh $(quoted "$@")"; }
 
 train() {
-  local environment command
-  # shellcheck disable=SC2206
-  environment=(${opt[env]})
+  local words command
+  split env "${opt[env]}"
   command=(
-    env "${environment[@]}" PYTHONUNBUFFERED=1 .venv/bin/python -m imagen_jax.train
+    env PYTHONUNBUFFERED=1 "${words[@]}" .venv/bin/python -m imagen_jax.train
     "--config=${opt[config]}" "--workdir=${opt[workdir]}" --distributed
     "--start_timeout_seconds=${opt[start-timeout-seconds]}" "${rest[@]}"
   )
@@ -355,21 +355,15 @@ stop() {
 source "$here/tpu_run.sh"
 
 main() {
-  local command=${1:---help}
+  local command=${1---help}
   case $command in
     --help | -h | help) usage && return ;;
     create | install | train | logs | status | stop | delete | run | cascade) shift ;;
-    *) die 2 "'$command' is no command (see --help)" ;;
+    *) die 2 "${command@Q} is no command (see --help)" ;;
   esac
-  local word
-  for word in "$@"; do
-    [[ $word != -- ]] || break
-    [[ $word != --help && $word != -h ]] || { usage && return; }
-  done
   load_options
   parse_options "$@"
   require name zone
-  check_name "${opt[name]}"
   case $command in
     train | run) require config workdir ;;
     cascade) require workdir ;;

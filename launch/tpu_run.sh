@@ -63,7 +63,6 @@ later() {
   printf 'launch/tpu.sh logs|delete %s' "${words[*]}"
 }
 
-
 # Whether the slice is gone; what does not answer is asked again.
 slice_is_lost() {
   local state attempt
@@ -184,10 +183,12 @@ cascade() {
   local option status=0 worst=0
   IFS=';' read -ra stages <<<"${opt[stages]}"
   for line in "${stages[@]}"; do
-    read -ra words <<<"$line"
+    line=${line# }
+    split stages "${line% }"
     ((${#words[@]} >= 3)) ||
-      die 2 "--stages has '$line': write NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...]"
-    check_name "$name-${words[0]}"
+      die 2 "--stages has ${line@Q}: write NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...]"
+    check name "$name-${words[0]}"
+    check accelerator-type "${words[2]}"
   done
   # A run takes everything else from here.
   for option in "${!opt[@]}"; do

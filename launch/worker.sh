@@ -11,7 +11,7 @@
 # Statuses: none | running SECONDS_SINCE_ITS_LAST_LINE | exited STATUS WHEN |
 # stopped STATUS WHEN (by `stop`) | lost (the machine went down under it)
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+here=$(CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
   sed -n '2,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -64,7 +64,7 @@ supervise() {
   exec 9>"$folder/lock"
   flock --nonblock 9 || exit 0
   trap '' HUP
-  echo "=== $(date -u +%FT%TZ) $*" >>"$folder/log"
+  echo "=== $(date -u +%FT%TZ)$(printf ' %q' "$@")" >>"$folder/log"
   "$@" >>"$folder/log" 2>&1 &
   child=$!
   trap 'kill -TERM "$child" 2>/dev/null || true' TERM
@@ -158,15 +158,28 @@ stop() {
   fi
 }
 
-command=${1:---help}
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+command=${1---help}
 run=${2:-}
 folder=$HOME/imagen-runs/$run
 case $command in
+  start | supervise | status | log | follow | stop)
+    [[ $run =~ ^[a-zA-Z0-9][-._a-zA-Z0-9]*$ ]] ||
+      fail "RUN is ${run@Q}: use letters, digits, dashes, dots and _"
+    ;;&
+  start | supervise) (($# > 2)) || fail "there is no COMMAND to $command" ;;&
+  log | stop)
+    [[ ${3-0} =~ ^(0|[1-9][0-9]{0,8})$ ]] || fail "${3@Q} is no whole number"
+    ;;&
   --help | -h) usage ;;
   install) install_packages ;;
   start | supervise | stop) "$command" "${@:3}" ;;
   status) status ;;
   log) show_log "${3:-40}" ;;
   follow) follow ;;
-  *) echo "error: '$command' is no command (see --help)" >&2 && exit 2 ;;
+  *) fail "${command@Q} is no command (see --help)" ;;
 esac
