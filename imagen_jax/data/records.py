@@ -109,13 +109,12 @@ def batch_reader(
         number = start
         try:
             while True:
-                rows, found = rows_from(number), []
                 try:
-                    for fields in decoded(rows):
+                    for fields in decoded(rows_from(number)):
                         yield Batch(**fields)
                         number += 1
                 except tf.errors.InvalidArgumentError:
-                    rows = iter(rows.with_options(options))
+                    rows, found = iter(rows_from(number).with_options(options)), []
                 # What is read ahead fails some batches before the record's own.
                 while not found:
                     part = itertools.islice(rows, size)
