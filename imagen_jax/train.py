@@ -30,7 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "folder of this run, or gs://BUCKET/FOLDER")
     flags.DEFINE_bool("distributed", False, "one process of a TPU slice or Slurm job")
     flags.DEFINE_integer(
-        "start_timeout_seconds", 600, "wait for the other processes", lower_bound=1
+        "start_timeout_seconds", 120, "wait for the other processes", lower_bound=1
     )
     flags.DEFINE_integer(
         "heartbeat_timeout_seconds", 100, "without a sign of life: lost", lower_bound=1

@@ -15,7 +15,7 @@
 #
 # Every #SBATCH line gives way to a flag of sbatch's own; all that follows the script
 # are flags of imagen_jax.train. In the environment: PYTHON (default .venv/bin/python,
-# in the folder that sbatch is called from) and START_TIMEOUT_SECONDS (default 600).
+# in the folder that sbatch is called from) and START_TIMEOUT_SECONDS (default 120).
 #
 # 300 seconds before its time is over the training gets SIGTERM, saves and ends with
 # status 3; the job then goes back to the queue and resumes. A preempted job does the
@@ -44,7 +44,7 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 status=0
 srun --kill-on-bad-exit=0 --wait=300 --label \
   "$python" -m imagen_jax.train --distributed \
-  --start_timeout_seconds="${START_TIMEOUT_SECONDS:-600}" "$@" || status=$?
+  --start_timeout_seconds="${START_TIMEOUT_SECONDS:-120}" "$@" || status=$?
 echo "training ended with status $status"
 if ((status == 3)); then
   scontrol requeue "$SLURM_JOB_ID"

@@ -18,7 +18,7 @@ commit|HEAD|what to install
 config||of the stage, such as configs/base64.py
 workdir||of the run, such as gs://BUCKET/base
 env||VARIABLE=value words for the training; a value has no spaces
-start-timeout-seconds|600|how long a worker waits for the others
+start-timeout-seconds|120|how long a worker waits for the others
 worker|all|for logs: one worker'\''s number
 stages|base configs/base64.py v4-512 --config.mesh.fsdp=16; sr256 configs/sr256.py v4-256 --config.mesh.fsdp=8; sr1024 configs/sr1024.py v4-256 --config.mesh.fsdp=8|for cascade: NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...] of each stage
 keep|false|run leaves the slice when it is done

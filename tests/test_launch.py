@@ -170,7 +170,7 @@ def test_the_subcommands_one_after_the_other(cloud):
     (command,) = set(cloud.trainings())
     assert command == (
         "-m imagen_jax.train --config=configs/base64.py --workdir=gs://b/base "
-        "--distributed --start_timeout_seconds=600 --config.a=b c"
+        "--distributed --start_timeout_seconds=120 --config.a=b c"
     )
     assert cloud.run("tpu.sh", "stop", "--name=a").returncode == 0
     done = cloud.run("tpu.sh", "logs", "--name=a")

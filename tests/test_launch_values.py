@@ -86,7 +86,7 @@ def test_what_workers_run_is_what_was_written(cloud, tmp_path):
             b"--config=c*",
             f"--workdir=gs://{FLAGS}/b".encode(),
             b"--distributed",
-            b"--start_timeout_seconds=600",
+            b"--start_timeout_seconds=120",
             *(text.encode() for text in TEXTS),
             b"\xff\x80",
             b"--config.y=*",
