@@ -18,7 +18,7 @@ from imagen_jax.config import StageConfig
 from imagen_jax.data import memory, order
 from imagen_jax.data.manifest import TFDS, Manifest, Source, read_manifest, with_text
 from imagen_jax.data.start_tensorflow import start_tensorflow
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -141,9 +141,11 @@ class Stream:
     def set_state(self, state: bytes) -> None:
         """Goes to the position of `get_state`; `UserError` for one of other records."""
         try:
-            values = json.loads(state)
+            values = parse_json(state, "a position")
             batches, identity = values["batches"], values["identity"]
             names = self._identity | identity
+            if type(batches) is not int or not 0 <= batches < 2**40:
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 "the checkpoint's data position is damaged; start from an older "
