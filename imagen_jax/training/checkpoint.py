@@ -154,7 +154,11 @@ class Checkpointer:
             raise UserError(f"{what} is not one of this stage: {error}") from None
         train, positions = dict(found.train), self._json(step, "iterator")
         state = TrainState(ema=found.ema, opt_state=train.pop("opt"), **train)
-        return state, base64.b64decode(positions["0"])
+        try:
+            return state, base64.b64decode(positions["0"])
+        except (KeyError, TypeError, ValueError):
+            what = f"the iterator of checkpoint {step} of {self.workdir}"
+            raise UserError(f"{what} holds no position: copy it again") from None
 
     def stage(self, step: int | None = None) -> StageConfig:
         """The config of a checkpoint (default: the newest whose average is undamaged).
