@@ -56,6 +56,7 @@ setup(
         "parity": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.36"],
         # Formatting changes between minor releases of ruff.
         "test": [
+            "hypothesis>=6.100",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff==0.17.*",

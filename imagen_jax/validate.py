@@ -17,8 +17,8 @@ def check_stage(cfg: Any) -> None:
 
 def _model(cfg: Any) -> Iterator[tuple[str, str]]:
     model, levels = cfg.model, len(cfg.model.channels)
-    if not levels:
-        yield "model.channels", "the network needs at least one level"
+    if not 0 < levels <= 17:
+        yield "model.channels", "the network needs at least one level, and at most 17"
     for name in ("num_res_blocks", "self_attention", "text_attention"):
         if len(getattr(model, name)) != levels:
             yield f"model.{name}", f"give one per level: channels has {levels}"

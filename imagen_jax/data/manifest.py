@@ -5,14 +5,21 @@ import functools
 import hashlib
 import json
 import os
-import zipfile
-from typing import Any, BinaryIO
+import re
+from collections.abc import Iterator
+from typing import Any, BinaryIO, get_args, get_origin
 
-import numpy as np
 from etils import epath
 
 from imagen_jax.config import StageConfig
-from imagen_jax.errors import UserError, read_json
+from imagen_jax.errors import (
+    UserError,
+    is_file_name,
+    parse_json,
+    read_arrays,
+    read_json,
+)
+from imagen_jax.text import embeddings
 
 FILE_NAME = "manifest.json"
 FORMAT = 3
@@ -25,6 +32,14 @@ JOB_FILE = "prepare.json"
 QUARANTINE_FILE = "quarantine.jsonl"
 # The manifest of a folder of images without embeddings.
 PICTURES_FILE = "pictures.json"
+NPZ = "a .npz file of `prepare`"
+# Of a manifest, and for each file beside it, whose images may have a thousand sides.
+_MANIFEST_BYTES, _SHARD_BYTES = 2**26, 2**16
+_SHARD = {"file": str, "examples": int, "sha256": str}
+_SHARD |= dict.fromkeys(("sides", "lengths"), dict[str, int])
+# Not in manifests of release 0.1, and not of a .npz file.
+_FILE = {"bytes": int, "head_sha256": str}
+_IS_SIZE = re.compile("[0-9]{1,9}").fullmatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,9 +120,52 @@ def from_values(values: dict[str, Any], where: str) -> Manifest:
             "the records again, into a new folder"
         )
     try:
-        return Manifest(**values)
+        manifest = Manifest(**values)
+        for name in _wrong(manifest):
+            raise TypeError(f"{name} is not as `prepare` writes it")
     except TypeError as error:
         raise UserError(f"{where} is damaged, prepare again: {error}") from None
+    return manifest
+
+
+def _wrong(manifest: Manifest) -> Iterator[str]:
+    """The fields that are not as `prepare` writes them."""
+    for field in dataclasses.fields(Manifest):
+        if not _has_type(getattr(manifest, field.name), field.type):
+            yield field.name
+    if not all(map(_is_shard, manifest.shards)):
+        yield "shards"
+    # The number of an example is an int32.
+    examples = sum(shard["examples"] for shard in manifest.shards)
+    if not 0 < examples == manifest.examples <= 2**31:
+        yield "examples"
+    if manifest.embedding_dtype not in embeddings.DTYPES:
+        yield "embedding_dtype"
+    if not manifest.text_dim:
+        yield "text_dim"
+    if not _has_type(manifest.text_length, int):
+        yield "settings"
+
+
+def _is_shard(shard: dict[str, Any]) -> bool:
+    return (
+        all(_has_type(shard.get(name), kind) for name, kind in _SHARD.items())
+        and all(_has_type(shard.get(n, kind()), kind) for n, kind in _FILE.items())
+        and is_file_name(shard["file"])
+        and all(map(_IS_SIZE, [*shard["sides"], *shard["lengths"]]))
+        and sum(shard["sides"].values()) == shard["examples"]
+    )
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a JSON value has a field's type, and no number is below zero."""
+    if inner := get_args(kind):
+        values = value.values() if type(value) is dict else value
+        right = type(value) is get_origin(kind)
+        return right and all(_has_type(own, inner[-1]) for own in values)
+    if kind is float:
+        return type(value) in (int, float) and value >= 0
+    return kind is Any or type(value) is kind and (kind is str or 0 <= value < 2**63)
 
 
 def head_sha256(file: BinaryIO) -> str:
@@ -137,7 +195,9 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
             "without embeddings; run `prepare` again, or on these pictures"
         )
     file = path / FILE_NAME
-    manifest = from_values(read_json(file, "the manifest of records"), str(file))
+    most = _MANIFEST_BYTES + _SHARD_BYTES * len(names)
+    values = read_json(file, "the manifest of records", most)
+    manifest = from_values(values, str(file))
     files = [*_TFDS_FILES, *(shard["file"] for shard in manifest.shards)]
     missing = [file for file in files if file not in names]
     if missing:
@@ -149,13 +209,8 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
 
 
 def _read_npz_manifest(path: epath.Path) -> Manifest:
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            values = json.loads(str(file["manifest"]))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise UserError(
-            f"{str(path)!r} is no .npz file of `prepare`, or is damaged: prepare again"
-        ) from None
+    text = read_arrays(path, NPZ, {"manifest": ("<U", ())})["manifest"]
+    values = parse_json(text.tobytes(), f"{str(path)!r} is not {NPZ}")
     return from_values(values, str(path))
 
 

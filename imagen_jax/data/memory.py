@@ -6,13 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from etils import epath
 
 from imagen_jax.batch import Batch, downsample, pad_text
 from imagen_jax.config import StageConfig
-from imagen_jax.data.manifest import Manifest, to_json
+from imagen_jax.data.manifest import NPZ, Manifest, to_json
 from imagen_jax.data.order import crop_corner, is_flipped
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, read_arrays
 from imagen_jax.text import embeddings
 
 # Images that are downsampled at once when a file is opened: bounds the int32 copies.
@@ -60,6 +59,34 @@ def write(
         np.savez_compressed(file, **values, **own)
 
 
+def read(path: str, manifest: Manifest) -> dict[str, np.ndarray]:
+    """The `arrays` of a .npz file with `manifest`; `UserError` for any other file."""
+    sides = [int(side) for shard in manifest.shards for side in shard["sides"]]
+    width = embeddings.row_bytes(manifest.text_dim, manifest.embedding_dtype)
+    count, rows = manifest.examples, manifest.text_bytes // width
+    damaged = f"{path!r} is not {NPZ}, or is damaged"
+    if len(sides) != 1 or len(manifest.shards) != 1:
+        raise UserError(f"{damaged}: its manifest is that of a folder")
+    expected = {
+        "image": ("|u1", (count, sides[0], sides[0], 3)),
+        "text": ("|u1", (rows, width)),
+        "offset": ("<i8", (count + 1,)),
+        "id": ("<i8", (count,)),
+        "caption": ("<U", (count,)),
+    }
+    values = read_arrays(path, NPZ, expected)
+    offset, ids = values["offset"], values["id"]
+    if sha256(values) != manifest.shards[0]["sha256"]:
+        fault = "its arrays have another hash than its manifest says"
+    elif offset[0] or offset[-1] != rows or (offset[1:] < offset[:-1]).any():
+        fault = "the offsets of its text do not rise from 0 to its end"
+    elif ids.min() < 0 or ids.max() >= 2**31:
+        fault = "an id is no number of an example"
+    else:
+        return values
+    raise UserError(f"{damaged}: {fault}; copy it or prepare it again")
+
+
 def open_npz(
     cfg: StageConfig, manifest: Manifest, rows: np.ndarray
 ) -> Callable[[int], Iterator[Batch]]:
@@ -74,21 +101,17 @@ def open_npz(
             f"config.data.square is {cfg.data.square!r}, but {path!r} has the middle "
             "squares only: prepare a folder of records"
         )
-    with (
-        epath.Path(path).open("rb") as opened,
-        np.load(opened, allow_pickle=False) as file,
-    ):
-        image, text, offset, ids = (
-            file[name] for name in ("image", "text", "offset", "id")
-        )
+    values = read(path, manifest)
+    image, text, offset, ids = (values[n] for n in ("image", "text", "offset", "id"))
     side = image.shape[1]
     if side not in (size * 2**k for k in range(16)):
         raise UserError(
             f"{path!r} has images of {side} pixels, config.image_size is {size}: "
             f"prepare with --image_size={size}, or with a power of two times it"
         )
-    chunks = range(0, len(image), _CHUNK)
-    image = np.concatenate([downsample(image[i : i + _CHUNK], size) for i in chunks])
+    if side > size:
+        chunks = np.split(image, range(_CHUNK, len(image), _CHUNK))
+        image = np.concatenate([downsample(chunk, size) for chunk in chunks])
 
     def batch_at(number: int) -> Batch:
         epochs, places = np.divmod(number * cfg.training.batch_size + rows, len(ids))

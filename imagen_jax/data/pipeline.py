@@ -17,7 +17,7 @@ from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import memory, order, start_tensorflow
 from imagen_jax.data.manifest import TFDS, Manifest, Source, read_manifest, with_text
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +160,12 @@ class Stream:
     def set_state(self, state: bytes) -> None:
         """Goes to the position of `get_state`; `UserError` for one of other records."""
         try:
-            values = json.loads(state)
+            values = parse_json(state, "a position")
             batches, identity = values["batches"], values["identity"]
-            names = self._identity | identity
+            names, damaged = self._identity | identity, values.get("damaged", 0)
+            for count in (batches, damaged):
+                if type(count) is not int or not 0 <= count < 2**40:
+                    raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 "the checkpoint's data position is damaged; start from an older "
@@ -176,7 +179,7 @@ class Stream:
                     f"has {have!r}: continue with the same data, or start in a new "
                     "workdir"
                 )
-        self._seek(batches, values.get("damaged", 0))
+        self._seek(batches, damaged)
 
 
 def open_records(

@@ -1,6 +1,7 @@
 """What `prepare` is asked for: the flags of the door, and the arguments of Python."""
 
 import dataclasses
+import math
 from typing import Any
 
 from imagen_jax.errors import UserError
@@ -68,7 +69,7 @@ class Settings:
         """Raises `UserError` for values out of range and combinations without sense."""
         for field in dataclasses.fields(self):
             value, least = getattr(self, field.name), field.metadata["least"]
-            if None not in (value, least) and value < least:
+            if None not in (value, least) and not least <= value < math.inf:
                 raise UserError(f"--{field.name} is {value}; give at least {least}")
         embeddings.check_dtype(self.embedding_dtype)
         index, count = self.process_index, self.process_count

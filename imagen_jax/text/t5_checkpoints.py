@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from flax import serialization, traverse_util
 
-from imagen_jax.errors import UserError, read_json
+from imagen_jax.errors import UserError, read_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,7 @@ def open_checkpoint(path: str) -> Checkpoint:
     if (place / "checkpoint").is_file():
         return _open_t5x(place)
     if index.is_file():
-        values = read_json(index, "an index of safetensors files")
-        files = sorted(set(values.get("weight_map", {}).values()))
+        files = read_index(index, "an index of safetensors files")
         return _open_safetensors([place / file for file in files])
     if single.is_file():
         return _open_safetensors([single])

@@ -157,7 +157,11 @@ class Checkpointer:
             raise UserError(f"{what} is not one of this stage: {error}") from None
         train, positions = dict(found.train), self._json(step, "iterator")
         state = TrainState(ema=found.ema, opt_state=train.pop("opt"), **train)
-        return state, base64.b64decode(positions["0"])
+        try:
+            return state, base64.b64decode(positions["0"])
+        except (KeyError, TypeError, ValueError):
+            what = f"the iterator of checkpoint {step} of {self.workdir}"
+            raise UserError(f"{what} holds no position: copy it again") from None
 
     def unlogged(self, step: int) -> list[dict[str, Any]]:
         """What `save` was given; checkpoints of release 0.1 have none."""

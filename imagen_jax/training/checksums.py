@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator
 import orbax.checkpoint as ocp
 from etils import epath
 
+from imagen_jax.errors import UserError, read_json
+
 # Orbax finalizes items in alphabetical order; this one must come last.
 ITEM = "verification"
 _FILE = "files.json"
@@ -42,11 +44,11 @@ def faults(
 ) -> list[str]:
     """Damaged files of some items, one line each, in share `part` of `parts`."""
     try:
-        listed = json.loads((folder / ITEM / _FILE).read_bytes())
-    except (OSError, ValueError):
-        listed = []
+        listed = read_json(folder / ITEM / _FILE, "the checksums of a checkpoint")
+    except UserError:
+        listed = {}
     names = [name for name in sorted(listed) if name.split("/")[0] in items]
-    if not names:
+    if not names or ".." in "/".join(names).split("/"):
         return [f"{ITEM}/{_FILE} is missing or damaged"]
     return [
         f"{name} {'has changed since it was written' if found else 'is missing'}"
@@ -72,7 +74,7 @@ def _sums(folder: epath.Path, names: list[str]) -> dict[str, list[int]]:
             with (folder / name).open("rb") as file:
                 while block := file.read(2**23):
                     size, crc = size + len(block), zlib.crc32(block, crc)
-        except OSError:
+        except (OSError, ValueError):
             return []
         return [size, crc]
 

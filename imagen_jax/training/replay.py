@@ -12,8 +12,6 @@ import functools
 import io
 import json
 import math
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,10 +26,10 @@ from jax.sharding import Mesh
 
 from imagen_jax import config as config_lib
 from imagen_jax import sharding
-from imagen_jax.batch import Batch, batch_spec, check_batch
+from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import MeshConfig, StageConfig
-from imagen_jax.errors import UserError, read_json
+from imagen_jax.errors import UserError, read_arrays, read_json
 from imagen_jax.models import network
 from imagen_jax.training.bad_updates import after_rollback, before_the_last_skip
 from imagen_jax.training.checkpoint import Checkpointer
@@ -253,11 +251,7 @@ def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
       UserError: for a folder that is no bundle, or a damaged one.
     """
     folder = epath.Path(bundle)
-    path = folder / "bundle.json"
-    record = read_json(path, "the record of a bundle (--replay=WORKDIR/bundles/STEP)")
-    if (version := record.get("schema_version")) != _VERSION:
-        what = f"{path} has schema version {version}, not {_VERSION}"
-        raise UserError(f"{what}: use the release that wrote it")
+    record = _read_record(folder / "bundle.json")
     with contextlib.closing(Checkpointer(bundle)) as checkpointer:
         before = checkpointer.required()
         cfg = checkpointer.stage(before)
@@ -267,6 +261,8 @@ def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
         training = dataclasses.replace(cfg.training, microbatches=microbatches)
         cfg = dataclasses.replace(cfg, mesh=MeshConfig(), training=training)
         mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:1])
+        name = "training.batch_size"
+        sharding.check_batch_size(cfg.training.batch_size, mesh, name, microbatches)
         state, _ = checkpointer.restore(cfg, mesh, before)
     batch = jax.device_put(
         _read_batch(folder / "batch.npz", cfg), sharding.batch_sharding(mesh)
@@ -274,15 +270,27 @@ def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return record, examine(state, batch, cfg, mesh)
 
 
-def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
+def _read_record(path: epath.Path) -> dict[str, Any]:
+    record = read_json(path, "the record of a bundle (--replay=WORKDIR/bundles/STEP)")
+    if (version := record.get("schema_version")) != _VERSION:
+        what = f"{path} has schema version {version}, not {_VERSION}"
+        raise UserError(f"{what}: use the release that wrote it")
     try:
-        arrays = dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
-        text = arrays.pop(_TEXT_BITS).view(jnp.bfloat16)
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error):
-        raise UserError(f"{path} is missing or damaged: copy it again") from None
-    batch = Batch(text=text, **arrays)
-    check_batch(batch, batch_spec(cfg))
-    return batch
+        values, is_right = record["recorded"], type(record["row_shards"]) is int
+        record["recorded"] = {n: float(values[n]) for n in ("loss", "gradient_norm")}
+    except (KeyError, TypeError, ValueError):
+        is_right = False
+    if not (is_right and "step" in record):
+        raise UserError(f"{path} is damaged: copy the bundle again")
+    return record
+
+
+def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
+    spec = vars(batch_spec(cfg))
+    expected = {name: (x.dtype.str, x.shape) for name, x in spec.items()}
+    expected[_TEXT_BITS] = "<u2", expected.pop("text")[1]
+    arrays = read_arrays(path, "the batch of a bundle", expected)
+    return Batch(text=arrays.pop(_TEXT_BITS).view(jnp.bfloat16), **arrays)
 
 
 def print_replay(bundle: str) -> None:

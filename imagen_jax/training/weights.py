@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig
-from imagen_jax.errors import UserError, read_json
+from imagen_jax.errors import UserError, read_index, read_json
 from imagen_jax.models import network
 from imagen_jax.training.checkpoint import (
     SAMPLED,
@@ -94,12 +94,13 @@ def open_weights(path: str) -> Weights:
             cfg = checkpointer.stage(step)
         return Weights(path, cfg, step, _shapes(cfg), {})
     described = read_json(folder / CONFIG, "the config.json of an export")
-    cfg = described_stage(described, str(folder / CONFIG))
+    cfg, step = described_stage(described, str(folder / CONFIG)), described.get("step")
+    if type(step) is not int:
+        raise UserError(f"{folder / CONFIG} names no step: copy it again")
     files = [single]
     if not single.exists():
-        names = read_json(index, "the index of an export").get("weight_map", {})
-        files = [folder / name for name in sorted(set(names.values()))]
-    return Weights(path, cfg, described.get("step"), *_find_tensors(files))
+        files = [folder / name for name in read_index(index, "the index of an export")]
+    return Weights(path, cfg, step, *_find_tensors(files))
 
 
 def _find_tensors(files: list[epath.Path]) -> tuple[dict, dict]:
