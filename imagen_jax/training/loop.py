@@ -253,15 +253,13 @@ def _run(
                 bar.update(step - bar.n)
                 saves, samples = step == last, False
             if saves or stops:
+                unlogged = list(means.unlogged)
+                if step == last:
+                    means.flush(step)
                 with stopwatch.bucket("checkpoint"):
                     claim.check()
-                    checkpointer.save(
-                        state,
-                        cfg,
-                        batches.get_state(),
-                        means.unlogged,
-                        means.since_checkpoint(),
-                    )
+                    position, best = batches.get_state(), means.since_checkpoint()
+                    checkpointer.save(state, cfg, position, unlogged, best)
                 writer.event("checkpoint", step)
             if samples:
                 # The first preview compiles the sampler.
