@@ -23,8 +23,9 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 # Metrics averaged over the steps of a line.
 MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
-# Files in a bucket are replaced as a whole; a kill loses at most this much of them.
-_COPY_SECONDS = 60.0
+# Files in a bucket are replaced as a whole, TensorBoard's are buffered; a kill loses at
+# most this much of them.
+_FLUSH_SECONDS = 60.0
 
 
 class Stopwatch:
@@ -85,13 +86,13 @@ class MetricWriter:
         if not self.active:
             return
         # Imported only by the process that writes: the import is slow.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
         if "://" in workdir:
             self.bucket = epath.Path(workdir)
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="imagen-logs-"))
-            self._copied_at = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        board = self.folder / "tensorboard"
+        board.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVENTS):
             path = self.folder / name
             if self.bucket and (self.bucket / name).exists():
@@ -100,19 +101,21 @@ class MetricWriter:
             if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
                 with path.open("a") as file:
                     file.write("\n")
-        self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"))
+        # A SummaryWriter's thread dies of a full disk, and then all others wait for it.
+        self._tensorboard = EventsWriter(str(board / "events"))
+        self._flushed_at = time.monotonic()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and a point on each TensorBoard curve."""
         if self.active:
             self._append(METRICS, {"step": step, **values})
             for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._show(step, "scalar", name, value)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A `[H, W, 3]` uint8 image for TensorBoard."""
         if self.active:
-            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+            self._show(step, "image", name, image, dataformats="HWC")
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """One line of events.jsonl: what happened, and where the time went.
@@ -123,13 +126,13 @@ class MetricWriter:
         lap = self.stopwatch.lap()
         if self.active:
             self._append(EVENTS, {"event": kind, "step": step, **lap, **details})
-            self._copy(_COPY_SECONDS if kind == "steps" else 0.0)
+            self._flush(_FLUSH_SECONDS if kind == "steps" else 0.0)
 
     def close(self) -> None:
         """Writes what is left."""
         if self.active:
+            self._flush()
             self._tensorboard.close()
-            self._copy()
         if self.bucket:
             shutil.rmtree(self.folder)
 
@@ -137,15 +140,25 @@ class MetricWriter:
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _copy(self, seconds: float = 0.0) -> None:
-        """Copies the files to the bucket, unless that was done `seconds` ago."""
-        if not self.bucket or time.monotonic() - self._copied_at < seconds:
+    def _show(self, step: int, kind: str, *values: Any, **options: Any) -> None:
+        from tensorboardX import event_file_writer, summary
+
+        shown = getattr(summary, kind)(*values, **options)
+        event = event_file_writer.event_pb2.Event(step=step, summary=shown)
+        event.wall_time = time.time()
+        self._tensorboard.write_event(event)
+
+    def _flush(self, seconds: float = 0.0) -> None:
+        """Writes what is buffered, and to the bucket, unless done `seconds` ago."""
+        if time.monotonic() - self._flushed_at < seconds:
             return
-        for path in filter(pathlib.Path.is_file, self.folder.rglob("*")):
+        self._tensorboard.flush()
+        files = self.folder.rglob("*") if self.bucket else ()
+        for path in filter(pathlib.Path.is_file, files):
             place = self.bucket / path.relative_to(self.folder).as_posix()
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(path.read_bytes())
-        self._copied_at = time.monotonic()
+        self._flushed_at = time.monotonic()
 
 
 class IntervalMeans:
