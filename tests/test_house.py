@@ -159,6 +159,12 @@ def test_imports_have_no_circle():
     assert not after, f"a circle among {sorted(after)}"
 
 
+def test_pictures_are_opened_in_one_place():
+    """Which formats are read, and what of errors, is decided by `images.opened`."""
+    files = sources()
+    assert [path for path in files if "Image.open" in files[path]] == ["images.py"]
+
+
 @pytest.mark.parametrize(
     ("path", "text"),
     [
