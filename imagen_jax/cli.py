@@ -1,17 +1,20 @@
 """What all doors share: flags in, one clear line and an exit status out."""
 
+import functools
 import json
+import logging
 import os
 import pathlib
 import re
 import resource
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 
-from imagen_jax.errors import Stopped, UserError, did_you_mean
+from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printable
 
 DOORS = ("prepare", "train", "sample", "export", "goodput", "plan", "benchmark", "demo")
 
@@ -58,11 +61,16 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         from imagen_jax.compilation import use_compilation_cache  # imports JAX
 
         use_compilation_cache(flags.FLAGS.compilation_cache)
+        _quiet_threads()
         main()
     except UserError as error:
         _exit(1, str(error))
     except (Stopped, KeyboardInterrupt) as stopped:
         _exit(3, str(stopped) or "interrupted")
+    except Exception as error:
+        if not is_full(error):
+            raise
+        _exit(1, f"a disk is full, make room and start again: {error}")
     sys.exit(0)
 
 
@@ -96,10 +104,10 @@ def table(report: Mapping[str, Any], indent: str = "") -> str:
     lines = []
     for name, value in report.items():
         if isinstance(value, Mapping):
-            lines += [f"{indent}{name}", table(value, indent + "  ")]
+            lines += [indent + printable(name), table(value, indent + "  ")]
         else:
             form = {float: ",.4g", int: ","}.get(type(value), "")
-            lines.append(f"{indent}{name:32} {format(value, form)}")
+            lines.append(printable(f"{indent}{name:32} {format(value, form)}"))
     return "\n".join(lines)
 
 
@@ -121,13 +129,31 @@ def _brief(error: Exception) -> str:
         return f"--config has no such key: {text}".replace("\n", ". ")
     first, _, rest = str(error).partition("\n")
     if "Traceback" not in rest:
-        return str(error)
+        return str(error).replace("\n", " ")
     last = rest.strip().splitlines()[-1]
     return f"{first.split(': ')[0]}: {last.partition(': ')[2] or last}"
 
 
+def _quiet_threads() -> None:
+    """Of a full disk our own line tells: not each thread of Orbax and TensorStore."""
+
+    def is_known(error: BaseException | None) -> bool:
+        # The second one follows: writes that end when Orbax has given up.
+        return bool(error) and (is_full(error) or str(error) == "Event loop is closed")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and is_known(record.exc_info[1]))
+
+    for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
+        tell = getattr(module, f"__{name}__")
+        hook = functools.partial(lambda tell, e: is_known(e.exc_value) or tell(e), tell)
+        setattr(module, name, hook)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_news)
+
+
 def _exit(status: int, message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(status)
 
 

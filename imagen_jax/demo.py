@@ -24,7 +24,7 @@ from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.api.samples import write
 from imagen_jax.config import MeshConfig, StageConfig
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, printable
 from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes.judge import Verdict, judge
@@ -224,10 +224,11 @@ def define_flags() -> None:
 def main() -> None:
     """Runs the demo and says where to look."""
     report = demo(flags.FLAGS.output, flags.FLAGS.seconds)
+    page = printable(pathlib.Path(flags.FLAGS.output).resolve() / "index.html")
     print(
         f"\n{table(report)}\n\n"
         f"{report['seconds']:.0f} seconds, at most {report['peak_memory_gib']:.1f} GiB "
-        f"of memory\nopen {pathlib.Path(flags.FLAGS.output).resolve() / 'index.html'}"
+        f"of memory\nopen {page}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Errors that users are meant to read, and the readers of what a stranger may give.
+"""Errors that users are meant to read, and files that are checked or appear whole.
 
 Whatever is in a file, the readers of JSON and .npz return what was asked for or raise
 one `UserError`. They check before they allocate.
@@ -6,10 +6,13 @@ one `UserError`. They check before they allocate.
 
 import contextlib
 import difflib
+import errno
 import json
 import math
 import os
+import pathlib
 import re
+import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
@@ -32,6 +35,12 @@ _HEADER = re.compile(
 )
 
 
+# How the names of files end that are not whole yet.
+TEMPORARY = ".tmp"
+# No room, no quota, no larger file allowed.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class UserError(ValueError):
     """Bad input: says what is wrong, where, and what to do.
 
@@ -45,6 +54,14 @@ class UserError(ValueError):
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved its state; doors exit with status 3."""
+
+
+def printable(text: object) -> str:
+    """`text` on one line for a terminal, which the names of files could control.
+
+    What `repr` would escape in it is escaped.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
@@ -212,3 +229,48 @@ def _open(path: str | os.PathLike) -> IO[bytes]:
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError("it is no file")
     return epath.Path(path).open("rb")
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; TensorFlow and TensorStore say it."""
+    number, text = getattr(error, "errno", None), str(error)
+    return any(number == full or os.strerror(full) in text for full in _FULL)
+
+
+@contextlib.contextmanager
+def needing_room(folder: str | os.PathLike) -> Iterator[None]:
+    """Raises a `UserError` for a full disk."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise UserError(
+            f"the disk of {str(folder)!r} is full: make room and start again"
+        ) from None
+
+
+@contextlib.contextmanager
+def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives another name to write under; renames what was written to `path`."""
+    # Of its own, as several processes may write the same at once.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with needing_room(path.parent):
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except FileNotFoundError:
+        # Another process was first, and removed what it took for left over.
+        if not path.exists():
+            raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file of JSON that appears whole or not at all."""
+    with appearing(path) as partial:
+        # As JSON escapes them: bytes of a name that are not UTF-8.
+        partial.write_text(text, "utf8", "backslashreplace")

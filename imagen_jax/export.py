@@ -21,7 +21,7 @@ from flax import traverse_util
 from imagen_jax import __version__, cli
 from imagen_jax.api.cascade import Trained, open_stages
 from imagen_jax.config import MeshConfig
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, printable
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.checkpoint import description
 from imagen_jax.training.weights import CONFIG, INDEX, SINGLE
@@ -160,7 +160,7 @@ def main() -> None:
     """Exports what the flags ask for."""
     args = flags.FLAGS
     files = export(args.stage, args.output, int(args.shard_gb * 1e9))
-    print(f"{len(files)} files of parameters in {args.output}")
+    print(f"{len(files)} files of parameters in {printable(args.output)}")
     print(f"Fill in the gaps of its {_CARD} before publishing it")
 
 

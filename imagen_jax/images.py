@@ -1,11 +1,49 @@
-"""Grids of captioned pictures, and PNG files."""
+"""Pictures: files opened, grids with captions, PNG files written."""
 
+import contextlib
 import io
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+# Pillow reads dozens of others, and some by starting a program: EPS by Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+_OPENING = threading.Lock()
+
+
+class Unusable(Exception):
+    """A picture that cannot be used; the text says why."""
+
+
+@contextlib.contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture's file of a format that docs/prepare.md names, to be decoded inside.
+
+    Only its header is read: look at the size before `load`, as there is no limit.
+
+    Raises:
+      Unusable: for files of other formats, and for whatever Pillow raises inside.
+    """
+    try:
+        # Pillow's limit is a global, and it warns of pictures long before it.
+        with _OPENING:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+        yield image
+    except Unusable:
+        raise
+    except UnidentifiedImageError:
+        # Pillow's text names an address in memory.
+        raise Unusable("it is no picture of a known format") from None
+    # Pillow's decoders raise almost anything on damaged input.
+    except Exception as error:
+        raise Unusable(f"{type(error).__name__}: {error}") from None
 
 
 def enlarge(images: np.ndarray, size: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from absl import flags
 
 from imagen_jax import cli
 from imagen_jax.data.manifest import Manifest
+from imagen_jax.errors import printable
 from imagen_jax.preparing import job as jobs
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats
@@ -56,7 +57,7 @@ def prepare(
     old = jobs.start(job)
     if old:
         if progress:
-            print(f"already prepared: {old.examples} examples in {output}")
+            print(printable(f"already prepared: {old.examples} examples in {output}"))
         return old
     if progress:
         print(_estimate(job))
@@ -91,7 +92,7 @@ def _summary(done: Manifest, output: str) -> str:
         f"cosine error {done.cosine_error['mean']:.2g}); {done.skipped} skipped"
     ]
     lines += [f"  {s['file']}: {s['reason']}" for s in done.skipped_files[:5]]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def define_flags() -> None:

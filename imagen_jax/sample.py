@@ -14,7 +14,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from imagen_jax import cli, images
 from imagen_jax.api.cascade import (
@@ -26,7 +25,7 @@ from imagen_jax.api.cascade import (
 )
 from imagen_jax.api.samples import make_folder, write
 from imagen_jax.config import MeshConfig
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, printable
 from imagen_jax.sharding import make_mesh
 
 
@@ -43,16 +42,18 @@ def read_lowres(paths: Sequence[str], size: int, count: int) -> np.ndarray:
     pictures = []
     for path in paths:
         try:
-            picture = np.asarray(Image.open(path).convert("RGB"))
-        except OSError as error:
+            with images.opened(pathlib.Path(path).read_bytes()) as picture:
+                width, height = picture.size
+                # Any size may stand in the header of a small file.
+                if width == height == size:
+                    pictures.append(np.asarray(picture.convert("RGB")))
+        except (OSError, images.Unusable) as error:
             raise UserError(f"--lowres={path} cannot be read: {error}") from None
-        height, width, _ = picture.shape
-        if (height, width) != (size, size):
+        if not width == height == size:
             raise UserError(
                 f"--lowres={path} has {width} x {height} pixels; the stage takes "
                 f"{size} x {size}: crop and resize it first"
             )
-        pictures.append(picture)
     return np.stack(pictures * (count // len(pictures)))
 
 
@@ -156,7 +157,8 @@ def main() -> None:
         path = pathlib.Path(args.output) / f"estimates_{of_stage.shape[2]}px.png"
         labels = [f"step {step}" for step in recorded] * len(of_stage)
         images.save_sheet(path, np.concatenate(of_stage), len(recorded), labels)
-    print(f"{len(samples[-1])} pictures in {args.output}, all together in grid.png")
+    where = printable(args.output)
+    print(f"{len(samples[-1])} pictures in {where}, all together in grid.png")
 
 
 if __name__ == "__main__":

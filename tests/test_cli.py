@@ -1,5 +1,6 @@
 """What all doors share: exit statuses, messages, help, the caches."""
 
+import errno
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from absl import flags
 
 from imagen_jax import cli
-from imagen_jax.errors import Stopped, UserError
+from imagen_jax.errors import Stopped, UserError, printable
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,97 @@ def test_statuses(raised, status, message, capsys):
     assert "usage" not in capsys.readouterr().err
     assert _status(main, "--number=3") == status
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain 'name'.png", None),
+        ('zwölf 狐 🦊 \\ "', None),
+        ("\x1b]0;title\x07\x1b[31m", r"\x1b]0;title\x07\x1b[31m"),
+        ("a\nerror: b\r\t\0\b\x7f", r"a\nerror: b\r\t\x00\x08\x7f"),
+        ("\x85\x9b31m", r"\x85\x9b31m"),
+        ("\u2028\u202e\u200b\ufeff", r"\u2028\u202e\u200b\ufeff"),
+        ("\udcff\udc80", r"\udcff\udc80"),
+        (7, "7"),
+    ],
+)
+def test_what_a_terminal_is_shown(text, shown, capsys):
+    def main():
+        raise UserError(str(text))
+
+    shown = shown or text
+    assert printable(text) == shown
+    assert _status(main, "--number=3") == 1
+    assert capsys.readouterr().err == f"error: {shown}\n"
+    assert cli.table({str(text): {str(text): str(text)}}).count(shown) == 3
+    assert not set(cli.table({str(text): str(text)})) & set("\x1b\x07\n")
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EFBIG, "File too large", "a\x07"),
+    ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_err"),
+]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_a_full_disk_is_one_line(error, capsys):
+    def main():
+        raise error
+
+    assert _status(main, "--number=3") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: a disk is full, make room")
+    assert "\x07" not in lines[0]
+
+
+THREADS = """
+import asyncio, gc, logging, sys, threading
+from absl import flags, logging as absl_logging
+from imagen_jax import cli
+from imagen_jax.errors import UserError
+
+full, other = OSError(28, "No space left on device"), OSError(5, "broken")
+
+def dies(error):
+    raise error
+
+class Dies:
+    def __del__(self):
+        raise RuntimeError("Event loop is closed")
+
+async def forgets(error):
+    asyncio.ensure_future(asyncio.to_thread(dies, error))
+    await asyncio.sleep(0.2)
+
+def main():
+    for error in (full, other):
+        thread = threading.Thread(target=dies, args=(error,))
+        thread.start()
+        thread.join()
+        try:
+            dies(error)
+        except OSError:
+            absl_logging.exception("by absl")
+        asyncio.run(forgets(error))
+        gc.collect()
+    Dies()
+    raise UserError("make room")
+
+cli.run(main, ["door"])
+"""
+
+
+def test_no_thread_tells_of_a_full_disk():
+    """But of all other errors."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: make room\n")
+    assert "No space left" not in done.stderr and "loop is closed" not in done.stderr
+    assert done.stderr.count("OSError: [Errno 5] broken") == 3, done.stderr
 
 
 def test_programs_are_cached_where_the_environment_says(monkeypatch, tmp_path):

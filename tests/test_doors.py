@@ -274,6 +274,36 @@ def test_bad_calls_of_train(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kib", [8, 60])
+def test_no_room_for_a_run_is_one_line(cascade, tmp_path, kib):
+    """For its logs or its checkpoints: no file may be longer."""
+    command = [
+        sys.executable,
+        "-m",
+        "imagen_jax.train",
+        "--config=configs/tiny.py:base",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.records={cascade[0]}",
+        *TINY,
+        "--config.training.steps=200",
+        "--config.training.log_every_steps=1",
+        "--config.training.checkpoint_every_steps=20",
+        "--compilation_cache=False",  # or it would hold what was cut
+    ]
+    done = subprocess.run(
+        ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "bash", *command],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    said = error(done)
+    assert done.returncode == 1 and "File too large" in said
+    assert said.count("\n") == 1 and "start the same command again" in said
+
+
+@pytest.mark.slow
 def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
     records, _, _ = cascade
     workdir = tmp_path / "run"

@@ -215,6 +215,7 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
         ({"shard_examples": -1}, "--shard_examples is -1"),
         ({"min_side": 0}, "--min_side is 0"),
         ({"stored_size": -2}, "--stored_size is -2"),
+        ({"max_pixels": 0}, "--max_pixels is 0"),
         (
             {"stored_size": 8, "output": "out.npz"},
             "--stored_size is below --image_size",
@@ -296,6 +297,15 @@ CASES = {
         b"x",
         (40, (255, 0, 0), "x"),
     ),
+    "PNG without its end": ("png", PNG[:-12], b"x", (40, "pixels", "x")),
+    "EPS": ("png", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"x", "it is no picture of a known"),
+    "TIFF": ("png", _file(RED, "TIFF"), b"x", "it is no picture of a known format"),
+    "enormous": (
+        "png",
+        _file(Image.new("1", (14_000, 10_000))),
+        b"x",
+        "14000 by 10000 pixels are more than --max_pixels=128000000",
+    ),
     "16 bit": ("png", _file(Image.fromarray(DEEP)), b"x", (40, (155,) * 3, "x")),
     "alpha": ("png", _file(HALF_RED), b"x", (40, (255, 127, 127), "x")),
     "animated GIF": ("gif", GIF, b"x", (40, (255, 0, 0), "x")),
@@ -331,6 +341,7 @@ def outcome(tmp_path_factory):
         text_length=16,
         min_side=8,
         max_aspect=50,
+        max_bad_share=0.9,
         progress=False,
     )
     start_tensorflow()
@@ -364,6 +375,12 @@ def test_outcomes(outcome, name):
     assert (have_side, have_caption) == (side, caption) and name not in reasons
     if colour is None:
         assert stored == file
+    elif colour == "pixels":
+        start_tensorflow()
+        from imagen_jax.data import preprocess
+
+        assert stored != file
+        np.testing.assert_array_equal(preprocess.decode(stored), _noise(40, 50, 3))
     else:
         pixels = np.asarray(Image.open(io.BytesIO(stored)), int)
         # CMYK is a JPEG's, with its losses.
@@ -374,4 +391,4 @@ def test_everything_is_counted(outcome):
     manifest, reasons, records = outcome
     assert manifest.examples == len(records) and manifest.skipped == len(reasons)
     assert manifest.examples + manifest.skipped == len(CASES)
-    assert manifest.reencoded == 4 and manifest.cut_captions == 1
+    assert manifest.reencoded == 5 and manifest.cut_captions == 1

@@ -1,5 +1,8 @@
 """What the sampling door reads from its flags."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +29,38 @@ def test_pictures_to_start_from(tmp_path):
         read_lowres(paths, 4, 3)
     with pytest.raises(UserError, match="4 x 4 pixels; the stage takes 8 x 8"):
         read_lowres(paths, 8, 2)
+
+
+def _png(width, height):
+    """A picture's header, and nothing of the picture."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = header, b"IDAT" + zlib.compress(b""), b"IEND"
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c))
+        for c in chunks
+    )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "cannot be read: .*No such file"),
+        (b"", "no picture of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "a known format"),
+        (b"P6 4 4 255 " + bytes(48), "no picture of a known format"),
+        # A size is refused before the picture is decoded, whatever the size.
+        (_png(13_300, 13_300), "13300 x 13300 pixels; the stage takes 4 x 4"),
+        (_png(30_000, 30_000), "30000 x 30000 pixels; the stage takes 4 x 4"),
+        (_png(4, 4), r"cannot be read: \w+: "),
+    ],
+)
+def test_files_that_are_no_picture_to_start_from(tmp_path, data, message):
+    path = tmp_path / "a.png"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(UserError, match=f"--lowres={path} .*{message}"):
+        read_lowres([str(path)], 4, 1)
 
 
 def test_folders_that_cannot_hold_pictures(tmp_path):

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.pipeline import Stream, open_records, open_sources
+from imagen_jax.errors import printable
 from imagen_jax.sharding import make_mesh, replicated
 from imagen_jax.training.loop import train
 from imagen_jax.training.metrics import Stopwatch
@@ -38,7 +39,8 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
     if jax.process_index() == 0:
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         print(
-            f"training {cfg.name} on {mesh.size} x {jax.devices()[0].device_kind} "
+            f"training {printable(cfg.name)} on {mesh.size} x "
+            f"{jax.devices()[0].device_kind} "
             f"({jax.process_count()} processes), mesh {sizes}"
         )
     batches = open_records(cfg, mesh)

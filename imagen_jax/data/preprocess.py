@@ -49,6 +49,15 @@ def decode(data: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE")
 
 
+def sides(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a file as `decode` reads it; None if it cannot."""
+    try:
+        height, width, _ = decode(data).shape
+    except tf.errors.OpError:
+        return None
+    return width, height
+
+
 def picture(
     data: tf.Tensor,
     image_size: int,

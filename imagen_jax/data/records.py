@@ -125,7 +125,7 @@ def batch_reader(
         except tf.errors.OpError as error:
             raise UserError(
                 f"the records {cfg.data.records!r} are damaged or gone: "
-                f"{error.message.splitlines()[0]}\nCopy or prepare them again; the "
+                f"{error.message.splitlines()[0]}: copy or prepare them again; the "
                 "same command then goes on from the last checkpoint"
             ) from None
 

@@ -43,13 +43,15 @@ def open_folder(folder: str, seed: int, size: int) -> Source:
     # Neighbours in a folder are alike, and the shuffle buffer of a training may be too
     # small to part them.
     order = np.random.default_rng(seed).permutation(len(examples))
-    sizes = ((e.name, e.caption, os.path.getsize(root / e.name)) for e in examples)
+    stats = [os.stat(root / e.name) for e in examples]
+    sizes = ((e.name, e.caption, s.st_size) for e, s in zip(examples, stats))
     return Source(
         -(-len(examples) // size),
         lambda shard: (examples[i] for i in order[shard * size : (shard + 1) * size]),
         len(examples),
         sorted(problems),
         sha256_of(sizes),
+        [stat.st_mtime_ns for stat in stats],
     )
 
 

@@ -9,28 +9,28 @@ started again, with any number of processes.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
-import io
 import itertools
 import json
-import os
 import pathlib
 import shlex
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-
-import numpy as np
-from PIL import Image
 
 from imagen_jax.data import manifest as manifests
 from imagen_jax.data import memory, start_tensorflow
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.errors import UserError, read_json
+from imagen_jax.errors import (
+    TEMPORARY,
+    UserError,
+    appearing,
+    needing_room,
+    read_json,
+    write_text,
+)
 from imagen_jax.preparing import folder, parquet, sources, webdataset
-from imagen_jax.preparing.images import StoredImage
+from imagen_jax.preparing.images import StoredImage, middle_square
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats, total
 from imagen_jax.text import embeddings
@@ -42,7 +42,6 @@ _LEAST_EXAMPLES = 1000
 _CHUNK = 256
 # Skipped examples named in the manifest; the quarantine names all.
 _NAMED_SKIPS = 100
-_TEMPORARY = ".tmp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +123,17 @@ def start(job: Job) -> Manifest | None:
     if old:
         _check_same(job, {"format": manifests.FORMAT} | dataclasses.asdict(old))
         return old
-    if job.settings.is_npz or output.is_file():
-        output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        alone = job.settings.is_npz or output.is_file()
+        (output.parent if alone else output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output={str(output)!r} cannot be made: {error.strerror}"
+        ) from None
+    if alone:
         is_other = output.exists()
     else:
-        output.mkdir(parents=True, exist_ok=True)
-        files = [path for path in output.iterdir() if path.suffix != _TEMPORARY]
+        files = [path for path in output.iterdir() if path.suffix != TEMPORARY]
         is_other = files and not asked.exists()
     if is_other:
         raise UserError(
@@ -145,7 +149,9 @@ def start(job: Job) -> Manifest | None:
 def _check_same(job: Job, old: dict[str, Any]) -> None:
     """Raises `UserError` if the output has another identity, and names what differs."""
     new = job.identity()
-    before, now = ({**values.pop("settings", {}), **values} for values in (old, new))
+    # What older versions did not have to be told is as if left at its default.
+    old["settings"] = Settings("", "").recorded() | old.get("settings", {})
+    before, now = ({**values.pop("settings"), **values} for values in (old, new))
     differs = [
         "other pictures or captions"
         if name == "source_sha256"
@@ -178,9 +184,32 @@ def run(job: Job, process_index: int, process_count: int) -> Manifest | None:
         used += report["examples"]
         skipped += report["skipped"]
         _check_share(job, used, skipped, least=_LEAST_EXAMPLES)
+    _check_unchanged(job)
     shards = range(job.source.shards)
     reports = list(itertools.takewhile(bool, map(job.report, shards)))
     return _finish(job, reports) if len(reports) == len(shards) else None
+
+
+def _check_unchanged(job: Job) -> None:
+    """Raises `UserError` if the source is not what it was when this process opened it.
+
+    Then no shard counts as finished any more.
+    """
+    try:
+        now = open_source(job.settings)
+    except (OSError, UserError):
+        now = None  # no source at all
+    if now and (now.sha256, now.times) == (job.source.sha256, job.source.times):
+        return
+    reports = [job.files(number)[1] for number in range(job.source.shards)]
+    for name in (manifests.FILE_NAME, manifests.PICTURES_FILE, *reports):
+        if not job.settings.is_npz:
+            (job.output / name).unlink(missing_ok=True)
+    raise UserError(
+        f"{job.settings.source!r} changed while it was read, so pictures may have got "
+        f"captions of others: remove --output={job.settings.output!r}, and start again "
+        "when nothing writes to the source"
+    )
 
 
 def _finish(job: Job, reports: list[dict[str, Any]]) -> Manifest:
@@ -192,12 +221,13 @@ def _finish(job: Job, reports: list[dict[str, Any]]) -> Manifest:
     if job.embedder:
         from imagen_jax.preparing import tfds
 
-        tfds.write_info(job.output, manifest, [r["examples"] for r in reports])
+        with needing_room(job.output):
+            tfds.write_info(job.output, manifest, [r["examples"] for r in reports])
     name = manifests.FILE_NAME if job.embedder else manifests.PICTURES_FILE
     write_text(job.output / name, manifests.to_json(manifest))
     # What killed processes left. After the manifest: another process that is about to
     # write the same file finds it written.
-    for path in job.output.glob(f"*{_TEMPORARY}"):
+    for path in job.output.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)
     return manifest
 
@@ -216,10 +246,11 @@ def _write_npz(job: Job) -> Manifest:
     size, embedder = job.settings.image_size, job.embedder
     stats, rows = Stats(), []
     for example, image, text in usable(job, job.items(), stats):
-        pixels = _pixels(image.data, size)
+        pixels = middle_square(image.data, size)
         rows.append((example.id, example.caption, pixels, text.data))
     summary = total([stats.report("arrays")], job.source.problems)
     _check_share(job, summary["examples"], summary["skipped"])
+    _check_unchanged(job)
     ids, captions, images, text = zip(*rows)
     row_bytes = embeddings.row_bytes(embedder.encoder.dim, embedder.dtype)
     arrays = memory.arrays(images, text, ids, row_bytes)
@@ -229,18 +260,6 @@ def _write_npz(job: Job) -> Manifest:
     with appearing(job.output) as partial:
         memory.write(partial, arrays, captions, manifest)
     return manifest
-
-
-def _pixels(data: bytes, size: int) -> np.ndarray:
-    """The middle square of an image's file: `[size, size, 3]` uint8."""
-    image = Image.open(io.BytesIO(data))
-    # Decoders agree about PNG only. Drawn scenes need no TensorFlow.
-    if image.format == "PNG" and image.size == (size, size):
-        return np.asarray(image.convert("RGB"))
-    start_tensorflow()
-    from imagen_jax.data import preprocess
-
-    return preprocess.picture(data, size).numpy()
 
 
 def write_shard(job: Job, number: int) -> dict[str, Any]:
@@ -267,7 +286,16 @@ def usable(
 
     All are counted in `stats`.
     """
-    verified = sources.verify_images(items, **job.settings.rules)
+    rules = job.settings.rules
+    # Pictures without embeddings are read, and so verified, once more. Drawn scenes in
+    # a .npz file need no TensorFlow.
+    drawn = job.settings.is_npz and job.settings.source.startswith("shapes:")
+    if job.embedder and not drawn:
+        start_tensorflow()
+        from imagen_jax.data import preprocess
+
+        rules["sides"] = preprocess.sides
+    verified = sources.verify_images(items, **rules)
     while chunk := list(itertools.islice(verified, _CHUNK)):
         job.progress(len(chunk))
         good = []
@@ -308,43 +336,12 @@ def _check_share(job: Job, used: int, skipped: list[dict], least: int = 0) -> No
     if not (seen or least):
         raise UserError(f"{source!r} has no examples")
     if len(skipped) > limit * max(seen, least) or not (used or least):
+        _check_unchanged(job)
         first = "first {file!r}: {reason}".format(**skipped[0])
         raise UserError(
             f"{len(skipped)} of {seen} examples of {source!r} cannot be used "
             f"(--max_bad_share={limit:g}), {first}"
         )
-
-
-@contextlib.contextmanager
-def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives another name to write under; renames what was written to `path`."""
-    # Of its own, as several processes may write the same at once.
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
-    try:
-        yield partial
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except FileNotFoundError:
-        # Another process was first, and removed what it took for left over.
-        if not path.exists():
-            raise
-    except Exception as error:
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        # TensorFlow's own, which is not imported here.
-        if not is_full and type(error).__name__ != "ResourceExhaustedError":
-            raise
-        raise UserError(
-            f"the disk of {str(path.parent)!r} is full: make room and start again"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that appears whole or not at all."""
-    with appearing(path) as partial:
-        partial.write_text(text, "utf8")
 
 
 def _json(values: dict[str, Any]) -> str:

@@ -29,10 +29,12 @@ def open_parquet(pattern: str, size: int) -> Source:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    problems, shards, count, lengths = [], [], 0, []
+    problems, shards, count, lengths, times = [], [], 0, [], []
     for file in sources.matching_files(pattern, "Parquet file"):
         name = os.path.basename(file)
         try:
+            stat = os.stat(file)
+            times.append(stat.st_mtime_ns)
             with pq.ParquetFile(file) as parquet:
                 schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
         except (pa.ArrowException, OSError) as error:
@@ -45,10 +47,11 @@ def open_parquet(pattern: str, size: int) -> Source:
         for start in range(0, rows, size):
             stop = min(start + size, rows)
             shards.append((file, columns, start, stop, count + start))
-        lengths.append((name, os.path.getsize(file), rows))
+        lengths.append((name, stat.st_size, rows))
         count += rows
     sha256 = sources.sha256_of(lengths)
-    return Source(len(shards), lambda i: _read(*shards[i]), count, problems, sha256)
+    read = lambda i: _read(*shards[i])  # noqa: E731
+    return Source(len(shards), read, count, problems, sha256, times)
 
 
 def _column(schema, file: str, what: str, names: tuple[str, ...], kind: str) -> str:

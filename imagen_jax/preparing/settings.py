@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from imagen_jax.errors import UserError
+from imagen_jax.preparing.images import MAX_PIXELS
 from imagen_jax.preparing.sources import FORMS
 from imagen_jax.text import embeddings
 
@@ -12,7 +13,8 @@ from imagen_jax.text import embeddings
 NO_ENCODER = "none"
 # Those that the written examples depend on, and no other field of the manifest says.
 _RECORDED = ("source", "text_length", "image_size", "shard_examples", "seed")
-_RECORDED += ("min_side", "max_aspect", "stored_size")
+_RULES = ("min_side", "max_aspect", "stored_size", "max_pixels")
+_RECORDED += _RULES
 
 
 def _setting(help: str, default=dataclasses.MISSING, least: int | None = None) -> Any:
@@ -39,6 +41,7 @@ class Settings:
     min_side: int = _setting("least pixels of a picture's shorter side", 1, least=1)
     max_aspect: float = _setting("longer side over shorter; 0: any", 0.0, least=0)
     stored_size: int = _setting("reduce shorter sides to it; 0: do not", 0, least=0)
+    max_pixels: int = _setting("most pixels of a picture", MAX_PIXELS, least=1)
     shard_examples: int = _setting("examples in a shard; a tar is one", 1000, least=1)
     seed: int = _setting("seed of a folder's order and of drawn scenes", 0, least=0)
     max_bad_share: float = _setting("share of examples that may be bad", 0.5, least=0)
@@ -55,8 +58,7 @@ class Settings:
     @property
     def rules(self) -> dict[str, float]:
         """Which images are kept, and at what size: arguments of `images.verify`."""
-        names = "min_side", "max_aspect", "stored_size"
-        rules = {name: getattr(self, name) for name in names}
+        rules = {name: getattr(self, name) for name in _RULES}
         if self.is_npz:
             rules["min_side"] = max(self.min_side, self.image_size)
         return rules

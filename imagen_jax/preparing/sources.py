@@ -7,7 +7,8 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import images
@@ -45,6 +46,7 @@ class Source:
     count: int | None  # examples in all shards; None if unknown
     problems: list[Problem]  # those that belong to no shard
     sha256: str  # changes when names, captions or lengths of files do
+    times: Sequence[float] = ()  # when its files were last changed
 
 
 def open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
@@ -88,7 +90,8 @@ def make_example(
     try:
         # A byte order mark is no text.
         text = caption if isinstance(caption, str) else caption.decode("utf-8-sig")
-    except UnicodeDecodeError:
+        text.encode()  # JSON can hold halves of characters
+    except UnicodeError:
         return Problem(name, "the caption is not UTF-8 text")
     if not text.strip():
         return Problem(name, "the caption is empty")
@@ -96,7 +99,7 @@ def make_example(
 
 
 def verify_images(
-    items: Iterable[Example | Problem], **rules: float
+    items: Iterable[Example | Problem], **rules: Any
 ) -> Iterator[tuple[Example, images.StoredImage] | Problem]:
     """Decodes the images of `items` by `images.verify`, several at a time, in order."""
 

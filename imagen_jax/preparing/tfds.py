@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from etils import epath
 
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.data.tfds import open_builder
@@ -40,7 +41,9 @@ def open_tfds(name: str, size: int) -> Source:
             yield _example(id, f"{split}[{id}]", row["image"], row[captions[0]])
 
     sha256 = sources.sha256_of([builder.info.full_name, split, count])
-    return Source(-(-count // size), read, count, [], sha256)
+    files = sorted(epath.Path(builder.data_dir).iterdir())
+    times = [file.stat().mtime for file in files]
+    return Source(-(-count // size), read, count, [], sha256, times)
 
 
 def _example(id: int, name: str, image: bytes, captions) -> Example | Problem:

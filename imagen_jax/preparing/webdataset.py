@@ -43,8 +43,10 @@ def open_tars(pattern: str) -> Source:
         # Interleaved ids: how many examples the other tars have is not known.
         return _read_tar(files[shard], iter(range(shard, 2**63, len(files))))
 
-    sha256 = sources.sha256_of((os.path.basename(f), os.path.getsize(f)) for f in files)
-    return Source(len(files), read, None, [], sha256)
+    stats = [os.stat(file) for file in files]
+    sizes = ((os.path.basename(f), s.st_size) for f, s in zip(files, stats))
+    times = [stat.st_mtime_ns for stat in stats]
+    return Source(len(files), read, None, [], sources.sha256_of(sizes), times)
 
 
 def _read_tar(file: str, ids: Iterator[int]) -> Iterator[Example | Problem]:
@@ -104,7 +106,9 @@ def write_tar(path: os.PathLike, rows: Iterable[tuple]) -> None:
         for example, image, *_ in rows:
             kind = "png" if image.data.startswith(b"\x89PNG") else "jpg"
             values = {"caption": example.caption, "name": example.name}
-            text = json.dumps(values, ensure_ascii=False).encode()
+            text = json.dumps(values, ensure_ascii=False)
+            # As JSON escapes them: bytes of a name that are not UTF-8.
+            text = text.encode("utf8", "backslashreplace")
             for extension, data in ((kind, image.data), ("json", text)):
                 # A new TarInfo has no owner and no time.
                 info = tarfile.TarInfo(f"{example.id:09d}.{extension}")

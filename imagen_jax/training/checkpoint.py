@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from imagen_jax import __version__
 from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig, TrainingConfig
-from imagen_jax.errors import UserError, read_json
+from imagen_jax.errors import UserError, printable, read_json
 from imagen_jax.training import checksums
 from imagen_jax.training.state import TrainState, abstract_state
 
@@ -114,11 +114,11 @@ class Checkpointer:
                 return step
             self.damaged[step] = fault
             if step != steps[-1] and jax.process_index() == 0:
-                print(
+                text = (
                     f"warning: checkpoint {step} of {self.workdir} is damaged: {fault};"
-                    f" it is passed over for {steps[place + 1]}",
-                    file=sys.stderr,
+                    f" it is passed over for {steps[place + 1]}"
                 )
+                print(printable(text), file=sys.stderr)
         if not steps:
             return None
         lines = "; ".join(f"{step}: {self.damaged[step]}" for step in steps)
@@ -189,8 +189,9 @@ class Checkpointer:
         except (OSError, ValueError) as error:  # TensorStore raises ValueErrors.
             # It would print a traceback for every array.
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            brief = " ".join(str(error).split())
             raise UserError(
-                f"a checkpoint of {self.workdir} cannot be written ({error}): make "
+                f"a checkpoint of {self.workdir} cannot be written ({brief}): make "
                 "room or repair it, and start the same command again"
             ) from None
 

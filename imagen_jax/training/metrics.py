@@ -24,8 +24,9 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 # Metrics averaged over the steps of a line.
 MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
-# Files in a bucket are replaced as a whole; a kill loses at most this much of them.
-_COPY_SECONDS = 60.0
+# Files in a bucket are replaced as a whole, TensorBoard's are buffered; a kill loses at
+# most this much of them.
+_FLUSH_SECONDS = 60.0
 
 
 class Stopwatch:
@@ -86,14 +87,16 @@ class MetricWriter:
         self.stopwatch, self.claim = stopwatch, claim
         self.active = jax.process_index() == 0
         self.folder, self.bucket = pathlib.Path(workdir), None
-        self._tensorboard = None
         if not self.active:
             return
+        # Imported only by the process that writes: the import is slow.
+        from tensorboardX.event_file_writer import EventsWriter
+
         if "://" in workdir:
             self.bucket = epath.Path(workdir)
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="imagen-logs-"))
-            self._copied_at = time.monotonic()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        board = self.folder / "tensorboard"
+        board.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVENTS):
             path = self.folder / name
             if self.bucket and (self.bucket / name).exists():
@@ -102,39 +105,34 @@ class MetricWriter:
             if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
                 with path.open("a") as file:
                     file.write("\n")
+        # A SummaryWriter's thread dies of a full disk, and then all others wait for it.
+        self._tensorboard = EventsWriter(str(board / "events"))
+        self._flushed_at = time.monotonic()
 
     def begin(self, step: int) -> None:
         """Forgets metrics of steps after `step`, which are going to be done again."""
         if not self.active:
             return
-        # Imported only by the process that writes: the import is slow.
-        from tensorboardX import SummaryWriter
-
         path = self.folder / METRICS
         if path.exists():
-            kept = [
-                line
-                for line in path.read_text().splitlines(keepends=True)
-                if _step(line) <= step
-            ]
+            lines = path.read_text().splitlines(keepends=True)
             partial = path.with_suffix(".partial")
-            partial.write_text("".join(kept))
+            partial.write_text("".join(x for x in lines if _step(x) <= step))
             partial.replace(path)
-        self._tensorboard = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=step + 1
-        )
+        # At this TensorBoard drops what it has of later steps.
+        self._write_event(step + 1, session_log={"status": 1})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, and a point on each TensorBoard curve."""
         if self.active:
             self._append(METRICS, {"step": step, **values})
             for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+                self._show(step, "scalar", name, value)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A `[H, W, 3]` uint8 image for TensorBoard."""
         if self.active:
-            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+            self._show(step, "image", name, image, dataformats="HWC")
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """One line of events.jsonl: what happened, and where the time went.
@@ -145,14 +143,13 @@ class MetricWriter:
         lap = self.stopwatch.lap()
         if self.active:
             self._append(EVENTS, {"event": kind, "step": step, **lap, **details})
-            self._copy(_COPY_SECONDS if kind == "steps" else 0.0)
+            self._flush(_FLUSH_SECONDS if kind == "steps" else 0.0)
 
     def close(self) -> None:
         """Writes what is left."""
         if self.active:
-            if self._tensorboard:
-                self._tensorboard.close()
-            self._copy()
+            self._flush()
+            self._tensorboard.close()
         if self.bucket:
             shutil.rmtree(self.folder)
 
@@ -160,17 +157,29 @@ class MetricWriter:
         with open(self.folder / name, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def _copy(self, seconds: float = 0.0) -> None:
-        """Copies the files to the bucket, unless that was done `seconds` ago."""
-        if not self.bucket or time.monotonic() - self._copied_at < seconds:
+    def _show(self, step: int, kind: str, *values: Any, **options: Any) -> None:
+        from tensorboardX import summary
+
+        self._write_event(step, summary=getattr(summary, kind)(*values, **options))
+
+    def _write_event(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        event = Event(step=step, wall_time=time.time(), **what)
+        self._tensorboard.write_event(event)
+
+    def _flush(self, seconds: float = 0.0) -> None:
+        """Writes what is buffered, and to the bucket, unless done `seconds` ago."""
+        if time.monotonic() - self._flushed_at < seconds:
             return
-        if self.claim and self.claim.taken_by():
-            return
-        for path in filter(pathlib.Path.is_file, self.folder.rglob("*")):
+        self._tensorboard.flush()
+        taken = self.bucket and self.claim and self.claim.taken_by()
+        files = self.folder.rglob("*") if self.bucket and not taken else ()
+        for path in filter(pathlib.Path.is_file, files):
             place = self.bucket / path.relative_to(self.folder).as_posix()
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(path.read_bytes())
-        self._copied_at = time.monotonic()
+        self._flushed_at = time.monotonic()
 
 
 def _step(line: str) -> float:

@@ -29,7 +29,7 @@ from imagen_jax import sharding
 from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import MeshConfig, StageConfig
-from imagen_jax.errors import UserError, read_arrays, read_json
+from imagen_jax.errors import UserError, printable, read_arrays, read_json
 from imagen_jax.models import network
 from imagen_jax.training.bad_updates import after_rollback, before_the_last_skip
 from imagen_jax.training.checkpoint import Checkpointer
@@ -296,7 +296,7 @@ def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
 def print_replay(bundle: str) -> None:
     """Repeats the step of a bundle and prints its numbers beside the run's."""
     record, found = replay(bundle)
-    print(f"step {record['step']}, done again on one device\n")
+    print(f"step {printable(record['step'])}, done again on one device\n")
     print(f"{'':16}{'in the run':>16}{'here':>16}")
     same = True
     for name, was in record["recorded"].items():

@@ -42,11 +42,13 @@ class TestList:
                 ("gone.png", "x"),
                 ("scan", "three"),
                 ("c.png", " "),
+                ("half.png", "\ud800"),
             ],
             b_png=b"",
             sub__a_JPG=b"",
             c_png=b"",
             scan=b"",
+            half_png=b"",
             extra_png=b"",
         )
         pairs, problems = _list(path)
@@ -55,6 +57,7 @@ class TestList:
             Problem("c.png", "the caption is empty"),
             Problem("extra.png", "not in metadata.jsonl"),
             Problem("gone.png", "has a caption, but there is no such picture"),
+            Problem("half.png", "the caption is not UTF-8 text"),
         ]
 
     def test_text_files(self, tmp_path):

@@ -19,7 +19,7 @@ def test_totals():
     for image, text in zip(images, texts):
         full.add(image, text)
     empty.skip(Problem("a", "why"))
-    reports = [full.report("0", "x"), empty.report("1", "y")]
+    reports = [full.report("0") | {"sha256": "x"}, empty.report("1")]
     assert json.loads(json.dumps(reports)) == reports
     done = total(reports, [Problem("b", "other")])
     assert done == {

@@ -1,6 +1,7 @@
 """Lines of metrics: which steps they average, and that a cut one ends."""
 
 import json
+import threading
 import time
 import unittest.mock
 
@@ -152,3 +153,47 @@ def test_what_is_done_again_is_logged_again(tmp_path):
     names = ["event", "step", "seconds", "monotonic", "spent", "more"]
     assert list(json.loads(event)) == names
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_tensorboard_gets_the_same(tmp_path):
+    """As TensorFlow reads its files; written by no other thread, which could hang."""
+    import tensorflow as tf
+
+    threads = set(threading.enumerate())
+    writer = MetricWriter(str(tmp_path), Stopwatch())
+    for step in range(1, 40):
+        writer.scalars(step, {"loss": 0.5 * step, "loss_by_logsnr/to_0": 2.0})
+    picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    writer.image(39, "samples", picture)
+    assert set(threading.enumerate()) == threads
+    writer.event("evaluation", 39)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    rows = []
+    for event in tf.compat.v1.train.summary_iterator(str(path)):
+        for value in event.summary.value:
+            if value.HasField("image"):
+                shown = tf.io.decode_png(value.image.encoded_image_string)
+                np.testing.assert_array_equal(shown, picture)
+                rows.append((event.step, "samples"))
+            else:
+                rows.append((event.step, value.tag, value.simple_value))
+    assert rows[-1] == (39, "samples")
+    assert rows[:-1] == [
+        row
+        for step in range(1, 40)
+        for row in ((step, "loss", 0.5 * step), (step, "loss_by_logsnr/to_0", 2.0))
+    ]
+    writer.close()
+
+
+def test_a_full_disk_is_an_error_of_whoever_writes(tmp_path, monkeypatch):
+    """Also when only TensorBoard's file finds no room."""
+    writer = MetricWriter(str(tmp_path), Stopwatch())
+    full = open("/dev/full", "wb")
+    monkeypatch.setattr(writer._tensorboard._py_recordio_writer, "_writer", full)
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(500):
+            writer.scalars(step, {"loss": 0.5})
+        writer.event("checkpoint", 500)
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
