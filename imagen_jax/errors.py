@@ -121,9 +121,8 @@ def _check_value(value: Any, levels: int) -> None:
 
 def is_file_name(value: Any) -> bool:
     """Whether `value` is the name of a file, in no other folder."""
-    return isinstance(value, str) and not re.search(
-        r"^\.*$|[/\\\0\ud800-\udfff]", value
-    )
+    is_printable = isinstance(value, str) and value.isprintable()
+    return is_printable and not re.search(r"^\.*$|[/\\]", value)
 
 
 def read_index(path: os.PathLike, what: str) -> list[str]:

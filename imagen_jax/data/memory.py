@@ -61,14 +61,11 @@ def write(
 
 def read(path: str, manifest: Manifest) -> dict[str, np.ndarray]:
     """The `arrays` of a .npz file with `manifest`; `UserError` for any other file."""
-    sides = [int(side) for shard in manifest.shards for side in shard["sides"]]
+    side = int(next(side for shard in manifest.shards for side in shard["sides"]))
     width = embeddings.row_bytes(manifest.text_dim, manifest.embedding_dtype)
     count, rows = manifest.examples, manifest.text_bytes // width
-    damaged = f"{path!r} is not {NPZ}, or is damaged"
-    if len(sides) != 1 or len(manifest.shards) != 1:
-        raise UserError(f"{damaged}: its manifest is that of a folder")
     expected = {
-        "image": ("|u1", (count, sides[0], sides[0], 3)),
+        "image": ("|u1", (count, side, side, 3)),
         "text": ("|u1", (rows, width)),
         "offset": ("<i8", (count + 1,)),
         "id": ("<i8", (count,)),
@@ -77,14 +74,14 @@ def read(path: str, manifest: Manifest) -> dict[str, np.ndarray]:
     values = read_arrays(path, NPZ, expected)
     offset, ids = values["offset"], values["id"]
     if sha256(values) != manifest.shards[0]["sha256"]:
-        fault = "its arrays have another hash than its manifest says"
+        fault = "they do not have the hash that its manifest says"
     elif offset[0] or offset[-1] != rows or (offset[1:] < offset[:-1]).any():
-        fault = "the offsets of its text do not rise from 0 to its end"
+        fault = "the offsets do not rise from 0 to the end of the text"
     elif ids.min() < 0 or ids.max() >= 2**31:
         fault = "an id is no number of an example"
     else:
         return values
-    raise UserError(f"{damaged}: {fault}; copy it or prepare it again")
+    raise UserError(f"the arrays of {path!r} are damaged: {fault}; copy it again")
 
 
 def open_npz(
