@@ -23,7 +23,7 @@ from imagen_jax.api.cascade import (
     sample_prompts,
     with_sampler,
 )
-from imagen_jax.api.samples import make_folder, write
+from imagen_jax.api.samples import check_output, write
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError, printable
 from imagen_jax.sharding import make_mesh
@@ -110,7 +110,7 @@ def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
 def main() -> None:
     """Samples what the flags ask for."""
     args = flags.FLAGS
-    make_folder(args.output)
+    check_output(args.output)
     prompts = _prompts(args.prompt, args.prompts)
     seeds = np.arange(args.seed, args.seed + len(prompts))
     if not 0 <= seeds[0] <= seeds[-1] < 2**32:

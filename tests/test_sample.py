@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.api.samples import make_folder
+from imagen_jax.api.samples import check_output
 from imagen_jax.errors import UserError
 from imagen_jax.sample import numbers, read_lowres
 
@@ -65,8 +65,10 @@ def test_files_that_are_no_picture_to_start_from(tmp_path, data, message):
 
 def test_folders_that_cannot_hold_pictures(tmp_path):
     with pytest.raises(UserError, match="--output=gs://b/x: sample to a disk"):
-        make_folder("gs://b/x")
+        check_output("gs://b/x")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/x cannot be made: .*Not a directory"):
-        make_folder(str(tmp_path / "file" / "x"))
-    assert make_folder(str(tmp_path / "a" / "b")).is_dir()
+    for name in ("file", "file/x"):
+        with pytest.raises(UserError, match=f"{name}: .*/file is no folder to write"):
+            check_output(str(tmp_path / name))
+    check_output(str(tmp_path / "a" / "b"))
+    assert not (tmp_path / "a").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -13,16 +14,15 @@ from imagen_jax.api.cascade import Cell, Trained, all_cells
 from imagen_jax.errors import UserError
 
 
-def make_folder(output: str) -> pathlib.Path:
-    """The folder for pictures, made if need be; `UserError` when that fails."""
+def check_output(output: str) -> None:
+    """Raises `UserError` unless there is a folder for pictures or one can be made."""
     if "://" in output:
         raise UserError(f"--output={output}: sample to a disk, then copy the folder")
-    folder = pathlib.Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be made: {error}") from None
-    return folder
+    place = pathlib.Path(output).absolute()
+    while not place.exists():
+        place = place.parent
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"--output={output}: {place} is no folder to write to")
 
 
 def write(
@@ -46,7 +46,8 @@ def write(
       samples: `[N, H, W, 3]` uint8 of each stage.
       lowres: the files that the first stage started from: none, one, or one per prompt.
     """
-    folder = make_folder(output)
+    folder = pathlib.Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     cells = cells or all_cells([one.cfg for one in trained])
     records = []
     for i in range(len(samples[-1])):

@@ -67,14 +67,14 @@ class Checkpointer:
         state: TrainState,
         cfg: StageConfig,
         position: bytes,
-        unlogged: Sequence[Mapping[str, Any]] = (),
         metrics: Mapping[str, float] | None = None,
+        unlogged: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Starts writing `state`; returns once its arrays may be donated.
 
-        `position` is where the data source stands, the same in all processes;
-        `unlogged` are the metrics of steps without a line in the log; by `metrics` the
-        best checkpoints are kept.
+        `position` is where the data source stands, the same in all processes; by
+        `metrics` the best checkpoints are kept; `unlogged` are the metrics of steps
+        without a line in the log.
 
         Raises:
           UserError: when the save before this one could not be written.

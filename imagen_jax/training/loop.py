@@ -259,7 +259,7 @@ def _run(
                 with stopwatch.bucket("checkpoint"):
                     claim.check()
                     position, best = batches.get_state(), means.since_checkpoint()
-                    checkpointer.save(state, cfg, position, unlogged, best)
+                    checkpointer.save(state, cfg, position, best, unlogged)
                 writer.event("checkpoint", step)
             if samples:
                 # The first preview compiles the sampler.
