@@ -3,6 +3,8 @@ import contextlib
 import io
 import os
 import struct
+import subprocess
+import sys
 import threading
 import zlib
 
@@ -218,6 +220,27 @@ def test_what_a_picture_took_is_free_again():
             images.verify(_file(Image.new("RGB", (3000, 3000)))[:-900])
     images.verify(_file(_noise(9, 9, 3)))
     assert images._FREE._value == images._UNITS
+
+
+MEMORY = """
+import concurrent.futures, io
+from PIL import Image
+from imagen_jax import cli
+from imagen_jax.preparing import images
+
+file = io.BytesIO()
+Image.new("P", (4500, 4500)).save(file, "PNG", transparency=0)
+before = cli.peak_memory_gib()
+with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(lambda _: images.verify(file.getvalue(), stored_size=64), range(16)))
+print(cli.peak_memory_gib() - before)
+"""
+
+
+def test_the_memory_of_large_pictures():
+    """Eight threads would take 2 GiB for 20 megapixels of 13 bytes each, or keep it."""
+    taken = float(subprocess.check_output([sys.executable, "-c", MEMORY]))
+    assert 13 * 4500**2 / 2**30 < taken < 1
 
 
 # Files of other formats that Pillow reads, under any name: EPS by starting a program.
