@@ -4,6 +4,7 @@ The properties are repeated with more and other examples by `benchmarks.hostile`
 """
 
 import ast
+import json
 import os
 import pathlib
 import zipfile
@@ -199,6 +200,24 @@ def test_json_is_refused(tmp_path, text, message):
     (tmp_path / "x").write_text(text)
     with pytest.raises(UserError, match=f"x is not an index: .*{message}"):
         read_index(tmp_path / "x", "an index")
+
+
+def test_an_export_without_a_step():
+    path, text, read = files.JSON_FILES["export_config"]
+    for step in (None, "4", 4.0):
+        path.write_text(json.dumps(json.loads(text) | {"step": step}))
+        with pytest.raises(UserError, match="names no step"):
+            read()
+
+
+def test_checksums_of_what_lies_outside_of_a_checkpoint():
+    """It is not opened: it could be a device that never ends."""
+    path, text, read = files.JSON_FILES["checkpoint_checksums"]
+    listed = json.loads(text)
+    path.write_text(
+        json.dumps(listed | {"config/../secret": listed["config/metadata"]})
+    )
+    assert read()
 
 
 def test_a_network_of_many_levels():
