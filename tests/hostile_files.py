@@ -234,7 +234,7 @@ LARGE = {
     "lists": lambda: b'{"a": [' + b"[]," * 2**24 + b"[]]}",
     # The most values, each of the most memory, and text of four bytes a character.
     "keys": lambda: (
-        b"{%s," % b",".join(b'"%032d":1.5' % n for n in range(1_400_000))
+        b"{%s," % b",".join(b'"%032d":1.5' % n for n in range(1_000_000))
         + '"\U0001f600": 1}'.encode()
     ),
     "name": lambda: b'{"' + b"nmae" * 2**23 + b'": 1}',

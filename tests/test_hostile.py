@@ -4,6 +4,7 @@ The properties are repeated with more and other examples by `benchmarks.hostile`
 """
 
 import ast
+import json
 import os
 import pathlib
 import zipfile
@@ -24,6 +25,8 @@ from tests import hostile, tiny
 from tests import hostile_files as files
 from tests.hostile import outcome
 
+# zipfile says so where a file holds two of one name.
+pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name")
 # The suite draws the same examples every time.
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", 0))
 settings.register_profile(
@@ -190,12 +193,31 @@ def test_hostile_json(name, data):
         ("[1]", "holds no JSON object"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "names no files"),
         ('{"weight_map": ["a"]}', "names no files"),
+        ('{"weight_map": {"a": "\\ud800"}}', "names no files"),
     ],
 )
 def test_json_is_refused(tmp_path, text, message):
     (tmp_path / "x").write_text(text)
     with pytest.raises(UserError, match=f"x is not an index: .*{message}"):
         read_index(tmp_path / "x", "an index")
+
+
+def test_an_export_without_a_step():
+    path, text, read = files.JSON_FILES["export_config"]
+    for step in (None, "4", 4.0):
+        path.write_text(json.dumps(json.loads(text) | {"step": step}))
+        with pytest.raises(UserError, match="names no step"):
+            read()
+
+
+def test_checksums_of_what_lies_outside_of_a_checkpoint():
+    """It is not opened: it could be a device that never ends."""
+    path, text, read = files.JSON_FILES["checkpoint_checksums"]
+    listed = json.loads(text)
+    path.write_text(
+        json.dumps(listed | {"config/../secret": listed["config/metadata"]})
+    )
+    assert read()
 
 
 def test_a_network_of_many_levels():
@@ -206,13 +228,28 @@ def test_a_network_of_many_levels():
         config.from_json({"model": model}, "x")
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("case", files.REFUSED)
 def test_records_are_refused(tmp_path, case):
     members, message = files.REFUSED[case]
     (tmp_path / "x.npz").write_bytes(hostile.zipped(members))
     with pytest.raises(UserError, match=f"x.npz'.*{message}"):
         hostile.read_records(tmp_path / "x.npz")
+
+
+def test_compressed_as_numpy_does_not(tmp_path):
+    path = tmp_path / "x.npz"
+    path.write_bytes(hostile.zipped(files.edited("id"), zipfile.ZIP_BZIP2))
+    with pytest.raises(UserError, match="manifest is not as numpy writes arrays"):
+        hostile.read_records(path)
+
+
+def test_a_truth_value_is_0_or_1(tmp_path):
+    arrays = bundled()
+    arrays["mask"] = (arrays["mask"].view(np.uint8) * 2).view(bool)
+    members = [(name, hostile.npy(array)) for name, array in arrays.items()]
+    (tmp_path / "x.npz").write_bytes(hostile.zipped(members))
+    with pytest.raises(UserError, match="mask is not of truth values"):
+        replay._read_batch(tmp_path / "x.npz", files.CFG)
 
 
 def test_an_array_that_ends_early_is_not_filled_with_what_lay_in_memory(tmp_path):

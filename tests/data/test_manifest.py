@@ -101,6 +101,37 @@ def test_damaged_folders(copy, damage, message):
         read_manifest(copy)
 
 
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"examples": "21"}, "examples"),
+        ({"examples": -21}, "examples"),
+        ({"examples": 20}, "examples"),
+        ({"text_dim": 0}, "text_dim"),
+        ({"text_dim": 64.0}, "text_dim"),
+        ({"embedding_dtype": "float8"}, "embedding_dtype"),
+        ({"cosine_error": {"mean": "0"}}, "cosine_error"),
+        ({"settings": {"text_length": "8"}}, "settings"),
+        ({"settings": []}, "settings"),
+        ({"skipped_files": [{"file": 1}]}, "skipped_files"),
+        ({"shards": ["x"]}, "shards"),
+        ({"shards": []}, "examples"),
+        ({"sides": {"32": 4}}, "shards"),
+        ({"sides": {"-32": 5}}, "shards"),
+        ({"lengths": {"²": 5}}, "shards"),
+        ({"sha256": None}, "shards"),
+        ({"file": "/etc/passwd"}, "shards"),
+    ],
+)
+def test_values_that_prepare_does_not_write(copy, changes, wrong):
+    shards = json.loads((copy / "manifest.json").read_text())["shards"]
+    if changes.keys() & shards[0].keys() - {"examples"}:
+        changes = {"shards": [shards[0] | changes, *shards[1:]]}
+    _edit(copy, **changes)
+    with pytest.raises(UserError, match=f"again: {wrong} is not as `prepare` writes"):
+        read_manifest(copy)
+
+
 def test_files_outside_of_the_folder_are_not_read(copy):
     shards = json.loads((copy / "manifest.json").read_text())["shards"]
     shards[1]["file"] = "../other/records-00001.tfrecord"
