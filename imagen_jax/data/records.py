@@ -96,12 +96,13 @@ def batch_reader(
         own = _column(host_reads(start)[1], 1, tf.bool)
         rows = tf.data.Dataset.choose_from_datasets(opened, index)
         # Hosts that share a reader leave out each other's rows.
-        rows = tf.data.Dataset.zip(rows, own).filter(lambda row, own: own)
-        return rows.map(lambda row, own: row)
+        return tf.data.Dataset.zip(rows, own).filter(lambda row, own: own)
 
     def decoded(rows: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
-        decode = functools.partial(preprocess.example, cfg)
-        rows = rows.map(decode, num_parallel_calls=tf.data.AUTOTUNE)
+        rows = rows.map(
+            lambda row, own: preprocess.example(cfg, row),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
         rows = rows.batch(size, drop_remainder=True).prefetch(2)
         return rows.with_options(options).as_numpy_iterator()
 
@@ -117,7 +118,7 @@ def batch_reader(
                     rows, found = iter(rows_from(number).with_options(options)), []
                 # What is read ahead fails some batches before the record's own.
                 while not found:
-                    part = itertools.islice(rows, size)
+                    part = (row for row, _ in itertools.islice(rows, size))
                     fields, found = _one_by_one(cfg, sources, part)
                     faults[number] = found
                     yield Batch(**fields)

@@ -23,11 +23,6 @@ _REDUCING_GAP = 3
 # Threads decode at once what fits into 1 GiB.
 _UNIT, _UNITS = 2**24, 64
 _FREE, _TURN = threading.Semaphore(_UNITS), threading.Lock()
-# Pillow's pieces of a picture. Of 16 MiB, malloc keeps them for every thread that has
-# ever decoded something large; those above 32 MiB it gives back. Pillow keeps eight,
-# as new ones cost a third of the time of a picture of 12 megapixels.
-Image.core.set_block_size(2**26)
-Image.core.set_blocks_max(8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +32,17 @@ class StoredImage:
     data: bytes  # a JPEG or PNG file
     side: int  # pixels of the shorter side
     reencoded: bool  # whether `data` was encoded here, or is the original file
+
+
+def give_memory_back() -> None:
+    """Has Pillow allocate pictures in pieces that return to the system once freed.
+
+    malloc keeps pieces of its default, 16 MiB, for every thread that has ever decoded
+    something large, and gives back those above 32 MiB. Pillow keeps eight, as new ones
+    cost a third of the time of a picture of 12 megapixels.
+    """
+    Image.core.set_block_size(2**26)
+    Image.core.set_blocks_max(8)
 
 
 @contextlib.contextmanager

@@ -113,6 +113,7 @@ def verify_images(
         except OSError as error:
             return Problem(item.name, f"cannot be read: {error.strerror or error}")
 
+    images.give_memory_back()
     # Executor.map would read all items ahead.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         waiting = collections.deque()

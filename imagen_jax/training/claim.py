@@ -78,5 +78,5 @@ class Claim:
 
 
 def _any_process(other: str) -> bool:
-    """What process 0 has found, in all processes."""
+    """Whether process 0 has found another run; the same in all processes."""
     return bool(multihost_utils.broadcast_one_to_all(bool(other)))

@@ -231,6 +231,7 @@ from imagen_jax.preparing import images
 file = io.BytesIO()
 Image.new("P", (4500, 4500)).save(file, "PNG", transparency=0)
 before = cli.peak_memory_gib()
+images.give_memory_back()
 with concurrent.futures.ThreadPoolExecutor(8) as pool:
     list(pool.map(lambda _: images.verify(file.getvalue(), stored_size=64), range(16)))
 print(cli.peak_memory_gib() - before)
