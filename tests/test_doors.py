@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -305,6 +306,7 @@ def test_no_room_for_a_run_is_one_line(cascade, tmp_path, kib):
 
 @pytest.mark.slow
 def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
+    """Until then no other run gets the workdir."""
     records, _, _ = cascade
     workdir = tmp_path / "run"
     command = [
@@ -327,11 +329,43 @@ def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
         while not (metrics.exists() and metrics.stat().st_size):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
+        second = train("base", workdir, records, "--config.training.steps=1000000")
+        assert second.returncode == 1
+        assert f"at work in {workdir} (process {process.pid} on" in error(second)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 3, stderr[-3000:]
-    assert "saved in" in stderr
+    assert "saved in" in stderr and "Traceback" not in stderr
     assert list((workdir / "checkpoints").iterdir())
+
+
+# Takes the size of a file system, a folder to mount it at, and a command.
+SMALL_DISK = 'mount -t tmpfs -o size="$0" none "$1" && shift && exec "$@"'
+
+
+@pytest.mark.slow
+def test_a_small_disk_is_full(cascade, tmp_path):
+    """A file system of 3 MiB: checkpoints take 0.3, and none is removed."""
+    disk, (records, _, _) = tmp_path / "disk", cascade
+    disk.mkdir()
+    small = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK]
+    small += ["3m", str(disk)]
+    if not shutil.which("unshare") or subprocess.run([*small, "true"]).returncode:
+        pytest.skip("no file systems can be mounted here")
+    command = [sys.executable, "-m", "imagen_jax.train"]
+    command += ["--config=configs/tiny.py:base", f"--workdir={disk / 'run'}"]
+    command += [f"--config.data.records={records}", *TINY]
+    command += ["--config.training.steps=1000000"]
+    command += ["--config.training.sample_every_steps=0"]
+    command += ["--config.training.checkpoint_every_steps=2"]
+    command += ["--config.training.keep_checkpoints=1000"]
+    done = subprocess.run(
+        [*small, *command], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    said = error(done)
+    assert "No space left" in said and said.count("\n") == 1, done.stderr[-3000:]
+    assert "start the same command again" in said
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from imagen_jax import config
 from imagen_jax.cli import peak_memory_gib
 from imagen_jax.data import memory
 from imagen_jax.data.manifest import read_manifest
-from imagen_jax.errors import UserError, read_index, read_json
+from imagen_jax.errors import UserError
+from imagen_jax.files import read_index, read_json
 from imagen_jax.training import replay
 from tests import hostile, tiny
 from tests import hostile_files as files

@@ -12,13 +12,8 @@ from typing import Any, BinaryIO, get_args, get_origin
 from etils import epath
 
 from imagen_jax.config import StageConfig
-from imagen_jax.errors import (
-    UserError,
-    is_file_name,
-    parse_json,
-    read_arrays,
-    read_json,
-)
+from imagen_jax.errors import UserError
+from imagen_jax.files import is_file_name, parse_json, read_arrays, read_json
 from imagen_jax.text import embeddings
 
 FILE_NAME = "manifest.json"

@@ -11,7 +11,8 @@ from imagen_jax.batch import Batch, downsample, pad_text
 from imagen_jax.config import StageConfig
 from imagen_jax.data.manifest import NPZ, Manifest, to_json
 from imagen_jax.data.order import crop_corner, is_flipped
-from imagen_jax.errors import UserError, read_arrays
+from imagen_jax.errors import UserError
+from imagen_jax.files import read_arrays
 from imagen_jax.text import embeddings
 
 # Images that are downsampled at once when a file is opened: bounds the int32 copies.

@@ -17,7 +17,8 @@ from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import memory, order, start_tensorflow
 from imagen_jax.data.manifest import TFDS, Manifest, Source, read_manifest, with_text
-from imagen_jax.errors import UserError, parse_json
+from imagen_jax.errors import UserError
+from imagen_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 

@@ -21,14 +21,8 @@ from typing import Any
 from imagen_jax.data import manifest as manifests
 from imagen_jax.data import memory, start_tensorflow
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.errors import (
-    TEMPORARY,
-    UserError,
-    appearing,
-    needing_room,
-    read_json,
-    write_text,
-)
+from imagen_jax.errors import UserError, needing_room
+from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
 from imagen_jax.preparing import folder, parquet, sources, webdataset
 from imagen_jax.preparing.images import StoredImage, middle_square
 from imagen_jax.preparing.settings import NO_ENCODER, Settings

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from flax import serialization, traverse_util
 
-from imagen_jax.errors import UserError, read_index
+from imagen_jax.errors import UserError
+from imagen_jax.files import read_index
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ from orbax.checkpoint import checkpoint_managers
 from imagen_jax import __version__
 from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig, TrainingConfig
-from imagen_jax.errors import UserError, printable, read_json
+from imagen_jax.errors import UserError, printable
+from imagen_jax.files import read_json
 from imagen_jax.training import checksums
 from imagen_jax.training.state import TrainState, abstract_state
 

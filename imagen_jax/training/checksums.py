@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterator
 import orbax.checkpoint as ocp
 from etils import epath
 
-from imagen_jax.errors import UserError, read_json
+from imagen_jax.errors import UserError
+from imagen_jax.files import read_json
 
 # Orbax finalizes items in alphabetical order; this one must come last.
 ITEM = "verification"

@@ -19,7 +19,8 @@ from imagen_jax import images
 from imagen_jax.batch import Batch, downsample
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Stage, sample_cascade
-from imagen_jax.errors import Stopped, UserError, did_you_mean, printable, read_json
+from imagen_jax.errors import Stopped, UserError, did_you_mean, printable
+from imagen_jax.files import read_json
 from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training import claim as claims

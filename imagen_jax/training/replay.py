@@ -29,7 +29,8 @@ from imagen_jax import sharding
 from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.compilation import compiler_options
 from imagen_jax.config import MeshConfig, StageConfig
-from imagen_jax.errors import UserError, printable, read_arrays, read_json
+from imagen_jax.errors import UserError, printable
+from imagen_jax.files import read_arrays, read_json
 from imagen_jax.models import network
 from imagen_jax.training.bad_updates import after_rollback, before_the_last_skip
 from imagen_jax.training.checkpoint import Checkpointer

@@ -12,7 +12,8 @@ from flax import traverse_util
 
 from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig
-from imagen_jax.errors import UserError, read_index, read_json
+from imagen_jax.errors import UserError
+from imagen_jax.files import read_index, read_json
 from imagen_jax.models import network
 from imagen_jax.training.checkpoint import (
     SAMPLED,

@@ -1,0 +1,223 @@
+"""Files that strangers may have damaged or made up, and files that appear whole.
+
+Whatever is in a file, the readers of JSON and .npz return what was asked for or raise
+one `UserError`. They check before they allocate.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import numpy as np
+from etils import epath
+
+from imagen_jax.errors import UserError, needing_room
+
+# Of a JSON file; of its values a 32nd, which take up to 200 bytes of memory each.
+_JSON_BYTES = 2**26
+_JSON_LEVELS = 16
+# To what a .npz file may unpack, or to so many times its size: of zeros numpy makes a
+# 1,029th, of scenes that are drawn at 1,024 pixels a 269th.
+_UNPACKED_BYTES = 2**28
+_UNPACKED_RATIO = 500
+_BLOCK_BYTES = 2**20
+# What numpy's `savez` writes before an array. Its own parser evaluates what it reads.
+_HEADER = re.compile(
+    r"\x93NUMPY\x01\0[^{]{2}\{'descr': '(\S+)', 'fortran_order': (True|False), "
+    r"'shape': (\(.*\)), \} *\n"
+)
+# How the names of files end that are not whole yet.
+TEMPORARY = ".tmp"
+
+
+def read_json(
+    path: str | os.PathLike, what: str, most_bytes: int = _JSON_BYTES
+) -> dict[str, Any]:
+    """The object in a small JSON file, local or in a bucket.
+
+    `UserError`, which calls the file `what` ("the config of a run"), when it is missing
+    or `parse_json` refuses it.
+    """
+    try:
+        with _open(path) as file:
+            data = file.read(most_bytes + 1)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it should hold {what}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not {what}: {error}") from None
+    return parse_json(data, f"{path} is not {what}", most_bytes)
+
+
+def parse_json(
+    data: bytes, otherwise: str, most_bytes: int = _JSON_BYTES
+) -> dict[str, Any]:
+    """The JSON object in `data`; a `UserError`, `otherwise` and why, if there is none.
+
+    Its numbers are integers or finite floats, and it is not nested deeply.
+    """
+    count, most = sum(map(data.count, (b",", b"[", b"{"))), most_bytes // 32
+    try:
+        if len(data) > most_bytes or count > most:
+            raise ValueError(f"it has over {most_bytes:,} bytes or {most:,} values")
+        values = json.loads(data)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no JSON object")
+        _check_value(values, _JSON_LEVELS)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{otherwise}: {error}") from None
+    return values
+
+
+def _check_value(value: Any, levels: int) -> None:
+    """Raises `ValueError` for what is nested deeper, NaN, or too large for a float."""
+    if isinstance(value, dict | list):
+        if not levels:
+            raise ValueError("it is nested too deeply")
+        for own in value.values() if isinstance(value, dict) else value:
+            _check_value(own, levels - 1)
+    elif isinstance(value, int | float) and not abs(value) <= 1e308:
+        raise ValueError("it holds a number that is none, or too large")
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether `value` is the name of a file, in no other folder."""
+    is_printable = isinstance(value, str) and value.isprintable()
+    return is_printable and not re.search(r"^\.*$|[/\\]", value)
+
+
+def read_index(path: os.PathLike, what: str) -> list[str]:
+    """The files of an index of safetensors files; `UserError` as by `read_json`."""
+    files = read_json(path, what).get("weight_map")
+    if not (isinstance(files, dict) and all(map(is_file_name, files.values()))):
+        raise UserError(f"{path} is not {what}: its weight_map names no files")
+    return sorted(set(files.values()))
+
+
+def read_arrays(
+    path: str | os.PathLike, what: str, expected: Mapping[str, tuple[str, tuple]]
+) -> dict[str, np.ndarray]:
+    """Arrays of a .npz file whose types and shapes are known.
+
+    `expected` has each one's type, as "|u1", and shape. Type "<U" is text of any width;
+    unless it is a single text it is checked and left out.
+
+    Raises:
+      UserError: when the file, called `what`, is missing, damaged or another one, or
+        there is no room for its arrays.
+    """
+    with _unzipped(path, what) as archive:
+        arrays, total = {}, 0
+        for name, (dtype, shape) in expected.items():
+            member, own, order = _open_array(archive, name, dtype, shape)
+            if dtype != "<U" or not shape:
+                arrays[name] = member, own, order
+                total += math.prod(shape) * own.itemsize
+        archive.fp.seek(0, os.SEEK_END)
+        most = max(_UNPACKED_BYTES, _UNPACKED_RATIO * archive.fp.tell())
+        most = min(most, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        if total > most:
+            raise ValueError(f"it unpacks to {total:,} bytes, more than {most:,}")
+        for name, (member, own, order) in arrays.items():
+            arrays[name] = array = np.empty(expected[name][1], own, order)
+            data = array.ravel("K").view(np.uint8)
+            for start in range(0, len(data), _BLOCK_BYTES):
+                block = data[start : start + _BLOCK_BYTES]
+                if member.readinto(block) != len(block):
+                    raise ValueError(f"{name} ends early")
+            if own.kind == "b" and data.max(initial=0) > 1:
+                raise ValueError(f"{name} is not of truth values")
+        return arrays
+
+
+def _open_array(
+    archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple
+) -> tuple[IO[bytes], np.dtype, str]:
+    """The file of an array, read up to its elements; its type; and "C" or "F".
+
+    `ValueError` unless it is an array of `dtype` and `shape`.
+    """
+    member, info = archive.open(f"{name}.npy"), archive.getinfo(f"{name}.npy")
+    start = member.read(10)
+    start += member.read(int.from_bytes(start[8:], "little"))
+    header = _HEADER.fullmatch(start.decode("latin1"))
+    is_known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    if not (header and is_known):
+        raise ValueError(f"{name} is not as numpy writes arrays")
+    own, is_fortran, own_shape = header.groups()
+    is_text = dtype == "<U" and re.fullmatch("<U[0-9]{1,8}", own)
+    if own_shape != str(shape) or not (is_text or own == dtype):
+        raise ValueError(f"{name} is {own} {own_shape}, not {dtype} {shape}")
+    found = np.dtype(own)
+    if info.file_size != len(start) + math.prod(shape) * found.itemsize:
+        raise ValueError(f"{name} has {info.file_size:,} bytes, too few or too many")
+    return member, found, "F" if is_fortran == "True" else "C"
+
+
+class _Reader:
+    """A file of which zipfile reads no large directory: each entry takes 600 bytes."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _BLOCK_BYTES:
+            raise ValueError("it holds too many files")
+        return self._file.read(size)
+
+
+@contextlib.contextmanager
+def _unzipped(path: str | os.PathLike, what: str) -> Iterator[zipfile.ZipFile]:
+    try:
+        with _open(path) as file, zipfile.ZipFile(_Reader(file)) as archive:
+            if len(names := archive.namelist()) > len(set(names)):
+                raise ValueError("it holds two files of one name")
+            yield archive
+    except Exception as error:  # zipfile raises errors of many kinds.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{os.fspath(path)!r} is not {what}, or is damaged ({reason}): copy it or "
+            "make it again"
+        ) from None
+
+
+def _open(path: str | os.PathLike) -> IO[bytes]:
+    # A pipe or a device might be read for ever.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is no file")
+    return epath.Path(path).open("rb")
+
+
+@contextlib.contextmanager
+def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives another name to write under; renames what was written to `path`."""
+    # Of its own, as several processes may write the same at once.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with needing_room(path.parent):
+            yield partial
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except FileNotFoundError:
+        # Another process was first, and removed what it took for left over.
+        if not path.exists():
+            raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file of JSON that appears whole or not at all."""
+    with appearing(path) as partial:
+        # As JSON escapes them: bytes of a name that are not UTF-8.
+        partial.write_text(text, "utf8", "backslashreplace")
