@@ -13,7 +13,6 @@ their largest difference. Exit status 1 when a figure is out of bounds.
 """
 
 import argparse
-import functools
 import importlib
 import itertools
 import math
@@ -100,8 +99,7 @@ def run(cfg, params, batch, mesh):
         own.aug_level.astype(np.float32),
         small if low else None,
     )
-    sample = functools.partial(cascade.sample_stage, apply=network.apply, cfg=cfg)
-    images, _ = jax.jit(sharding.on_mesh(sample, mesh))(
+    images, _ = cascade.compile_sampler(network.apply, cfg, mesh)(
         params, *jax.device_put(inputs, sharding.batch_sharding(mesh))
     )
     return jax.device_get((*learn(params, batch), images))

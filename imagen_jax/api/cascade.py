@@ -215,7 +215,7 @@ def sample_prompts(
             mesh,
             lowres,
             [settings(stage, len(prompts)) for stage in stages],
-            [recorded_steps] * len(trained),
+            recorded_steps,
             bar.update,
             (lambda step: bar.set_postfix(step=int(step) + 1)) if show_steps else None,
         )

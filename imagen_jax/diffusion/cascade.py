@@ -46,55 +46,6 @@ class Settings(NamedTuple):
         )
 
 
-def sample_stage(
-    params: Any,
-    seeds: jax.Array,
-    text: jax.Array,
-    mask: jax.Array,
-    guidance: jax.Array,
-    aug_level: jax.Array,
-    lowres: jax.Array | None,
-    *,
-    apply: Callable[..., jax.Array],
-    cfg: StageConfig,
-    recorded_steps: tuple[int, ...] = (),
-    on_step: Callable[[jax.Array], None] | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Samples one batch of one stage: what `sample_cascade` does, on the device.
-
-    Args:
-      params, apply, cfg: as in `Stage`.
-      seeds: `[B]` uint32.
-      text, mask: `[B, L, D]` and `[B, L]`.
-      guidance, aug_level: as in `Settings`.
-      lowres: `[B, h, w, 3]` uint8, or None for a base stage.
-      recorded_steps, on_step: see `sampler.sample`.
-    """
-    # Keys depend on the stage's size, not on its position in a list, so that a cascade
-    # entered midway draws the same noise.
-    keys = jax.vmap(lambda s: jax.random.fold_in(jax.random.key(s), cfg.image_size))(
-        seeds
-    )
-    key_sample, key_aug = jax.vmap(jax.random.split, out_axes=1)(keys)
-    cond = Cond(text=text, mask=mask)
-    if cfg.lowres_size:
-        lowres = to_float(lowres)
-        noise = jax.vmap(lambda k: jax.random.normal(k, lowres.shape[1:]))(key_aug)
-        cond = augment(cond, lowres, aug_level, noise, cfg)
-    x0, recorded = sample(
-        functools.partial(apply, cfg.model, params),
-        key_sample,
-        cond,
-        (cfg.image_size, cfg.image_size, 3),
-        cfg.diffusion,
-        cfg.sampler,
-        guidance.T,
-        recorded_steps,
-        on_step,
-    )
-    return to_uint8(x0), to_uint8(recorded.swapaxes(0, 1))
-
-
 @functools.cache
 def compile_sampler(
     apply: Callable[..., jax.Array],
@@ -103,14 +54,40 @@ def compile_sampler(
     recorded_steps: tuple[int, ...] = (),
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The jitted `sample_stage` of a stage: one program for all its batches."""
-    run = functools.partial(
-        sample_stage,
-        apply=apply,
-        cfg=cfg,
-        recorded_steps=recorded_steps,
-        on_step=on_step,
-    )
+    """What `sample_cascade` does with a batch of a stage, as one program for the mesh.
+
+    Returns:
+      A jitted function of `params`, as in `Stage`; `seeds` `[B]` uint32; `text` and
+      `mask`, `[B, L, D]` and `[B, L]`; `guidance` and `aug_level`, as in `Settings`;
+      and `lowres` `[B, h, w, 3]` uint8, or None for a base stage. It returns the images
+      `[B, H, W, 3]` and the estimates at K recorded steps `[B, K, H, W, 3]`, uint8.
+    """
+
+    def run(params, seeds, text, mask, guidance, aug_level, lowres):
+        # Keys depend on the stage's size, not on its position in a list, so that a
+        # cascade entered midway draws the same noise.
+        keys = jax.vmap(
+            lambda seed: jax.random.fold_in(jax.random.key(seed), cfg.image_size)
+        )(seeds)
+        key_sample, key_aug = jax.vmap(jax.random.split, out_axes=1)(keys)
+        cond = Cond(text=text, mask=mask)
+        if cfg.lowres_size:
+            lowres = to_float(lowres)
+            noise = jax.vmap(lambda k: jax.random.normal(k, lowres.shape[1:]))(key_aug)
+            cond = augment(cond, lowres, aug_level, noise, cfg)
+        x0, recorded = sample(
+            functools.partial(apply, cfg.model, params),
+            key_sample,
+            cond,
+            (cfg.image_size, cfg.image_size, 3),
+            cfg.diffusion,
+            cfg.sampler,
+            guidance.T,
+            recorded_steps,
+            on_step,
+        )
+        return to_uint8(x0), to_uint8(recorded.swapaxes(0, 1))
+
     options = compiler_options(mesh, cfg.model.dtype)
     return jax.jit(on_mesh(run, mesh), compiler_options=options)
 
@@ -154,7 +131,7 @@ def sample_cascade(
     mesh: Mesh,
     lowres: np.ndarray | None = None,
     settings: Sequence[Settings] | None = None,
-    recorded_steps: Sequence[tuple[int, ...]] | None = None,
+    recorded_steps: tuple[int, ...] = (),
     report: Callable[[int], None] = lambda images: None,
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -172,7 +149,7 @@ def sample_cascade(
       lowres: `[N, h, w, 3]` uint8, for a cascade that starts with a super-resolution
         stage.
       settings: for each stage those of its N images, instead of its config's.
-      recorded_steps: for each stage the steps whose estimates are returned too.
+      recorded_steps: K steps, from 0, whose estimates are returned too.
       report: called with the number of images after each batch of each stage.
       on_step: called on the host with the number of each step of each batch.
 
@@ -190,13 +167,8 @@ def sample_cascade(
         i = len(images)
         own = settings[i] if settings else Settings.of(stage.cfg.sampler, count)
         size = -(-stage.cfg.sampler.batch_size // rows) * rows
-        run = compile_sampler(
-            stage.apply,
-            _program(stage.cfg, own),
-            mesh,
-            recorded_steps[i] if recorded_steps else (),
-            on_step,
-        )
+        cfg = _program(stage.cfg, own)
+        run = compile_sampler(stage.apply, cfg, mesh, recorded_steps, on_step)
         inputs = (seeds.astype(np.uint32), text, mask, *own, before)
         made = []
         for start in range(0, count, size):

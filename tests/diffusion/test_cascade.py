@@ -218,14 +218,17 @@ def test_a_stage_is_made_when_the_one_before_is_gone(inputs, pictures):
 
 def test_recorded_estimates(inputs, pictures):
     """The last step's is the picture; earlier ones are those of fewer steps' view."""
+    _, estimates = cascade.sample_cascade([BASE, SR], **inputs, mesh=_mesh())
+    sides = [4, 8]
+    assert [e.shape for e in estimates] == [(PICTURES, 0, n, n, 3) for n in sides]
     made, estimates = cascade.sample_cascade(
-        [BASE, SR], **inputs, mesh=_mesh(), recorded_steps=[(), (0, 3)]
+        [BASE, SR], **inputs, mesh=_mesh(), recorded_steps=(0, 3)
     )
-    assert estimates[0].shape == (PICTURES, 0, 4, 4, 3)
-    assert estimates[1].shape == (PICTURES, 2, 8, 8, 3)
-    np.testing.assert_array_equal(made[1], pictures[1])
-    np.testing.assert_array_equal(estimates[1][:, 1], made[1])
-    assert (estimates[1][:, 0] != made[1]).any((1, 2, 3)).all()
+    assert [e.shape for e in estimates] == [(PICTURES, 2, n, n, 3) for n in sides]
+    for have, want, recorded in zip(made, pictures, estimates, strict=True):
+        np.testing.assert_array_equal(have, want)
+        np.testing.assert_array_equal(recorded[:, 1], have)
+        assert (recorded[:, 0] != have).any((1, 2, 3)).all()
 
 
 def test_steps_are_told(inputs):
