@@ -87,23 +87,7 @@ def train(
             checkpointer = Checkpointer(workdir, cfg.training)
             stack.enter_context(contextlib.closing(checkpointer))
             stack.callback(faulthandler.cancel_dump_traceback_later)
-            state, origin, unlogged = first_state(
-                cfg, mesh, checkpointer, batches.set_state
-            )
-            writer.begin(int(state.step) - len(unlogged))
-            writer.event("start", int(state.step), devices=jax.device_count(), **origin)
-            return _run(
-                cfg,
-                workdir,
-                batches,
-                mesh,
-                preview,
-                state,
-                unlogged,
-                claim,
-                checkpointer,
-                writer,
-            )
+            return _run(cfg, batches, mesh, preview, checkpointer, writer)
     except OSError as error:
         raise UserError(
             f"the workdir {workdir} cannot be written ({' '.join(str(error).split())}):"
@@ -194,13 +178,15 @@ def _check_workdir(cfg: StageConfig, workdir: str) -> None:
         )
 
 
-def _run(
-    cfg, workdir, batches, mesh, preview, state, unlogged, claim, checkpointer, writer
-):
-    """The steps from `state` on, with all that is done between them."""
+def _run(cfg, batches, mesh, preview, checkpointer, writer):
+    """The steps from `first_state` on, with all that is done between them."""
     training, stopwatch = cfg.training, writer.stopwatch
+    workdir = checkpointer.workdir
+    state, origin, unlogged = first_state(cfg, mesh, checkpointer, batches.set_state)
     step = first = int(state.step)
     last = training.steps
+    writer.begin(first - len(unlogged))
+    writer.event("start", first, devices=jax.device_count(), **origin)
     bar = tqdm(
         total=last,
         initial=first,
@@ -210,7 +196,7 @@ def _run(
         disable=jax.process_index() != 0,
     )
     step_fn = compile_train_step(cfg, mesh)
-    recovery = Recovery(cfg, workdir, batches, mesh, checkpointer, writer)
+    recovery = Recovery(cfg, batches, mesh, checkpointer, writer)
     means = IntervalMeans(cfg, writer, bar, unlogged)
     loss, previewed = None, False
 
@@ -258,7 +244,7 @@ def _run(
                 if step == last:
                     means.flush(step)
                 with stopwatch.bucket("checkpoint"):
-                    claim.check()
+                    writer.claim.check()
                     position, best = batches.get_state(), means.since_checkpoint()
                     checkpointer.save(state, cfg, position, best, unlogged)
                 writer.event("checkpoint", step)

@@ -56,7 +56,6 @@ class Recovery:
     """
 
     cfg: StageConfig
-    workdir: str
     batches: Any  # as in `loop.train`
     mesh: Mesh
     checkpointer: Checkpointer
@@ -89,9 +88,10 @@ class Recovery:
         self.writer.event("budget_spent", step, bundle=str(folder), action=action)
         if action == "stop":
             raise UserError(
-                f"stopped at step {step} of {self.workdir}: the budget of skipped "
-                f"updates, training.skip_budget_steps={training.skip_budget_steps}, is "
-                f"spent (loss {recorded['loss']:.6g}, gradient norm "
+                f"stopped at step {step} of {self.checkpointer.workdir}: the budget of "
+                "skipped updates, training.skip_budget_steps="
+                f"{training.skip_budget_steps}, is spent (loss "
+                f"{recorded['loss']:.6g}, gradient norm "
                 f"{recorded['gradient_norm']:.6g}; first not finite: "
                 f"{cause or 'nothing'}; newest checkpoint: {newest}). See why: python "
                 f"-m imagen_jax.train --replay={folder}. Go on with the next data: "
@@ -115,12 +115,11 @@ class Recovery:
         position = dict(self.positions)[step]
         self.batches.set_state(position)
         batch = next(self.batches)
-        folder = epath.Path(self.workdir) / "bundles" / str(step)
+        folder = epath.Path(self.checkpointer.workdir) / "bundles" / str(step)
         before = state.replace(step=state.step - 1, guard=before_the_last_skip(guard))
-        with contextlib.closing(
-            Checkpointer(str(folder), self.cfg.training)
-        ) as checkpointer:
-            checkpointer.save(before, self.cfg, position)
+        own = Checkpointer(str(folder), self.cfg.training)
+        with contextlib.closing(own):
+            own.save(before, self.cfg, position)
         found = examine(before, batch, self.cfg, self.mesh)
         cause = first_not_finite(found)
         whole = multihost_utils.process_allgather(batch, tiled=True)
@@ -184,45 +183,44 @@ def examine(
 @functools.cache
 def compile_examine(cfg: StageConfig, mesh: Mesh) -> Callable[..., dict[str, Any]]:
     """The jitted part of `examine`: a function of parameters, step and batch."""
+
+    def largest(x):
+        return jnp.abs(x).max()
+
+    def run(params, step, batch):
+        noised, key = draw(step, batch, cfg)
+        each, gradients = loss_and_gradients(params, noised, key, cfg)
+        parts = cfg.training.microbatches
+
+        def layers(part):
+            number, noised = part
+            own = key
+            if key is not None and parts > 1:
+                own = jax.random.fold_in(key, number)
+            return network.layer_maxima(
+                cfg.model, params, noised.z, noised.logsnr, noised.cond, own
+            )
+
+        found = jax.lax.map(layers, (jnp.arange(parts), deal(noised, parts)))
+        return {
+            "loss": each.mean(),
+            "gradient_norm": optax.tree.norm(gradients),
+            "examples": {
+                "id": batch.id,
+                "logsnr": noised.logsnr,
+                "loss": each,
+                "text": jnp.abs(batch.text.astype(jnp.float32)).max((1, 2)),
+            },
+            "parameters": jax.tree.map(largest, params),
+            "layers": jax.tree.map(lambda x: x.max(0), found),
+            "gradients": jax.tree.map(largest, gradients),
+        }
+
     return jax.jit(
-        sharding.on_mesh(functools.partial(_examine, cfg=cfg), mesh),
+        sharding.on_mesh(run, mesh),
         out_shardings=sharding.replicated(mesh),
         compiler_options=compiler_options(mesh, cfg.model.dtype),
     )
-
-
-def _largest(x):
-    return jnp.abs(x).max()
-
-
-def _examine(params, step, batch, *, cfg):
-    noised, key = draw(step, batch, cfg)
-    each, gradients = loss_and_gradients(params, noised, key, cfg)
-    parts = cfg.training.microbatches
-
-    def layers(part):
-        number, noised = part
-        own = key
-        if key is not None and parts > 1:
-            own = jax.random.fold_in(key, number)
-        return network.layer_maxima(
-            cfg.model, params, noised.z, noised.logsnr, noised.cond, own
-        )
-
-    found = jax.lax.map(layers, (jnp.arange(parts), deal(noised, parts)))
-    return {
-        "loss": each.mean(),
-        "gradient_norm": optax.tree.norm(gradients),
-        "examples": {
-            "id": batch.id,
-            "logsnr": noised.logsnr,
-            "loss": each,
-            "text": jnp.abs(batch.text.astype(jnp.float32)).max((1, 2)),
-        },
-        "parameters": jax.tree.map(_largest, params),
-        "layers": jax.tree.map(lambda x: x.max(0), found),
-        "gradients": jax.tree.map(_largest, gradients),
-    }
 
 
 def first_not_finite(found: Mapping[str, Any]) -> str:
