@@ -138,14 +138,13 @@ class Checkpointer:
         return step
 
     def restore(
-        self, cfg: StageConfig, mesh: Mesh, step: int | None = None
+        self, cfg: StageConfig, mesh: Mesh, step: int
     ) -> tuple[TrainState, bytes]:
-        """A state (default: the newest undamaged) on `mesh`, and its data position.
+        """The state of a step on `mesh`, and its data position.
 
         Raises:
-          UserError: as `required`, and when it is a state of another stage.
+          UserError: when it is a state of another stage, or has no position.
         """
-        step = self.required() if step is None else step
         like = abstract_state(cfg, mesh)
         args = ocp.args.Composite(
             ema=ocp.args.StandardRestore(like.ema),
@@ -168,13 +167,8 @@ class Checkpointer:
         """What `save` was given; checkpoints of release 0.1 have none."""
         return self._json(step, "iterator").get(_UNLOGGED, [])
 
-    def stage(self, step: int | None = None) -> StageConfig:
-        """The config of a checkpoint (default: the newest whose average is undamaged).
-
-        Raises:
-          UserError: as `required`.
-        """
-        step = self.required(SAMPLED) if step is None else step
+    def stage(self, step: int) -> StageConfig:
+        """The config of a step; a `UserError` if this program cannot read it."""
         where = f"the config of checkpoint {step} of {self.workdir}"
         return described_stage(self._json(step, "config"), where)
 

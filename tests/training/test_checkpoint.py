@@ -46,7 +46,7 @@ def test_a_checkpoint_knows_what_it_is(saved):
     path = saved / "checkpoints/2/config/metadata"
     described = json.loads(path.read_text())
     assert described["schema_version"] == 2 and described["step"] == 2
-    assert Checkpointer(str(saved)).stage() == CFG and CFG.text.encoder == "fake@1"
+    assert Checkpointer(str(saved)).stage(2) == CFG and CFG.text.encoder == "fake@1"
     assert set(described["written_by"]) == {"imagen_jax", "jax"}
 
 
@@ -62,7 +62,7 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path, devices):
     jax.block_until_ready(own)
     checkpointer.wait()
     # Whatever mesh it was saved from, it is restored on any other.
-    found, position = checkpointer.restore(CFG, mesh(9 - devices))
+    found, position = checkpointer.restore(CFG, mesh(9 - devices), 3)
     assert_equal(found.params, want)
     assert_equal(found.opt_state, like.opt_state)
     assert position == b"here" and int(found.step) == 3
@@ -101,13 +101,14 @@ def test_a_run_goes_on_from_the_checkpoint_before(workdir):
         flip(largest(workdir / "checkpoints/2/train"))
         checkpointer = Checkpointer(str(workdir), CFG.training)
         assert checkpointer.newest() == 1
-        restored, position = checkpointer.restore(CFG, mesh())
+        restored, position = checkpointer.restore(CFG, mesh(), 1)
         assert_equal(restored, state(1))
         assert position == b"at 1" and list(checkpointer.damaged) == [2]
         checkpointer.save(state(2), CFG, b"again")
         checkpointer.close()
         assert len(list((workdir / "damaged").glob("2*/config/metadata"))) == number
-    restored, position = Checkpointer(str(workdir)).restore(CFG, mesh())
+    checkpointer = Checkpointer(str(workdir))
+    restored, position = checkpointer.restore(CFG, mesh(), checkpointer.newest())
     assert_equal(restored, state(2))
     assert position == b"again"
 
@@ -155,10 +156,10 @@ def test_a_checkpoint_of_another_stage_is_refused(workdir):
     """Copied into this run's workdir, say."""
     other = tiny.stage(model=tiny.ONE_LEVEL | {"channels": (16,)})
     with pytest.raises(UserError, match="checkpoint 2 of .* is not one of this stage"):
-        Checkpointer(str(workdir)).restore(other, mesh())
+        Checkpointer(str(workdir)).restore(other, mesh(), 2)
     deeper = tiny.stage(model=tiny.ONE_LEVEL | {"num_res_blocks": (2,)})
     with pytest.raises(UserError, match="checkpoint 2 of .* is not one of this stage"):
-        Checkpointer(str(workdir)).restore(deeper, mesh())
+        Checkpointer(str(workdir)).restore(deeper, mesh(), 2)
 
 
 def test_a_full_disk_is_one_error_and_older_checkpoints_stay(workdir):

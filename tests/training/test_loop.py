@@ -16,6 +16,7 @@ from imagen_jax.errors import Stopped, UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.weights import open_weights
 from tests import tiny
 
 
@@ -98,7 +99,7 @@ def test_the_workdir_holds_what_it_should(tmp_path, mesh, no_arithmetic):
     sheet = np.asarray(Image.open(tmp_path / "samples" / "00000004.png"))
     truth = preview.image[0]
     assert (sheet[4 + 16 : 4 + 32, 4 : 4 + 16] == truth).all()
-    assert Checkpointer(str(tmp_path)).stage() == cfg
+    assert Checkpointer(str(tmp_path)).stage(5) == cfg
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path, mesh, no_arithmetic):
@@ -163,7 +164,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 def test_sampling_an_untrained_workdir_is_refused(tmp_path):
     loop.claim_workdir(tiny.stage(), str(tmp_path))
     with pytest.raises(UserError, match="train this stage first"):
-        Checkpointer(str(tmp_path)).stage()
+        open_weights(str(tmp_path))
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):

@@ -117,8 +117,8 @@ def test_a_spent_budget_stops_with_a_bundle(stopped, mesh):
     assert [metrics[s]["skipped_updates"] for s in (2, 4, 6, 7)] == [0, 1, 2, 3]
     assert "loss" not in metrics[7] and math.isfinite(metrics[4]["loss"])
     # What the run had learned, of five good steps, is in the replay.
-    kept, _ = Checkpointer(str(workdir / "bundles" / "7")).restore(CFG, mesh)
-    saved, _ = Checkpointer(str(workdir)).restore(CFG, mesh)
+    kept, _ = Checkpointer(str(workdir / "bundles" / "7")).restore(CFG, mesh, 6)
+    saved, _ = Checkpointer(str(workdir)).restore(CFG, mesh, 6)
     assert_equal(learned(jax.device_get(kept)), learned(jax.device_get(saved)))
     assert (int(kept.step), int(kept.guard.skipped)) == (6, 2)
     # The count comes back with a checkpoint.
@@ -168,7 +168,7 @@ def test_one_device_gives_the_numbers_of_eight(tmp_path, eight):
 
 def test_what_is_named_is_where_it_begins(stopped, mesh):
     """A parameter, a layer that overflows, a loss, a gradient norm that do."""
-    kept, _ = Checkpointer(str(stopped[0] / "bundles" / "7")).restore(CFG, mesh)
+    kept, _ = Checkpointer(str(stopped[0] / "bundles" / "7")).restore(CFG, mesh, 6)
     good = jax.device_get(kept)
     batch = jax.device_put(tiny.batch(CFG), batch_sharding(mesh))
 
