@@ -12,7 +12,7 @@ import pathlib
 import re
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -98,6 +98,37 @@ def read_index(path: os.PathLike, what: str) -> list[str]:
     if not (isinstance(files, dict) and all(map(is_file_name, files.values()))):
         raise UserError(f"{path} is not {what}: its weight_map names no files")
     return sorted(set(files.values()))
+
+
+def open_tensors(path: os.PathLike) -> Any:
+    """An open safetensors file, to be closed by `with`.
+
+    Raises:
+      UserError: when it is missing or damaged.
+    """
+    import safetensors
+
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{str(path)!r} is missing or damaged, or no safetensors file ({reason}): "
+            "copy it again"
+        ) from None
+
+
+def find_tensors(
+    paths: Iterable[os.PathLike],
+) -> tuple[dict[str, tuple[int, ...]], dict[str, os.PathLike]]:
+    """The shape and the file of every tensor in safetensors files, by name."""
+    shapes, files = {}, {}
+    for path in paths:
+        with open_tensors(path) as file:
+            for name in file.keys():
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+                files[name] = path
+    return shapes, files
 
 
 def read_arrays(

@@ -8,7 +8,7 @@ import numpy as np
 from flax import serialization, traverse_util
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import read_index
+from imagen_jax.files import find_tensors, open_tensors, read_index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +56,14 @@ def existing(path: str) -> pathlib.Path:
 
 
 def _open_safetensors(paths: list[pathlib.Path]) -> Checkpoint:
-    import safetensors
-
-    def opened(path):
-        try:
-            return safetensors.safe_open(path, framework="numpy")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise _damaged(path, error) from None
+    shapes, files = find_tensors(paths)
 
     def read(name):
         # Opened for each tensor: what was read of a mapped file counts as memory of
         # this process until the file is closed.
-        with opened(files[name]) as file:
+        with open_tensors(files[name]) as file:
             return file.get_tensor(name)
 
-    files, shapes = {}, {}
-    for path in paths:
-        with opened(path) as file:
-            for name in file.keys():
-                files[name] = path
-                shapes[name] = tuple(file.get_slice(name).get_shape())
     return Checkpoint("safetensors", shapes, read)
 
 

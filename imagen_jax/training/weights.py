@@ -13,13 +13,9 @@ from flax import traverse_util
 from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
-from imagen_jax.files import read_index, read_json
+from imagen_jax.files import find_tensors, open_tensors, read_index, read_json
 from imagen_jax.models import network
-from imagen_jax.training.checkpoint import (
-    SAMPLED,
-    Checkpointer,
-    described_stage,
-)
+from imagen_jax.training.checkpoint import SAMPLED, Checkpointer, described_stage
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,7 +42,7 @@ class Weights:
         return traverse_util.unflatten_dict(placed, sep=".")
 
     def _read(self, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        with _opened(self.files[name]) as file:
+        with open_tensors(self.files[name]) as file:
             array = file.get_tensor(name).astype(leaf.dtype, copy=False)
         return jax.make_array_from_callback(
             leaf.shape, leaf.sharding, lambda index: array[index]
@@ -82,7 +78,7 @@ def open_weights(path: str) -> Weights:
     """
     folder = epath.Path(path)
     if path.endswith(".safetensors"):
-        return Weights(path, None, None, *_find_tensors([folder]))
+        return Weights(path, None, None, *find_tensors([folder]))
     if not (folder / CONFIG).exists():
         raise UserError(
             f"{path} has no {CONFIG}: give the --workdir of `train` or the --output of "
@@ -101,29 +97,7 @@ def open_weights(path: str) -> Weights:
     files = [single]
     if not single.exists():
         files = [folder / name for name in read_index(index, "the index of an export")]
-    return Weights(path, cfg, step, *_find_tensors(files))
-
-
-def _find_tensors(files: list[epath.Path]) -> tuple[dict, dict]:
-    """The shape and the file of every tensor in safetensors files, by name."""
-    shapes, where = {}, {}
-    for file in files:
-        with _opened(file) as opened:
-            for name in opened.keys():
-                shapes[name] = tuple(opened.get_slice(name).get_shape())
-                where[name] = file
-    return shapes, where
-
-
-def _opened(path: epath.Path):
-    import safetensors
-
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is no safetensors file, or is damaged ({error}): copy it again"
-        ) from None
+    return Weights(path, cfg, step, *find_tensors(files))
 
 
 @functools.cache
