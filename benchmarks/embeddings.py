@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from configs import tiny
-from imagen_jax.api.cascade import open_stages
+from imagen_jax.api.cascade import load, open_stages
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.batch import pad_text
 from imagen_jax.config import MeshConfig
@@ -43,7 +43,7 @@ def make(workdirs, prompts, seeds, dtype):
         for row in encoder.encode(prompts, text_cfg.length)
     ]
     text, mask = pad_text(rows * seeds, text_cfg.length, text_cfg.dim)
-    stages = (one.load(mesh) for one in opened)
+    stages = (load(one, mesh) for one in opened)
     samples, _ = sample_cascade(stages, text, mask, np.arange(len(text)), mesh)
     found = [judge(s, p) for s, p in zip(samples[-1], prompts * seeds, strict=True)]
     return samples[-1].astype(int), np.array([(v.colour, v.shape) for v in found])

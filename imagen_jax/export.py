@@ -19,12 +19,12 @@ from absl import flags
 from flax import traverse_util
 
 from imagen_jax import __version__, cli
-from imagen_jax.api.cascade import Trained, open_stages
+from imagen_jax.api.cascade import load, open_stages
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError, printable
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.checkpoint import description
-from imagen_jax.training.weights import CONFIG, INDEX, SINGLE
+from imagen_jax.training.weights import CONFIG, INDEX, SINGLE, Weights
 
 _CARD = "README.md"
 _TEXT = """---
@@ -67,7 +67,7 @@ The text encoder is not part of this folder: all encoders but the tiny one need
 """
 
 
-def model_card(stage: Trained, count: int, folder: str) -> str:
+def model_card(stage: Weights, count: int, folder: str) -> str:
     """Text of README.md for a stage with `count` parameters, in `folder`."""
     cfg = stage.cfg
     makes = f"images of {cfg.image_size} x {cfg.image_size} pixels from a caption"
@@ -96,7 +96,7 @@ def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise UserError(f"{output} exists and is not empty: give a new folder")
     (stage,) = open_stages([workdir])
-    params = stage.load(make_mesh(MeshConfig(), jax.devices("cpu")[:1])).params
+    params = load(stage, make_mesh(MeshConfig(), jax.devices("cpu")[:1])).params
     cfg = dataclasses.replace(
         stage.cfg,
         data=dataclasses.replace(stage.cfg.data, records=""),

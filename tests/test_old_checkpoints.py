@@ -6,7 +6,7 @@ import zipfile
 import jax
 import numpy as np
 
-from imagen_jax.api.cascade import open_stages
+from imagen_jax.api.cascade import load, open_stages
 from imagen_jax.config import MeshConfig
 from imagen_jax.sharding import make_mesh
 from tests.references import make_checkpoint
@@ -24,7 +24,7 @@ def test_a_checkpoint_of_schema_version_2(tmp_path, capsys):
     assert stage.cfg.model == make_checkpoint.CFG.model
     assert stage.cfg.text.encoder == "fake@1"
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    found = make_checkpoint.fingerprints(stage.load(mesh).params)
+    found = make_checkpoint.fingerprints(load(stage, mesh).params)
     np.testing.assert_array_equal(found["names"], want["names"])
     np.testing.assert_array_equal(found["sums"], want["sums"])
     made = make_checkpoint.sample(str(tmp_path))

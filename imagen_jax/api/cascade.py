@@ -18,22 +18,7 @@ from imagen_jax.training.state import abstract_state
 from imagen_jax.training.weights import Weights, open_weights
 
 
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A trained stage on disk."""
-
-    workdir: str  # of its training, or a folder that `export` wrote
-    step: int  # of the checkpoint
-    cfg: StageConfig
-    weights: Weights  # averaged parameters, not loaded yet
-
-    def load(self, mesh: Mesh) -> Stage:
-        """The stage with its averaged parameters on `mesh`."""
-        params = self.weights.load(abstract_state(self.cfg, mesh).ema)
-        return Stage(params=params, cfg=self.cfg, apply=network.apply)
-
-
-def open_stages(workdirs: Sequence[str]) -> list[Trained]:
+def open_stages(workdirs: Sequence[str]) -> list[Weights]:
     """Opens the newest complete checkpoint of each workdir, or an exported folder.
 
     Raises:
@@ -48,18 +33,24 @@ def open_stages(workdirs: Sequence[str]) -> list[Trained]:
                 "give the folder that `export` wrote"
             )
         weights.check_fit(weights.cfg, "--stage")
-        trained.append(Trained(workdir, weights.step, weights.cfg, weights))
-    texts = {one.cfg.text: one.workdir for one in trained}
+        trained.append(weights)
+    texts = {one.cfg.text: one.path for one in trained}
     if len(texts) > 1:
         found = "; ".join(
-            f"{workdir}: {text.encoder}, {text.length} tokens"
-            for text, workdir in texts.items()
+            f"{path}: {text.encoder}, {text.length} tokens"
+            for text, path in texts.items()
         )
         raise UserError(f"the stages were trained on different text ({found})")
     return trained
 
 
-def with_sampler(trained: Sequence[Trained], **changes: Sequence) -> list[Trained]:
+def load(stage: Weights, mesh: Mesh) -> Stage:
+    """The stage with its averaged parameters on `mesh`."""
+    params = stage.load(abstract_state(stage.cfg, mesh).ema)
+    return Stage(params=params, cfg=stage.cfg, apply=network.apply)
+
+
+def with_sampler(trained: Sequence[Weights], **changes: Sequence) -> list[Weights]:
     """The stages with other sampler settings.
 
     Args:
@@ -157,7 +148,7 @@ def settings(configs: Sequence[StageConfig], prompts: int) -> Settings:
 
 
 def sample_prompts(
-    trained: Sequence[Trained],
+    trained: Sequence[Weights],
     prompts: Sequence[str],
     seeds: np.ndarray,
     mesh: Mesh,
@@ -208,7 +199,7 @@ def sample_prompts(
     total = len(seeds) * len(trained)
     with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
         return sample_cascade(
-            (one.load(mesh) for one in trained),
+            (load(one, mesh) for one in trained),
             text,
             mask,
             seeds,

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from imagen_jax import images
-from imagen_jax.api.cascade import Cell, Trained, all_cells
+from imagen_jax.api.cascade import Cell, all_cells
 from imagen_jax.errors import UserError
+from imagen_jax.training.weights import Weights
 
 
 def check_output(output: str) -> None:
@@ -27,7 +28,7 @@ def check_output(output: str) -> None:
 
 def write(
     output: str,
-    trained: Sequence[Trained],
+    trained: Sequence[Weights],
     prompts: Sequence[str],
     seeds: np.ndarray,
     samples: Sequence[np.ndarray],
@@ -81,7 +82,7 @@ def write(
     images.save_sheet(folder / "grid.png", samples[-1], min(8, len(captions)), captions)
     stages = [
         {
-            "workdir": one.workdir,
+            "workdir": one.path,
             "checkpoint_step": one.step,
             "config": dataclasses.asdict(one.cfg),
         }

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from imagen_jax.api.cascade import Trained, all_cells, settings, with_sampler
+from imagen_jax.api.cascade import all_cells, settings, with_sampler
 from imagen_jax.errors import UserError
+from imagen_jax.training.weights import Weights
 from tests import tiny
 
 BASE = tiny.stage(sampler={"guidance": 3.0})
@@ -52,7 +53,7 @@ def test_settings_keep_a_schedule_unless_it_is_compared():
 
 def test_other_steps_go_with_weights_for_all_of_them():
     cfg = tiny.stage(sampler={"guidance_schedule": (1.0, 8.0), "steps": 2})
-    trained = [Trained("workdir", 1, cfg, None)]
+    trained = [Weights("workdir", cfg, 1, {}, {})]
     with pytest.raises(UserError, match="guidance_schedule"):
         with_sampler(trained, steps=[4])
     (changed,) = with_sampler(trained, steps=[4], guidance_schedule=[()])

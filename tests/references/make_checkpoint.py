@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from imagen_jax.api.cascade import open_stages
+from imagen_jax.api.cascade import load, open_stages
 from imagen_jax.config import MeshConfig
 from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.sharding import make_mesh
@@ -44,7 +44,7 @@ def sample(workdir: str) -> np.ndarray:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     batch = tiny.batch(CFG, seed=99)
     (stage,) = open_stages([workdir])
-    (made,), _ = sample_cascade([stage.load(mesh)], batch.text, batch.mask, SEEDS, mesh)
+    (made,), _ = sample_cascade([load(stage, mesh)], batch.text, batch.mask, SEEDS, mesh)
     return made
 
 

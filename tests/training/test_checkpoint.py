@@ -11,7 +11,7 @@ import zlib
 import jax
 import pytest
 
-from imagen_jax.api.cascade import open_stages
+from imagen_jax.api.cascade import load, open_stages
 from imagen_jax.config import TrainingConfig
 from imagen_jax.errors import UserError
 from imagen_jax.training.checkpoint import Checkpointer
@@ -121,7 +121,7 @@ def test_sampling_takes_the_newest_undamaged_average(workdir, capsys):
     flip(largest(workdir / "checkpoints/2/ema"))
     (stage,) = open_stages([str(workdir)])
     assert stage.step == 1 and "checkpoint 2" in capsys.readouterr().err
-    assert_equal(stage.load(mesh()).params, state(1).ema)
+    assert_equal(load(stage, mesh()).params, state(1).ema)
 
 
 def test_when_all_are_damaged_it_says_what_to_do(workdir):

@@ -146,6 +146,6 @@ def test_weights_of_other_programs_are_cast(folder, dtype):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaf = jax.ShapeDtypeStruct((8,), np.float32, sharding=place)
     like = {"conv_in": {"bias": leaf}}
-    bias = stage.weights.load(like)["conv_in"]["bias"]
+    bias = stage.load(like)["conv_in"]["bias"]
     assert bias.dtype == np.float32
     np.testing.assert_allclose(bias, state(7).ema["conv_in"]["bias"], rtol=1e-3)
