@@ -56,11 +56,6 @@ CHIPS = {
 }
 
 
-def chip_of(device: jax.Device) -> Chip | None:
-    """What a device can do; None where no data sheet is known."""
-    return CHIPS.get(device.device_kind)
-
-
 def slice_devices(name: str) -> list[jax.Device]:
     """The devices of a slice, one per chip: to compile for, not to run on.
 

@@ -14,7 +14,7 @@ from imagen_jax.batch import batch_spec
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
 from imagen_jax.models import network
-from imagen_jax.planning.chips import Chip, chip_of
+from imagen_jax.planning.chips import CHIPS, Chip
 from imagen_jax.planning.program import count_flops, forward_flops, read_program
 from imagen_jax.sharding import batch_sharding, row_shards
 from imagen_jax.training.state import abstract_state
@@ -32,7 +32,7 @@ Figures = dict[str, Any]
 def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
     """The compiled training step, None if it does not fit, and its figures."""
     rows = cfg.training.batch_size
-    arguments = abstract_state(cfg, mesh), abstract_batch(cfg, mesh)
+    arguments = abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh)
     run, found = _compile(compile_train_step(cfg, mesh), arguments, mesh, rows)
     found |= {"stage": cfg.name, "what": "train", "remat": cfg.model.remat}
     found["microbatches"] = cfg.training.microbatches
@@ -48,7 +48,7 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
 def compile_sampling(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
     """The stage's compiled sampler, None if it does not fit, and its figures."""
     inputs = sampler_inputs(cfg, mesh)
-    arguments = abstract_state(cfg, mesh).params, *_on_rows(inputs, mesh)
+    arguments = abstract_state(cfg, mesh).params, *on_rows(inputs, mesh)
     jitted, rows = compile_sampler(network.apply, cfg, mesh), len(inputs[0])
     run, found = _compile(jitted, arguments, mesh, rows)
     found |= {"stage": cfg.name, "what": "sample"}
@@ -56,11 +56,6 @@ def compile_sampling(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
         found["step_seconds"] = seconds / cfg.sampler.steps
         found["chip_seconds_per_image"] = seconds * mesh.size / rows
     return run, found
-
-
-def abstract_batch(cfg: StageConfig, mesh: Mesh) -> Any:
-    """The shapes, types and shardings of a global batch."""
-    return _on_rows(batch_spec(cfg), mesh)
 
 
 def sampler_inputs(cfg: StageConfig, mesh: Mesh) -> tuple:
@@ -77,7 +72,8 @@ def sampler_inputs(cfg: StageConfig, mesh: Mesh) -> tuple:
     )
 
 
-def _on_rows(tree: Any, mesh: Mesh) -> Any:
+def on_rows(tree: Any, mesh: Mesh) -> Any:
+    """A tree of arrays, or of their shapes, as abstract ones with rows over the mesh."""
     rows = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree
@@ -107,7 +103,8 @@ def _compile(
         return None, {"fits": False, "hbm_gib_per_chip": needed_gib(why), "why": why}
     end = time.perf_counter()
 
-    chip, memory = chip_of(mesh.devices.flat[0]), run.memory_analysis()
+    kind, memory = mesh.devices.flat[0].device_kind, run.memory_analysis()
+    chip = CHIPS.get(kind)
     # Outputs that do not take the place of an argument.
     outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
     parts = {
@@ -119,7 +116,7 @@ def _compile(
     total, limit = sum(parts.values()), chip.memory_gib if chip else None
     traffic = read_program(run.as_text(), mesh.size)
     found = {
-        "chip": mesh.devices.flat[0].device_kind,
+        "chip": kind,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
         "batch_size": rows,

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 import jax
 from jax.sharding import Mesh
 
+from imagen_jax.batch import batch_spec
 from imagen_jax.config import MeshConfig, StageConfig, TrainingConfig
 from imagen_jax.models import network
 from imagen_jax.planning import compile as planning
-from imagen_jax.planning.chips import chip_of
-from imagen_jax.planning.compile import Figures, shard_gib
+from imagen_jax.planning.chips import CHIPS
+from imagen_jax.planning.compile import Figures, on_rows, shard_gib
 from imagen_jax.sharding import make_mesh, on_mesh
 from imagen_jax.training.state import abstract_state
 
@@ -38,7 +39,8 @@ def plan(cfg: StageConfig, devices: Sequence[jax.Device], what: str) -> Figures:
 
 
 def _limit_gib(devices: Sequence[jax.Device]) -> float:
-    return chip.memory_gib if (chip := chip_of(devices[0])) else math.inf
+    chip = CHIPS.get(devices[0].device_kind)
+    return chip.memory_gib if chip else math.inf
 
 
 def flags(cfg: StageConfig) -> str:
@@ -101,7 +103,7 @@ def guess_gib(cfg: StageConfig, devices: Sequence[jax.Device]) -> float:
     # What is traced is the same for all settings, but for what remat keeps.
     alike = dataclasses.replace(cfg, mesh=MeshConfig(), training=TrainingConfig())
     state = abstract_state(alike, mesh)
-    held = shard_gib(state) + shard_gib(planning.abstract_batch(cfg, mesh))
+    held = shard_gib(state) + shard_gib(on_rows(batch_spec(cfg), mesh))
     # What is kept of an image does not depend on where weights lie.
     ways, parts = mesh.shape["data"] * mesh.shape["fsdp"], cfg.training.microbatches
     places = mesh.devices.reshape(ways, 1, *mesh.devices.shape[2:])
@@ -121,8 +123,6 @@ def _kept_gib(cfg: StageConfig, mesh: Mesh) -> float:
     params, *inputs = network.abstract_inputs(cfg)
     # Many rows, so that residuals of the weights are negligible.
     rows = 64 * mesh.shape["data"]
-    inputs = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), inputs
-    )
+    inputs = jax.tree.map(lambda x: x.update(shape=(rows, *x.shape[1:])), inputs)
     kept = jax.tree.leaves(jax.eval_shape(on_mesh(residuals, mesh), params, *inputs))
     return sum(x.size * x.dtype.itemsize for x in kept) / rows / planning.GIB

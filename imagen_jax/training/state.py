@@ -54,13 +54,10 @@ def _boxed_state(cfg: StageConfig) -> TrainState:
 def abstract_state(cfg: StageConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of the state; computes nothing."""
     boxed = _boxed_state(cfg)
-    shardings = state_shardings(boxed, mesh)
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding
-        ),
+        lambda leaf, sharding: leaf.update(sharding=sharding),
         nn.unbox(boxed),
-        shardings,
+        state_shardings(boxed, mesh),
     )
 
 

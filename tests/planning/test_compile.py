@@ -7,6 +7,7 @@ import math
 import jax
 import pytest
 
+from imagen_jax.batch import batch_spec
 from imagen_jax.config import MeshConfig
 from imagen_jax.planning import chips
 from imagen_jax.planning import compile as planning
@@ -198,6 +199,6 @@ def test_what_was_planned_here_is_compiled_for_training(made, mesh):
     jax.clear_caches()
     cfg = stage()
     step = compile_train_step(cfg, mesh)
-    arguments = abstract_state(cfg, mesh), planning.abstract_batch(cfg, mesh)
+    arguments = abstract_state(cfg, mesh), planning.on_rows(batch_spec(cfg), mesh)
     step.lower(*arguments).compile()
     assert "/jax/compilation_cache/cache_hits" in events
