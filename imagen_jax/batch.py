@@ -73,11 +73,6 @@ def check_batch(batch: Batch, spec: Batch) -> None:
             )
 
 
-def null_text(text: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The null text in the shapes of `text` `[B, L, D]` and `mask` `[B, L]`."""
-    return jnp.zeros_like(text), jnp.zeros_like(mask)
-
-
 def pad_text(
     rows: list[np.ndarray], length: int, dim: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -86,12 +86,6 @@ def test_to_float_and_back():
         np.testing.assert_array_equal(near, levels)
 
 
-def test_null_text():
-    text, mask = batches.null_text(jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((2, 3)))
-    assert text.shape == (2, 3, 4) and text.dtype == jnp.bfloat16 and not text.any()
-    assert mask.shape == (2, 3) and not mask.any()
-
-
 def test_pad_text_pads_and_cuts():
     rows = [np.full((n, 2), n, np.float32) for n in (1, 3, 5, 0)]
     text, mask = batches.pad_text(rows, 3, 2)

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from imagen_jax.batch import Cond, null_text
+from imagen_jax.batch import Cond
 from imagen_jax.diffusion.gaussian import expand, predicted_x0
 from imagen_jax.diffusion.loss import Denoiser
 
@@ -35,7 +35,7 @@ def guided_x0(
     """
     if weight is None:
         return predicted_x0(denoise(z, logsnr, cond), z, logsnr, prediction)
-    text, mask = null_text(cond.text, cond.mask)
+    text, mask = jax.tree.map(jnp.zeros_like, (cond.text, cond.mask))
     null = cond.replace(text=text, mask=mask)
     if batched:
         # Interleaved, so that both rows of an image lie on the same device.

@@ -87,6 +87,7 @@ def test_what_the_network_is_asked(weight, batched, rows):
         np.testing.assert_array_equal(have.lowres, cond.lowres)
         np.testing.assert_array_equal(have.aug_logsnr, cond.aug_logsnr)
         assert have.text.dtype == cond.text.dtype
+        assert have.mask.dtype == cond.mask.dtype
     with_text = seen[0][2]
     np.testing.assert_array_equal(with_text.text, cond.text)
     np.testing.assert_array_equal(with_text.mask, cond.mask)

@@ -14,7 +14,7 @@ import pytest
 
 from configs import base64, common
 from imagen_jax import config
-from imagen_jax.batch import Cond, null_text
+from imagen_jax.batch import Cond
 from imagen_jax.models import network
 
 EPS = np.finfo(np.float32).eps
@@ -293,7 +293,7 @@ def test_every_parameter_is_learned(net):
 
 def test_the_null_text_gives_a_finite_answer(net):
     cond = net.inputs["cond"]
-    text, mask = null_text(cond.text, cond.mask)
+    text, mask = jnp.zeros_like(cond.text), jnp.zeros_like(cond.mask)
     out = net(text=text, mask=mask)
     assert np.isfinite(out).all()
     # The last row's caption was null already.
