@@ -241,8 +241,3 @@ def network_input(z: jax.Array, cond: Cond, cfg: ModelConfig) -> jax.Array:
         lowres = jax.image.resize(cond.lowres, z.shape, "cubic")
         z = jnp.concatenate([z, lowres], -1)
     return layers.space_to_depth(z.astype(cfg.dtype), cfg.patch_size)
-
-
-def network_output(x: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """`[B, H / p, W / p, p * p * 3]` to `[B, H, W, 3]` float32."""
-    return layers.depth_to_space(x.astype(jnp.float32), cfg.patch_size)

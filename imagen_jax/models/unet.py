@@ -59,4 +59,4 @@ class UNet(nn.Module):
         x = nn.silu(layers.group_norm(x.shape[-1], dtype, name="norm_out")(x))
         features = 3 * cfg.patch_size**2
         x = layers.conv(features, dtype, zero=True, name="conv_out")(x)
-        return blocks.network_output(x, cfg)
+        return layers.depth_to_space(x.astype(jnp.float32), cfg.patch_size)
