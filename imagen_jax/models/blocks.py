@@ -194,12 +194,9 @@ def checkpointed(module: type[nn.Module], remat: str) -> type[nn.Module]:
     """The module, recomputing in the backward pass as `ModelConfig.remat` says."""
     if remat == "none":
         return module
-
-    def is_product(primitive, *_, **__):
-        return primitive.name in ("conv_general_dilated", "dot_general")
-
-    policy = is_product if remat == "activations" else None
-    return nn.remat(module, policy=policy)
+    # Matrix products and convolutions.
+    products = jax.checkpoint_policies.dots_saveable
+    return nn.remat(module, policy=products if remat == "activations" else None)
 
 
 class Chain(nn.Module):
