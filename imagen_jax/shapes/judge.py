@@ -50,11 +50,6 @@ class Verdict:
     size: bool
     relation: bool
 
-    @property
-    def right(self) -> bool:
-        """Whether all five are met."""
-        return all(dataclasses.astuple(self))
-
 
 def judge(picture: np.ndarray, caption: str) -> Verdict:
     """Compares the objects in a picture with the things in a caption.
