@@ -4,10 +4,10 @@ import dataclasses
 import math
 from typing import Any
 
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.preparing.images import MAX_PIXELS
 from imagen_jax.preparing.sources import FORMS
-from imagen_jax.text import embeddings
+from imagen_jax.text.embeddings import DTYPES
 
 # In place of an encoder: tars of images, whose captions are embedded later.
 NO_ENCODER = "none"
@@ -73,7 +73,12 @@ class Settings:
             value, least = getattr(self, field.name), field.metadata["least"]
             if None not in (value, least) and not least <= value < math.inf:
                 raise UserError(f"--{field.name} is {value}; give at least {least}")
-        embeddings.check_dtype(self.embedding_dtype)
+        if self.embedding_dtype not in DTYPES:
+            hint = did_you_mean(self.embedding_dtype, DTYPES)
+            raise UserError(
+                f"--embedding_dtype is {self.embedding_dtype!r}{hint}; it is one of "
+                f"{', '.join(DTYPES)}"
+            )
         index, count = self.process_index, self.process_count
         alone, embeds = count in (None, 1), self.encoder != NO_ENCODER
         if (index is None) != (count is None) or (count and not 0 <= index < count):

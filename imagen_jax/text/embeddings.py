@@ -12,8 +12,6 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from imagen_jax.errors import UserError, did_you_mean
-
 DTYPES = ("bfloat16", "int8")
 SCALE_BYTES = 4
 # Captions in one call of an encoder, and the lengths that it is compiled for.
@@ -62,15 +60,6 @@ def encode_groups(
 def _padded_length(n: int) -> int:
     fitting = (step for step in _LENGTHS if n <= step)
     return next(fitting, math.ceil(n / _LENGTHS[-1]) * _LENGTHS[-1])
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises `UserError` unless `dtype` is one of `DTYPES`."""
-    if dtype not in DTYPES:
-        hint = did_you_mean(dtype, DTYPES)
-        raise UserError(
-            f"--embedding_dtype is {dtype!r}{hint}; it is one of {', '.join(DTYPES)}"
-        )
 
 
 def row_bytes(dim: int, dtype: str = "bfloat16") -> int:
