@@ -270,14 +270,12 @@ def from_json(values: Any, where: str) -> StageConfig:
       UserError: when the parsed content of the file `where` is no config.
     """
     model = values.get("model") if isinstance(values, dict) else None
-    if isinstance(model, dict) and "scan_blocks" in model:
-        # Earlier versions could stack the parameters of equal blocks.
-        if model["scan_blocks"]:
-            raise UserError(
-                f"{where}: config.model.scan_blocks is True: the parameters are "
-                "stacked; use the version that trained it, or train anew"
-            )
-        del model["scan_blocks"]
+    # Earlier versions could stack the parameters of equal blocks.
+    if isinstance(model, dict) and model.pop("scan_blocks", False):
+        raise UserError(
+            f"{where}: config.model.scan_blocks is True: the parameters are stacked; "
+            "use the version that trained it, or train anew"
+        )
     try:
         return from_dict(values)
     except UserError as error:
