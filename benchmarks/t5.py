@@ -22,7 +22,7 @@ from flax import traverse_util
 
 from imagen_jax import cli, sharding
 from imagen_jax.config import MeshConfig
-from imagen_jax.models.t5 import SIZES
+from imagen_jax.models.t5 import SIZES, abstract_params
 from imagen_jax.planning.chips import slice_devices
 from imagen_jax.text import t5 as t5_encoder
 from imagen_jax.text import t5_weights
@@ -62,7 +62,8 @@ def on_tpu(size):
     """What a chip of a v4-8 holds while it embeds its share of 64 captions."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=-1), slice_devices("v4-8"))
     config = SIZES[size]
-    shardings = sharding.state_shardings(t5_weights.abstract_params(config), mesh)
+    shardings = sharding.state_shardings(abstract_params(config), mesh)
+    shardings = traverse_util.flatten_dict(shardings, sep=".")
     params = {
         tensor.path: jax.ShapeDtypeStruct(
             tensor.shape,

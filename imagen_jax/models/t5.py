@@ -6,6 +6,7 @@ ReLU. Imagen uses the XXL encoder of version 1.1 (paper section 2.1).
 """
 
 import dataclasses
+import functools
 import math
 
 import flax.linen as nn
@@ -121,6 +122,15 @@ class T5Encoder(nn.Module):
             h = RMSNorm(cfg.dtype, name=f"feed_forward_norm_{i}")(x)
             x = x + FeedForward(cfg, name=f"feed_forward_{i}")(h)
         return RMSNorm(cfg.dtype, name="final_norm")(x)
+
+
+@functools.cache
+def abstract_params(config: T5Config) -> dict:
+    """An encoder's parameters as abstract arrays, boxed with their logical axes."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+    init = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, mask)
+    return init["params"]
 
 
 class SelfAttention(nn.Module):

@@ -1,7 +1,6 @@
 """The T5 encoder's parameters from a checkpoint, tensor by tensor onto devices."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from imagen_jax.errors import UserError
-from imagen_jax.models.t5 import T5Config, T5Encoder
+from imagen_jax.models.t5 import T5Config, abstract_params
 from imagen_jax.sharding import state_shardings
 from imagen_jax.text.t5_checkpoints import Checkpoint, open_checkpoint
 
@@ -76,7 +75,7 @@ def tensors(config: T5Config, kind: str) -> Iterator[_Tensor]:
         for ours, theirs, t5x in (*_LAYER, *(_GATED if config.gated else _RELU)):
             theirs = f"encoder.block.{i}.layer.{theirs}"
             names.append((ours.format(i), theirs, f"encoder.layers_{i}.{t5x}"))
-    params = abstract_params(config)
+    params = traverse_util.flatten_dict(abstract_params(config), sep=".")
     for path, theirs, t5x in names:
         shape, leaf = params[path].value.shape, path.split(".")[-1]
         flat = shape
@@ -94,15 +93,6 @@ def tensors(config: T5Config, kind: str) -> Iterator[_Tensor]:
         yield _Tensor(path, name, shape, stored, transposed)
 
 
-@functools.cache
-def abstract_params(config: T5Config) -> dict:
-    """Abstract, boxed parameters of an encoder by path."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    init = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), ids, mask)
-    return traverse_util.flatten_dict(init["params"], sep=".")
-
-
 def load_params(path: str, config: T5Config, mesh: Mesh) -> tuple[dict, str]:
     """Reads an encoder from `open_checkpoint(path)` onto the devices of `mesh`.
 
@@ -117,6 +107,7 @@ def load_params(path: str, config: T5Config, mesh: Mesh) -> tuple[dict, str]:
     checkpoint = open_checkpoint(path)
     wanted = _check_shapes(checkpoint, path, config)
     shardings = state_shardings(abstract_params(config), mesh)
+    shardings = traverse_util.flatten_dict(shardings, sep=".")
     params, digest = {}, hashlib.sha256()
     for tensor in tqdm.tqdm(wanted, desc="weights", leave=False, disable=None):
         array = _read(checkpoint, tensor, config.dtype)

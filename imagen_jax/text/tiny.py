@@ -8,10 +8,9 @@ import zlib
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax.models.t5 import BUCKETS, END, T5Config, T5Encoder
+from imagen_jax.models.t5 import BUCKETS, END, T5Config, T5Encoder, abstract_params
 from imagen_jax.text.embeddings import encode_groups
 
 _CONFIG = T5Config(
@@ -64,9 +63,6 @@ def _apply(params, ids, mask):
 
 @functools.cache
 def _params():
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    mask = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
-    shapes = jax.eval_shape(T5Encoder(_CONFIG).init, jax.random.key(0), ids, mask)
     # numpy's frozen generator: jax's bits depend on its version and its flags.
     random = np.random.RandomState(0)
 
@@ -85,7 +81,7 @@ def _params():
         }.get(name, math.prod(shape[:-1]) ** -0.5)
         return (stddev * random.standard_normal(shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes)["params"])
+    return jax.tree.map_with_path(draw, nn.unbox(abstract_params(_CONFIG)))
 
 
 def _neighbour_bias(buckets: int, heads: int) -> np.ndarray:
