@@ -28,7 +28,7 @@ def sample(
     shape: tuple[int, int, int],
     diffusion: DiffusionConfig,
     sampler: SamplerConfig,
-    weights: jax.Array | None = None,
+    weights: jax.Array,
     recorded_steps: Sequence[int] = (),
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -38,13 +38,11 @@ def sample(
     batch and on any mesh.
 
     Args:
-      denoise: the network.
       keys: `[B]` typed PRNG keys.
-      cond: conditioning of the B images.
       shape: `(H, W, C)` of one image.
       diffusion, sampler: how the network was trained, and how it is sampled.
-      weights: `[steps, B]`, guidance weights of each image instead of the sampler's,
-        which then only say at which steps no image is guided (those of 1).
+      weights: `[steps, B]`, w of Eq. 2 for each image. Those of the sampler only say at
+        which steps no image is guided: where they are 1.
       recorded_steps: K steps, from 0, whose estimates of x0 are returned too.
       on_step: called on the host with the number of each finished step.
 
@@ -59,10 +57,7 @@ def sample(
         return jax.vmap(lambda key: jax.random.normal(key, shape))(own)
 
     logsnr = sampling_logsnr(diffusion, sampler)
-    own_weights = guidance_weights(sampler)
-    guided = own_weights != 1
-    if weights is None:
-        weights = jnp.broadcast_to(own_weights[:, None], (len(guided), len(keys)))
+    guided = guidance_weights(sampler) != 1
     # Where each step's estimate is kept; those not recorded overwrite the last place.
     kept = len(recorded_steps)
     places = np.full(sampler.steps, kept)

@@ -13,7 +13,7 @@ import pytest
 from imagen_jax.batch import Cond
 from imagen_jax.config import DiffusionConfig, SamplerConfig
 from imagen_jax.diffusion.gaussian import alpha_sigma, expand
-from imagen_jax.diffusion.sampler import sample
+from imagen_jax.diffusion.sampler import guidance_weights, sample
 from imagen_jax.diffusion.schedule import sampling_logsnr
 
 MEAN, SCALE = 0.3, 0.5
@@ -32,8 +32,14 @@ def _sample(denoise, rows, shape=(4, 4, 3), prediction="x0", seed=0, cond=None, 
         shape=shape,
         diffusion=DiffusionConfig(prediction=prediction),
         sampler=sampler,
+        weights=_weights(sampler, rows),
     )
     return np.asarray(jax.jit(run, compiler_options=QUICK)(keys, cond)[0])
+
+
+def _weights(sampler, rows):
+    """The sampler's own, for each picture."""
+    return jnp.tile(guidance_weights(sampler)[:, None], rows)
 
 
 def _oracle(prediction, z, logsnr, cond):
@@ -165,8 +171,9 @@ def test_a_guidance_schedule_has_a_weight_for_each_step():
         name="ddim", steps=4, threshold="none", guidance_schedule=schedule
     )
     diffusion = DiffusionConfig(prediction="x0")
+    weights = _weights(cfg, 3)
     _, estimates = sample(
-        denoise, keys, cond, (2, 2, 3), diffusion, cfg, recorded_steps=(0, 1, 2, 3)
+        denoise, keys, cond, (2, 2, 3), diffusion, cfg, weights, range(4)
     )
     jax.effects_barrier()
     want = [2 * w + 0.5 * (1 - w) for w in schedule]
@@ -207,8 +214,9 @@ def test_a_picture_is_its_own_in_any_batch(name, kind):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(keys, text, mask):
         cond = Cond(text=text, mask=mask)
-        shape = (4, 4, 3)
-        return sample(_denoise_each, keys, cond, shape, DiffusionConfig(), cfg)[0]
+        shape, weights = (4, 4, 3), _weights(cfg, len(keys))
+        diffusion = DiffusionConfig()
+        return sample(_denoise_each, keys, cond, shape, diffusion, cfg, weights)[0]
 
     pictures = np.asarray(run(keys, text, mask))
     # Another place and other neighbours in the same program: the same to the bit.

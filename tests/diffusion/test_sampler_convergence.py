@@ -18,7 +18,7 @@ import scipy.stats
 from imagen_jax.batch import Cond
 from imagen_jax.config import DiffusionConfig, SamplerConfig
 from imagen_jax.diffusion.gaussian import alpha_sigma, expand
-from imagen_jax.diffusion.sampler import sample
+from imagen_jax.diffusion.sampler import guidance_weights, sample
 from imagen_jax.diffusion.schedule import sampling_logsnr
 
 MEAN = np.array([0.3, -0.2, 0.0])
@@ -77,7 +77,9 @@ def _run(data, rows=2, size=4, prediction="x0", schedule="cosine", seed=0, **opt
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def run(keys):
-        x0, _ = sample(denoise, keys, cond, (size, size, 3), diffusion, sampler)
+        shape, weights = (size, size, 3), guidance_weights(sampler)
+        weights = jnp.tile(weights[:, None], rows)
+        x0, _ = sample(denoise, keys, cond, shape, diffusion, sampler, weights)
         first = jax.vmap(jax.random.fold_in, (0, None))(keys, 0)
         noise = jax.vmap(lambda key: jax.random.normal(key, (size, size, 3)))(first)
         return x0, noise, sampling_logsnr(diffusion, sampler)
