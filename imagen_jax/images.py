@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 # Pillow reads dozens of others, and some by starting a program: EPS by Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
+# White pixels around each image of a grid.
+_GAP = 4
 _OPENING = threading.Lock()
 
 
@@ -53,12 +55,11 @@ def enlarge(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def grid(
-    images: np.ndarray, columns: int, captions: Sequence[str] = (), gap: int = 4
+    images: np.ndarray, columns: int, captions: Sequence[str] = ()
 ) -> np.ndarray:
     """Images `[N, H, W, 3]` uint8 in rows on white, `[H', W', 3]` uint8.
 
-    `captions` are one under each image, wrapped to its width, or none at all; `gap` is
-    the number of white pixels around each image.
+    `captions` are one under each image, wrapped to its width, or none at all.
     """
     count, height, width, _ = images.shape
     font = ImageFont.load_default(size=11)
@@ -66,11 +67,11 @@ def grid(
     lines = max((text.count("\n") + 1 for text in texts), default=0)
     label = 13 * lines + 2 if lines else 0
     rows = -(-count // columns)
-    cell_w, cell_h = width + gap, height + label + gap
-    sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
+    cell_w, cell_h = width + _GAP, height + label + _GAP
+    sheet = Image.new("RGB", (columns * cell_w + _GAP, rows * cell_h + _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x, y = gap + i % columns * cell_w, gap + i // columns * cell_h
+        x, y = _GAP + i % columns * cell_w, _GAP + i // columns * cell_h
         sheet.paste(Image.fromarray(image), (x, y))
         if texts:
             draw.text((x, y + height), texts[i], "black", font, spacing=1)

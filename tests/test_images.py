@@ -13,12 +13,12 @@ def numbered(count, size):
 
 
 def test_every_picture_is_where_it_should_be():
-    sheet = images.grid(numbered(5, 6), columns=3, gap=2)
-    assert sheet.shape == (2 + 2 * 8, 2 + 3 * 8, 3)
+    sheet = images.grid(numbered(5, 6), columns=3)
+    assert sheet.shape == (4 + 2 * 10, 4 + 3 * 10, 3)
     for i in range(5):
-        y, x = 2 + i // 3 * 8, 2 + i % 3 * 8
+        y, x = 4 + i // 3 * 10, 4 + i % 3 * 10
         assert (sheet[y : y + 6, x : x + 6] == i).all()
-    assert (sheet[2 + 8 :, 2 + 2 * 8 :] == 255).all()
+    assert (sheet[4 + 10 :, 4 + 2 * 10 :] == 255).all()
 
 
 def test_captions_do_not_cover_pictures():
