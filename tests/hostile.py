@@ -77,7 +77,7 @@ def records() -> tuple[dict, str]:
     text = [embeddings.to_bytes(rng.normal(size=(n, 4))) for n in (1, 2, 3, 1, 2, 4)]
     arrays = memory.arrays(images, text, [3, 1, 4, 15, 9, 2], 8)
     shard = {"file": "arrays", "examples": 6, "sha256": memory.sha256(arrays)}
-    shard |= {"sides": {"8": 6}, "lengths": {"1": 2, "2": 2, "3": 1, "4": 1}}
+    shard |= {"sides": {"8": 6}}
     manifest = Manifest(
         settings={"source": "folder:x", "text_length": 8, "max_aspect": 0.0},
         encoder="tiny@1",

@@ -30,8 +30,7 @@ PICTURES_FILE = "pictures.json"
 NPZ = "a .npz file of `prepare`"
 # Of a manifest, and for each file beside it, whose images may have a thousand sides.
 _MANIFEST_BYTES, _SHARD_BYTES = 2**26, 2**16
-_SHARD = {"file": str, "examples": int, "sha256": str}
-_SHARD |= dict.fromkeys(("sides", "lengths"), dict[str, int])
+_SHARD = {"file": str, "examples": int, "sha256": str, "sides": dict[str, int]}
 # Not in manifests of release 0.1, and not of a .npz file.
 _FILE = {"bytes": int, "head_sha256": str}
 _IS_SIZE = re.compile("[0-9]{1,9}").fullmatch
@@ -61,10 +60,9 @@ class Manifest:
     skipped: int = 0  # examples of the source that are not in the records
     # The first of them as {"file", "reason"}; QUARANTINE_FILE has all.
     skipped_files: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    # {"file", "examples", "sha256", "sides", "lengths"} for each file of records, or
-    # for the one .npz file: "sides" counts images by their shorter side in pixels,
-    # "lengths" counts captions by their tokens. Files of records also have "bytes" and
-    # "head_sha256".
+    # {"file", "examples", "sha256", "sides"} for each file of records, or for the one
+    # .npz file: "sides" counts images by their shorter side in pixels. Files of records
+    # also have "bytes" and "head_sha256". Releases up to 0.2 wrote "lengths", too.
     shards: list[dict[str, Any]]
 
     @property
@@ -147,7 +145,7 @@ def _is_shard(shard: dict[str, Any]) -> bool:
         all(_has_type(shard.get(name), kind) for name, kind in _SHARD.items())
         and all(_has_type(shard.get(n, kind()), kind) for n, kind in _FILE.items())
         and is_file_name(shard["file"])
-        and all(map(_IS_SIZE, [*shard["sides"], *shard["lengths"]]))
+        and all(map(_IS_SIZE, shard["sides"]))
         and sum(shard["sides"].values()) == shard["examples"]
     )
 
@@ -181,7 +179,9 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
             "`python -m imagen_jax.prepare`"
         )
     if not path.is_dir():
-        return _read_npz_manifest(path)
+        text = read_arrays(path, NPZ, {"manifest": ("<U", ())})["manifest"]
+        values = parse_json(text.tobytes(), f"{str(path)!r} is not {NPZ}")
+        return from_values(values, str(path))
     # One listing instead of a question for each file: buckets answer slowly.
     names = {file.name for file in path.iterdir()}
     if FILE_NAME not in names:
@@ -201,12 +201,6 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
             f"first {missing[0]!r}: copy it again or prepare again"
         )
     return manifest
-
-
-def _read_npz_manifest(path: epath.Path) -> Manifest:
-    text = read_arrays(path, NPZ, {"manifest": ("<U", ())})["manifest"]
-    values = parse_json(text.tobytes(), f"{str(path)!r} is not {NPZ}")
-    return from_values(values, str(path))
 
 
 def with_text(cfg: StageConfig, manifest: Manifest) -> StageConfig:

@@ -73,7 +73,6 @@ def read_manifest(name: str) -> Manifest:
             "examples": examples,
             "sha256": hashlib.sha256(content.encode()).hexdigest(),
             "sides": {str(metadata["min_side"]): examples},
-            "lengths": {},
         }
 
     files = zip(found.filenames, found.shard_lengths)

@@ -9,7 +9,7 @@ from imagen_jax.text.embeddings import Embedded
 
 _SUMS = ("reencoded", "image_bytes", "cut_captions", "text_bytes")
 # What a manifest keeps of the report on a file.
-_SHARD = ("file", "examples", "sha256", "bytes", "head_sha256", "sides", "lengths")
+_SHARD = ("file", "examples", "sha256", "bytes", "head_sha256", "sides")
 
 
 class Stats:

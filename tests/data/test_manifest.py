@@ -118,7 +118,7 @@ def test_damaged_folders(copy, damage, message):
         ({"shards": []}, "examples"),
         ({"sides": {"32": 4}}, "shards"),
         ({"sides": {"-32": 5}}, "shards"),
-        ({"lengths": {"²": 5}}, "shards"),
+        ({"sides": {"²": 5}}, "shards"),
         ({"sha256": None}, "shards"),
         ({"file": "/etc/passwd"}, "shards"),
     ],
@@ -130,6 +130,15 @@ def test_values_that_prepare_does_not_write(copy, changes, wrong):
     _edit(copy, **changes)
     with pytest.raises(UserError, match=f"again: {wrong} is not as `prepare` writes"):
         read_manifest(copy)
+
+
+def test_entries_of_earlier_releases_are_passed_over(copy):
+    """They counted the captions of a file by their tokens."""
+    shards = json.loads((copy / "manifest.json").read_text())["shards"]
+    assert "lengths" not in shards[0]
+    _edit(copy, shards=[shard | {"lengths": {"8": 1}} for shard in shards])
+    manifest = read_manifest(copy)
+    assert manifest.examples == 21 and manifest.shards[0]["lengths"] == {"8": 1}
 
 
 def test_files_outside_of_the_folder_are_not_read(copy):

@@ -41,7 +41,6 @@ def test_totals():
                 "examples": 2,
                 "sha256": "x",
                 "sides": {"8": 1, "9": 1},
-                "lengths": {"1": 1, "2": 1},
             }
         ],
     }
