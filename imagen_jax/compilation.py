@@ -37,10 +37,8 @@ def compiler_options(
 ) -> dict[str, str | float]:
     """What to give as `compiler_options` to `jax.jit`.
 
-    Args:
-      mesh: where the program runs.
-      dtype: what its network computes in.
-      once: whether it runs a single time, so that compiling is most of its cost.
+    The program runs on `mesh`, and its network computes in `dtype`. If it runs `once`,
+    compiling is most of its cost.
     """
     device, options = mesh.devices.flat[0], {}
     if device.platform != jax.default_backend():  # absent: only planned for

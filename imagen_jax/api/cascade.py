@@ -53,10 +53,8 @@ def load(stage: Weights, mesh: Mesh) -> Stage:
 def with_sampler(trained: Sequence[Weights], **changes: Sequence) -> list[Weights]:
     """The stages with other sampler settings.
 
-    Args:
-      trained: the stages.
-      **changes: fields of `SamplerConfig`, each a list: empty for the stages' own
-        values, of one value for all stages, or of one value per stage.
+    `changes` are fields of `SamplerConfig`, each a list: empty for the stages' own
+    values, of one value for all stages, or of one value per stage.
 
     Raises:
       UserError: for another number of values, or a value out of range.
@@ -97,11 +95,9 @@ def all_cells(
 ) -> list[Cell]:
     """All combinations of values; guidance changes fastest.
 
-    Args:
-      configs: the stages.
-      guidance: values to compare: no list, one list for all stages, or one list per
-        stage, to be combined in every way.
-      aug_level: the same for super-resolution stages only.
+    `guidance` has the values to compare: no list, one list for all stages, or one list
+    per stage, to be combined in every way; `aug_level` the same for super-resolution
+    stages only.
 
     Raises:
       UserError: for another number of lists, or a value out of range.
@@ -161,11 +157,10 @@ def sample_prompts(
     """Encodes prompts and runs them through the stages, one stage in memory at a time.
 
     Args:
-      trained: the stages, base first.
-      prompts: captions.
+      trained: base first.
       seeds: one per prompt, in [0, 2**32).
-      mesh: all devices.
-      encoder_weights: weights of the text encoder, if it has none built in.
+      mesh: of all devices.
+      encoder_weights: of the text encoder, if it has none built in.
       lowres: `[N, h, w, 3]` uint8 when the first stage is a super-resolution stage.
       cells: combinations of values; each prompt is sampled in all of them with the same
         seed, N = prompts x cells pictures in all. Empty for the stages' own values.

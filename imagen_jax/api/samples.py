@@ -35,17 +35,12 @@ def write(
     cells: Sequence[Cell] = (),
     lowres: Sequence[str] = (),
 ) -> None:
-    """Writes what `sample_prompts` returned.
+    """Writes what `sample_prompts` returned for the same arguments to a folder.
 
     NNNN.png of the last stage, NNNN_SIZEpx.png of earlier ones, samples.json (all that
     is needed to make each picture again), grid.png and, for several cells,
-    sheet_NNNN.png of each prompt.
-
-    Args:
-      output: the folder.
-      trained, prompts, seeds, cells: as given to `sample_prompts`.
-      samples: `[N, H, W, 3]` uint8 of each stage.
-      lowres: the files that the first stage started from: none, one, or one per prompt.
+    sheet_NNNN.png of each prompt. `samples` are `[N, H, W, 3]` uint8 of each stage,
+    `lowres` the files that the first one started from: none, one, or one per prompt.
     """
     folder = pathlib.Path(output)
     folder.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,6 @@ class Stream:
         Args:
           batches_from: `batches_from(n)` yields this host's rows of batch n and of all
             that follow, as numpy arrays.
-          mesh: where batches go.
           identity: a state with another one is refused.
           faults: gets a line for each record that could not be decoded, by number of
             the batch, before `batches_from` yields it.

@@ -111,7 +111,6 @@ def augment(
       lowres: `[B, h, w, 3]` float32 in [-1, 1], clean.
       level: `[B]` in [0, 1], a time of the stage's forward process.
       noise: the shape of `lowres`, standard normal.
-      cfg: the stage.
     """
     if not cfg.diffusion.lowres_augmentation:
         return cond.replace(lowres=lowres)

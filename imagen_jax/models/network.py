@@ -25,16 +25,11 @@ def apply(
     dropout_key: jax.Array | None = None,
     **options,
 ) -> jax.Array:
-    """The network's output, `[B, H, W, 3]` float32.
+    """The network's output for noised images `z`, `[B, H, W, 3]` float32 like them.
 
-    Args:
-      cfg: architecture and sizes.
-      params: parameters as from `init`, unboxed.
-      z: `[B, H, W, 3]` float32, the noised image.
-      logsnr: `[B]` float32, its noise level.
-      cond: text and, for a super-resolution stage, the low-resolution image.
-      dropout_key: given in training; without it there is no dropout.
-      **options: of flax's `Module.apply`.
+    `params` are as from `init`, unboxed; `logsnr` `[B]` float32 is the noise level.
+    `dropout_key` is given in training: without it there is no dropout. `options` are
+    those of flax's `Module.apply`.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     model = _ARCHITECTURES[cfg.architecture](cfg)

@@ -55,12 +55,11 @@ def train(
     """Trains from where `first_state` starts; returns the state after the last step.
 
     Args:
-      cfg: the stage.
       workdir: local or gs://; gets config.json, checkpoints/, metrics.jsonl,
         tensorboard/, samples/, events.jsonl, lock and, after bad numbers, bundles/.
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
         `set_state(bytes)` tell and take its position.
-      mesh: all devices.
+      mesh: of all devices.
       preview: examples on the host whose captions are sampled as training goes; None
         for no previews.
       stopwatch: measures this run, and is already running; None for a new one.
