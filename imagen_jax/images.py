@@ -54,9 +54,7 @@ def enlarge(images: np.ndarray, size: int) -> np.ndarray:
     return images.repeat(times, axis=1).repeat(times, axis=2)
 
 
-def grid(
-    images: np.ndarray, columns: int, captions: Sequence[str] = ()
-) -> np.ndarray:
+def grid(images: np.ndarray, columns: int, captions: Sequence[str] = ()) -> np.ndarray:
     """Images `[N, H, W, 3]` uint8 in rows on white, `[H', W', 3]` uint8.
 
     `captions` are one under each image, wrapped to its width, or none at all.

@@ -73,7 +73,7 @@ def sampler_inputs(cfg: StageConfig, mesh: Mesh) -> tuple:
 
 
 def on_rows(tree: Any, mesh: Mesh) -> Any:
-    """A tree of arrays, or of their shapes, as abstract ones with rows over the mesh."""
+    """Arrays, or their shapes, as abstract arrays with their rows over the mesh."""
     rows = batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree

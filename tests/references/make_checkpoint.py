@@ -44,7 +44,9 @@ def sample(workdir: str) -> np.ndarray:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     batch = tiny.batch(CFG, seed=99)
     (stage,) = open_stages([workdir])
-    (made,), _ = sample_cascade([load(stage, mesh)], batch.text, batch.mask, SEEDS, mesh)
+    (made,), _ = sample_cascade(
+        [load(stage, mesh)], batch.text, batch.mask, SEEDS, mesh
+    )
     return made
 
 
