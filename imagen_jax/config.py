@@ -20,6 +20,7 @@ CountOrZero = Annotated[int, "[0, inf)"]
 Size = Annotated[int, "[1, 65536]"]
 SizeOrZero = Annotated[int, "[0, 65536]"]
 Devices = Annotated[int, "[-1, inf)"]
+Steps = Annotated[int, "[-1, inf)"]
 Real = Annotated[float, "(-inf, inf)"]
 Positive = Annotated[float, "(0, inf)"]
 PositiveOrZero = Annotated[float, "[0, inf)"]
@@ -132,8 +133,9 @@ class OptimizerConfig:
     name: Literal["adam", "adafactor"] = "adam"
     learning_rate: Positive = 1e-4  # peak of the schedule
     warmup_steps: CountOrZero = 10_000  # of the linear rise from 0 to the peak
-    # Step at which a cosine has brought the rate to 0; 0 keeps the peak.
-    decay_steps: CountOrZero = 2_500_000
+    # Step at which a cosine has brought the rate to 0: 0 for training.steps, the last
+    # one; -1 keeps the peak.
+    decay_steps: Steps = 0
     b1: Rate = 0.9  # these three are Adam's
     b2: Rate = 0.999
     eps: PositiveOrZero = 1e-8
@@ -165,7 +167,11 @@ class TrainingConfig:
     # Workdir (averaged parameters), `export` or .safetensors file to start from; ""
     # for none.
     init_from: str = ""
-    preview_images: Count = 16  # images of a preview grid
+    preview_images: Count = 16  # examples of a preview grid
+    # Captions of your own that previews show, too, and the weights (file or folder) of
+    # their text encoder, if it has none built in.
+    preview_prompts: tuple[str, ...] = ()
+    encoder_weights: str = ""
     # Updates are skipped whose loss or gradient norm is above this multiple of its
     # running average over 100 updates; 0 skips only those that are not finite.
     spike_factor: PositiveOrZero = 0.0
@@ -269,7 +275,12 @@ def from_json(values: Any, where: str) -> StageConfig:
     Raises:
       UserError: when the parsed content of the file `where` is no config.
     """
-    model = values.get("model") if isinstance(values, dict) else None
+    groups = values if isinstance(values, dict) else {}
+    model, optimizer, training = map(groups.get, ("model", "optimizer", "training"))
+    # Until there was `preview_prompts`, 0 kept the peak.
+    if isinstance(training, dict) and "preview_prompts" not in training:
+        if isinstance(optimizer, dict) and optimizer.get("decay_steps") == 0:
+            optimizer["decay_steps"] = -1
     # Earlier versions could stack the parameters of equal blocks.
     if isinstance(model, dict) and model.pop("scan_blocks", False):
         raise UserError(

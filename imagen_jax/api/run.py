@@ -43,6 +43,12 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
             f"{jax.devices()[0].device_kind} "
             f"({jax.process_count()} processes), mesh {sizes}"
         )
+        end, last = cfg.optimizer.decay_steps, cfg.training.steps
+        if 0 < end < last:
+            print(
+                f"the learning rate is 0 from step {end} on, the last is {last}: "
+                "config.optimizer.decay_steps says so (0 is the last step)"
+            )
     batches = open_records(cfg, mesh)
     preview = None
     if cfg.training.sample_every_steps:

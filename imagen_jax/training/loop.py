@@ -136,8 +136,8 @@ def claim_workdir(cfg: StageConfig, workdir: str) -> Claim:
     """Takes `workdir` for a run of `cfg`; all processes do it together.
 
     Raises:
-      UserError: when another run is at work there, or the folder holds a run of another
-        config or something else.
+      UserError: when another run is at work there, the folder holds checkpoints of
+        another config or something else, or more steps would not learn.
     """
     _check_workdir(cfg, workdir)
     claim = Claim(workdir)
@@ -161,10 +161,28 @@ def _check_workdir(cfg: StageConfig, workdir: str) -> None:
     names = {each.name for each in folder.iterdir()} if folder.exists() else set()
     if path.exists():
         old = config_lib.from_json(read_json(path, "the config of a run"), str(path))
+        saved = folder / "checkpoints"
+        names = [each.name for each in saved.iterdir()] if saved.exists() else []
+        step = max([int(name) for name in names if name.isdigit()], default=-1)
+        if step < 0:
+            return  # A run that has saved nothing is none to go on with.
+        end, last = cfg.optimizer.decay_steps, cfg.training.steps
+        if (
+            old.optimizer.decay_steps == end
+            and old.training.steps <= end <= step < last
+        ):
+            raise UserError(
+                f"{workdir} is at step {step}, and its learning rate is 0 from step "
+                f"{end} on: for training.steps={last} set "
+                "config.optimizer.decay_steps=0, which is the last step"
+            )
+        ends = [c.optimizer.decay_steps in (0, c.training.steps) for c in (old, cfg)]
+        # A decay that ends with the training stretches with it.
+        free = (*_FREE, *(("optimizer.decay_steps",) if all(ends) else ()))
         lines = [
             line
             for line in config_lib.difference(old, cfg)
-            if line.startswith(_FIXED) or not line.startswith(_FREE)
+            if line.startswith(_FIXED) or not line.startswith(free)
         ]
         if lines:
             raise UserError(
