@@ -75,7 +75,7 @@ class DiffusionConfig:
 
     # Continuous in time; "linear" is in beta, from 1e-4 to 0.02.
     schedule: Literal["cosine", "linear"] = "cosine"
-    prediction: Literal["eps", "x0", "v"] = "eps"
+    prediction: Literal["eps", "x0", "v"] = "eps"  # what the network predicts
     # Weight of the squared error at each log-SNR (`diffusion/loss.py`).
     weighting: Literal["plain", "min_snr", "sigmoid"] = "plain"
     # SNR above which "min_snr" no longer counts the error of x0 more.
@@ -130,7 +130,7 @@ class TextConfig:
 class OptimizerConfig:
     """Optimizer, learning-rate schedule and EMA."""
 
-    name: Literal["adam", "adafactor"] = "adam"
+    name: Literal["adam", "adafactor"] = "adam"  # "adafactor": the paper's base
     learning_rate: Positive = 1e-4  # peak of the schedule
     warmup_steps: CountOrZero = 10_000  # of the linear rise from 0 to the peak
     # Step at which a cosine has brought the rate to 0: 0 for training.steps, the last
@@ -168,9 +168,9 @@ class TrainingConfig:
     # for none.
     init_from: str = ""
     preview_images: Count = 16  # examples of a preview grid
-    # Captions of your own that previews show, too, and the weights (file or folder) of
-    # their text encoder, if it has none built in.
+    # Captions of your own that previews show, too: ('a red circle', 'two squares').
     preview_prompts: tuple[str, ...] = ()
+    # File or folder of the text encoder of these, if it has none built in.
     encoder_weights: str = ""
     # Updates are skipped whose loss or gradient norm is above this multiple of its
     # running average over 100 updates; 0 skips only those that are not finite.
@@ -219,6 +219,7 @@ class SamplerConfig:
     # Makes the two passes of guidance one call on twice the batch, not two calls with
     # half of the activations at a time.
     guidance_batched: bool = True
+    # What is done to x0 outside of [-1, 1] (paper 2.3).
     threshold: Literal["none", "static", "dynamic"] = "dynamic"
     # Percentile of |x0| for the "dynamic" threshold (paper A.10: 99.5).
     percentile: Annotated[float, "(0, 100]"] = 99.5

@@ -190,12 +190,12 @@ def test_more_steps_stretch_the_decay(tmp_path, mesh, no_arithmetic, before, aft
         (
             (4, 4),
             (8, 4),
-            "4, and its learning rate is 0 from step 4 on: for training.s",
+            "4, and its learning rate is 0 from step 4 on: for",
         ),
         (
             (5, 5),
             (8, 5),
-            "5, and its learning rate is 0 from step 5 on: for training.s",
+            "5, and its learning rate is 0 from step 5 on: for",
         ),
         ((4, 0), (8, 4), "optimizer.decay_steps: 0 -> 4"),
         ((4, -1), (8, 0), "optimizer.decay_steps: -1 -> 0"),
