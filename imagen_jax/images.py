@@ -54,25 +54,38 @@ def enlarge(images: np.ndarray, size: int) -> np.ndarray:
     return images.repeat(times, axis=1).repeat(times, axis=2)
 
 
-def grid(images: np.ndarray, columns: int, captions: Sequence[str] = ()) -> np.ndarray:
+def grid(
+    images: np.ndarray,
+    columns: int,
+    captions: Sequence[str] = (),
+    rows: Sequence[str] = (),
+) -> np.ndarray:
     """Images `[N, H, W, 3]` uint8 in rows on white, `[H', W', 3]` uint8.
 
-    `captions` are one under each image, wrapped to its width, or none at all.
+    `captions` are one under each image, wrapped to its width, or none at all; `rows`
+    are names, each at the left of its row.
     """
     count, height, width, _ = images.shape
     font = ImageFont.load_default(size=11)
-    texts = [_wrap(text, width, font) for text in captions]
-    lines = max((text.count("\n") + 1 for text in texts), default=0)
-    label = 13 * lines + 2 if lines else 0
-    rows = -(-count // columns)
-    cell_w, cell_h = width + _GAP, height + label + _GAP
-    sheet = Image.new("RGB", (columns * cell_w + _GAP, rows * cell_h + _GAP), "white")
+    texts = [_wrap(text, width - _GAP, font) for text in captions]
+    starts = range(0, count, columns)
+    lines = [
+        max((t.count("\n") + 1 for t in texts[i : i + columns] if t), default=0)
+        for i in starts
+    ]
+    # Where each row begins, and the end of the last.
+    tops = np.cumsum([_GAP, *(height + _GAP + (13 * n + 2) * (n > 0) for n in lines)])
+    left = _GAP + max((int(font.getlength(name)) + 5 for name in rows), default=0)
+    size = left + columns * (width + _GAP), int(tops[-1])
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
-        x, y = _GAP + i % columns * cell_w, _GAP + i // columns * cell_h
+        x, y = left + i % columns * (width + _GAP), int(tops[i // columns])
         sheet.paste(Image.fromarray(image), (x, y))
         if texts:
             draw.text((x, y + height), texts[i], "black", font, spacing=1)
+    for name, y in zip(rows, tops):
+        draw.text((_GAP, int(y) + height // 2), name, "black", font, "lm")
     return np.asarray(sheet)
 
 

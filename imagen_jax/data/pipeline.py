@@ -160,7 +160,9 @@ class Stream:
         Captions are cut to 512 bytes. The position stays.
         """
         host = next(self._batches_from(self._consumed))
-        cut = [caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in host.caption]
+        cut = [
+            caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in host.caption
+        ]
         text = np.stack([np.frombuffer(caption, np.uint8) for caption in cut])
         text = jax.make_array_from_process_local_data(self._sharding, text)
         first = jax.jit(

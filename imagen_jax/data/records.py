@@ -58,7 +58,9 @@ def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
             dataset = dataset.filter(lambda row: row["side"] >= image_size)
         spec = dataset.element_spec.get("caption")
         none = {} if spec == tf.TensorSpec([], tf.string) else {"caption": b""}
-        return dataset.map(lambda row: row | {"id": tf.cast(row["id"], tf.int64)} | none)
+        return dataset.map(
+            lambda row: row | {"id": tf.cast(row["id"], tf.int64)} | none
+        )
 
     return seqio.Task(
         f"records_{manifest.content_sha256[:16]}",

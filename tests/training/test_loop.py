@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 
@@ -16,6 +17,7 @@ from imagen_jax.errors import Stopped, UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.preview import Preview
 from imagen_jax.training.weights import open_weights
 from tests import tiny
 
@@ -79,8 +81,8 @@ def test_the_workdir_holds_what_it_should(tmp_path, mesh, no_arithmetic):
         model=tiny.ONE_LEVEL, training={"sample_every_steps": 4, "steps": 5}
     )
     batches = tiny.Batches(cfg, mesh)
-    preview = tiny.batch(cfg)
-    preview = jax.tree.map(lambda x: x[:3], preview)
+    own = jax.tree.map(lambda x: x[:3], tiny.batch(cfg))
+    preview = Preview(own.image, own.text, own.mask, ("a", "b", "c"))
     loop.train(cfg, str(tmp_path), batches, mesh, preview)
     metrics = lines(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [2, 4, 5]
@@ -93,13 +95,43 @@ def test_the_workdir_holds_what_it_should(tmp_path, mesh, no_arithmetic):
         "metrics.jsonl",
         "tensorboard",
         "samples",
+        "index.html",
         "events.jsonl",
     }
-    # A row of samples above the row of the pictures that they should become.
+    # Inputs, samples, and the pictures that they should become.
     sheet = np.asarray(Image.open(tmp_path / "samples" / "00000004.png"))
-    truth = preview.image[0]
-    assert (sheet[4 + 16 : 4 + 32, 4 : 4 + 16] == truth).all()
+    real = sheet[4 + 2 * 132 :, -3 * 132 :][:128:8, :128:8]
+    np.testing.assert_array_equal(real, preview.image[0])
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall(r'<img src="([^"]+)"', page) == [
+        "samples/00000005.png",
+        "samples/00000004.png",
+    ]
+    assert "step 5 of 5; done" in page
     assert Checkpointer(str(tmp_path)).stage(5) == cfg
+
+
+def test_the_time_left_leaves_out_compiling(tmp_path, mesh, no_arithmetic, monkeypatch):
+    """The first step takes 3 s here, each of the others next to nothing."""
+    bars, step_fn = [], loop.compile_train_step(None, None)
+
+    class Bar(loop.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    def slow_at_first(state, batch):
+        time.sleep(3 if int(state.step) == 0 else 0)
+        return step_fn(state, batch)
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    monkeypatch.setattr(loop, "compile_train_step", lambda *_: slow_at_first)
+    started = time.monotonic()
+    training = {"checkpoint_every_steps": 100, "steps": 4}
+    train(tiny.stage(model=tiny.ONE_LEVEL, training=training), tmp_path, mesh)
+    (bar,) = bars
+    assert bar.n == 4
+    assert bar.format_dict["elapsed"] < time.monotonic() - started - 2.9
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path, mesh, no_arithmetic):
