@@ -68,8 +68,10 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     if rest:
         _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
     try:
-        from imagen_jax.compilation import use_compilation_cache  # imports JAX
+        # These import JAX.
+        from imagen_jax.compilation import pass_over_libtpu, use_compilation_cache
 
+        pass_over_libtpu()
         use_compilation_cache(flags.FLAGS.compilation_cache)
         main()
     except UserError as error:

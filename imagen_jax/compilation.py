@@ -1,7 +1,9 @@
 """How programs are compiled, and where compiled programs are kept."""
 
 import functools
+import glob
 import os
+from importlib.util import find_spec
 
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
@@ -30,6 +32,18 @@ def use_compilation_cache(wanted: bool = True) -> None:
         caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         folder = os.path.join(caches, "imagen-jax", "jax")
         jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def pass_over_libtpu() -> None:
+    """Lets JAX look for no TPU where libtpu is installed, as for plans, and none is.
+
+    It would print a page about it. Nothing changes for whoever sets JAX_PLATFORMS, or
+    has a plugin of JAX for another accelerator. Call it before devices are asked for.
+    """
+    found = [find_spec(name) is not None for name in ("libtpu", "jax_plugins")]
+    is_here = [*glob.glob("/dev/accel*"), *glob.glob("/dev/vfio/*")]
+    if found == [True, False] and not is_here and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def compiler_options(

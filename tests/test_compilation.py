@@ -31,6 +31,37 @@ def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
     assert compiler_options(mesh, "float32", once=True) == {}
 
 
+@pytest.mark.parametrize(
+    ("installed", "devices", "asked", "platforms"),
+    [
+        ({"libtpu"}, [], None, "cpu"),
+        ({"libtpu"}, ["/dev/accel0"], None, None),
+        ({"libtpu"}, ["/dev/vfio/0"], None, None),
+        ({"libtpu", "jax_plugins"}, [], None, None),
+        ({"libtpu"}, [], "tpu,cpu", "tpu,cpu"),
+        (set(), [], None, None),
+    ],
+)
+def test_no_tpu_is_looked_for_where_none_can_be(
+    installed, devices, asked, platforms, monkeypatch
+):
+    given = jax.config.jax_platforms
+    monkeypatch.setattr(
+        compilation, "find_spec", lambda name: True if name in installed else None
+    )
+    monkeypatch.setattr(
+        compilation.glob,
+        "glob",
+        lambda pattern: [d for d in devices if d.startswith(pattern[:-1])],
+    )
+    try:
+        jax.config.update("jax_platforms", asked)
+        compilation.pass_over_libtpu()
+        assert jax.config.jax_platforms == platforms
+    finally:
+        jax.config.update("jax_platforms", given)
+
+
 def test_the_cache_lies_where_the_user_wants_it(monkeypatch, tmp_path):
     given = jax.config.jax_compilation_cache_dir
     try:

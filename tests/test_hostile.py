@@ -141,8 +141,7 @@ def test_crafted_records(crafted):
     path.write_bytes(data)
     found = outcome(lambda: hostile.read_records(path))
     if found:
-        arrays.pop("caption")
-        assert_equal(found, arrays)
+        assert_equal(found, {name: arrays[name] for name in found})
         shard = read_manifest(path).shards[0]
         assert memory.sha256(found) == shard["sha256"]
         image, offset = found["image"], found["offset"]

@@ -286,7 +286,7 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
 
 def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
     spec = vars(batch_spec(cfg))
-    expected = {name: (x.dtype.str, x.shape) for name, x in spec.items()}
+    expected = {name: (x.dtype.str, x.shape) for name, x in spec.items() if x}
     expected[_TEXT_BITS] = "<u2", expected.pop("text")[1]
     arrays = read_arrays(path, "the batch of a bundle", expected)
     return Batch(text=arrays.pop(_TEXT_BITS).view(jnp.bfloat16), **arrays)

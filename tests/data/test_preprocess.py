@@ -1,4 +1,7 @@
 import io
+import os
+import subprocess
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -105,3 +108,29 @@ def test_the_square_may_start_elsewhere(shape):
         )
         top, left = (start, 0) if shape[0] > 64 else (0, start)
         np.testing.assert_array_equal(have, image[top : top + 64, left : left + 64])
+
+
+NOISY = """
+import sys
+import jax  # which sets TF_CPP_MIN_LOG_LEVEL
+from imagen_jax.data import start_tensorflow
+start_tensorflow()
+from imagen_jax.data import preprocess
+print(preprocess.sides(open(sys.argv[1], "rb").read()))
+"""
+
+
+@pytest.mark.parametrize(("level", "told"), [(None, False), ("0", True)])
+def test_odd_colour_profiles_are_not_told(tmp_path, level, told):
+    """Unless somebody asks TensorFlow for everything."""
+    path = tmp_path / "x.png"
+    Image.new("RGB", (9, 8)).save(path, icc_profile=b"no profile")
+    env = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY, str(path)],
+        env=env | ({"TF_CPP_MIN_LOG_LEVEL": level} if level else {}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "(9, 8)\n", done.stderr
+    assert ("iCCP" in done.stderr) == told, done.stderr
