@@ -67,9 +67,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         records, run = folder / "records", folder / "run"
-        watch(
-            "prepare", "--source=shapes:2000", "--image_size=32", f"--output={records}"
-        )
+        source = ["--source=shapes:2000", "--image_size=32", "--text_length=16"]
+        watch("prepare", *source, f"--output={records}")
         trained = watch(
             "train",
             *("--config=configs/tiny.py:base", f"--workdir={run}"),
