@@ -61,7 +61,8 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         hint = "write --name=value, and quote wildcards and braces (see --help)"
         _exit(2, f"{rest[0]!r} is no flag{more}: {hint}")
     for name, times in _repeated(argv):
-        _exit(2, f"--{name} is given {times} times: once, and quote braces")
+        hint = "give it once; quote braces for your shell"
+        _exit(2, f"--{name} is given {times} times: {hint}")
     try:
         from imagen_jax.compilation import use_compilation_cache  # imports JAX
 

@@ -34,7 +34,7 @@ _COLUMNS = ("text", *CAPTIONS)
 _TAKES = (
     f"taken are pictures ({', '.join(names.IMAGES)}) with NAME.txt or NAME.caption "
     "beside NAME.png, or in a metadata.jsonl or .csv (file_name; text, caption, prompt "
-    " or --caption_column); or pictures alone, with --no_captions"
+    "or --caption_column); or pictures alone, with --no_captions"
 )
 # Five captions of each of COCO's 118,287 pictures take 88 MiB.
 _COCO_BYTES = 2**30
@@ -105,8 +105,11 @@ def _read_table(
     for number, row in _rows(root / table):
         keys |= dict.fromkeys(map(str, row))
         file, caption = row.get("file_name"), caption_in(row, how, _COLUMNS)
-        if not (isinstance(file, str) and file):
-            problems.append(Problem(f"{table} line {number}", "has no file_name", 0))
+        reason = "" if isinstance(file, str) and file else "has no file_name"
+        if None in row:  # `csv` has there what is too much
+            reason = "has more values than columns: quote texts that have commas"
+        if reason:
+            problems.append(Problem(f"{table} line {number}", reason, 0))
             continue
         name = posixpath.normpath(posixpath.join(posixpath.dirname(table), file))
         more = caption if isinstance(caption, list) else [caption]

@@ -57,6 +57,11 @@ TEXTS = {
         {"1.png": "the caption is no text"}
         | {f"metadata.jsonl line {n}": "has no file_name" for n in (3, 4)},
     ),
+    "a comma too many": (
+        {"metadata.csv": b'file_name,text\n0.png,a, b\n1.png,"c, d"\n'},
+        ["c, d"],
+        {"metadata.csv line 2": "has more values", "0.png": "not in metadata.csv"},
+    ),
     "names that are no text": (
         {b"\xff.png": PNG, b"\xff.txt": b"x", b"\xfe.png": b"broken", b"\xfe.txt": b"y"}
         | {"0.txt": b"caf\xe9", "1.txt": b"\xef\xbb\xbfone"},
