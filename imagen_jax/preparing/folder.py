@@ -103,7 +103,7 @@ def _read_table(
     """The captions by the names of images below `root`; rows that name no image."""
     captions, problems, keys = {}, [], {}
     for number, row in _rows(root / table):
-        keys |= dict.fromkeys(map(str, row))
+        keys |= dict.fromkeys(filter(None, row))
         file, caption = row.get("file_name"), caption_in(row, how, _COLUMNS)
         reason = "" if isinstance(file, str) and file else "has no file_name"
         if None in row:  # `csv` has there what is too much
@@ -129,7 +129,8 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
 
     def taken():
         nonlocal number
-        for number, line in enumerate(lines, 1):  # noqa: B007
+        for line in lines:
+            number += 1
             yield f"{line}\n"
 
     rows = (json.loads(line) for line in taken() if line.strip())
@@ -157,14 +158,11 @@ def open_coco(file: str, seed: int, size: int, how: Conventions = USUAL) -> Sour
         images = [(row["id"], row["file_name"]) for row in values["images"]]
         captions = {id: [] for id, _ in images}
         rows = [(row["image_id"], row) for row in values["annotations"]]
-        unlisted = [id for id, _ in rows if id not in captions]
+        unlisted = {id for id, _ in rows} - captions.keys()
         if not all(isinstance(name, str) for _, name in images):
             raise TypeError("a file_name is no text")
-        if (
-            not how.no_captions
-            and rows
-            and not any(caption_in(row, how) is not None for _, row in rows)
-        ):
+        found = [caption_in(row, how) for _, row in rows]
+        if rows and not (how.no_captions or any(found)):
             raise KeyError("caption")
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -172,12 +170,11 @@ def open_coco(file: str, seed: int, size: int, how: Conventions = USUAL) -> Sour
             f"(image_id, caption or --caption_column), but has {', '.join(values)} "
             f"({type(error).__name__}: {error})"
         ) from None
-    for id, row in rows:
-        if id in captions:
-            caption = caption_in(row, how)
-            captions[id] += caption if isinstance(caption, list) else [caption]
     root = _coco_folder(path, [name for _, name in images])
     entries, problems = [], []
+    for (id, _), caption in zip(rows, found):
+        if id not in unlisted:
+            captions[id].append(caption)
     for id in unlisted:
         problems.append(Problem(f"image {id}", "has a caption, but is not listed", 0))
     for id, name in images:
