@@ -9,7 +9,7 @@ import re
 import resource
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -52,11 +52,17 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         print(flags.FLAGS.main_module_help())
         sys.exit(0)
     try:
+        flags.FLAGS.unparse_flags()  # of an earlier call
         rest = flags.FLAGS(argv)[1:]
     except (flags.Error, AttributeError, KeyError) as error:
         _exit(2, f"{_brief(error)} (see --help)")
     if rest:
-        _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
+        more = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
+        hint = "write --name=value, and quote wildcards and braces (see --help)"
+        _exit(2, f"{rest[0]!r} is no flag{more}: {hint}")
+    for name, times in _repeated(argv):
+        hint = "give it once; quote braces for your shell"
+        _exit(2, f"--{name} is given {times} times: {hint}")
     try:
         from imagen_jax.compilation import use_compilation_cache  # imports JAX
 
@@ -119,6 +125,19 @@ def peak_memory_gib() -> float:
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
     # macOS, which counts bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def _repeated(argv: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Flags of one value that are given again, and how often: the last would win."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        times = flag.present
+        if isinstance(flag, flags.MultiFlag):
+            # Of a tuple in a config `present` counts numbers; others may be repeated.
+            given = [word for word in argv if word.lstrip("-").split("=")[0] == name]
+            times = len(given) if "." in name else 0
+        if times > 1:
+            yield name, times
 
 
 def _brief(error: Exception) -> str:

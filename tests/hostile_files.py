@@ -172,7 +172,6 @@ REFUSED = {
         "is .u1 .6, 8, 8, 1",
     ),
     "flat": (edited("image", array=_OWN["image"].ravel()), "is .u1 .1152,"),
-    "captions": (edited("caption", array=_OWN["caption"][:5]), "caption is <U9 .5,"),
     "hash": (edited("id", sha256="0" * 64), "do not have the hash"),
     "more": (with_end(b"\0"), "image has 1,281 bytes"),
     "less": (with_end(1), "image has 1,279 bytes"),
@@ -224,7 +223,6 @@ LARGE = {
         {
             "offset": np.arange(108) * 13 // 107,
             "id": np.arange(107),
-            "caption": np.array(["x"] * 107),
         },
         **{"examples": 107, "sides": {"1024": 107}},
     ),
