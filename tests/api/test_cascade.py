@@ -18,8 +18,9 @@ from imagen_jax.models import network
 from tests import tiny
 
 PICTURES = 6
+ATTENTION = tiny.ONE_LEVEL | {"self_attention": (True,), "text_attention": (True,)}
 CONFIGS = [
-    tiny.stage(sampler={"steps": 6, "guidance": 2.0}),
+    tiny.stage(model=ATTENTION, sampler={"steps": 6, "guidance": 2.0}),
     tiny.sr_stage(model=tiny.ONE_LEVEL, sampler={"steps": 6, "guidance": 1.5}),
 ]
 
