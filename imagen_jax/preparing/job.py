@@ -36,7 +36,7 @@ _LEAST_EXAMPLES = 1000
 _CHUNK = 256
 # Skipped examples named in the manifest; the quarantine names all.
 _NAMED_SKIPS = 100
-# The null text has no tokens (`batch.null_text`).
+# The null text has no tokens (`batch.Cond`).
 _NULL_TEXT = Embedded(b"", 0, False, np.zeros(0))
 
 
