@@ -199,12 +199,20 @@ def _open(path: str | os.PathLike) -> IO[bytes]:
 
 @contextlib.contextmanager
 def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives another name to write under; renames what was written to `path`."""
+    """Gives another name to write under; renames what was written to `path`.
+
+    Its mode is the umask's, whatever a library has written there: some write a file of
+    their own, for its owner alone, and rename it.
+    """
     # Of its own, as several processes may write the same at once.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with needing_room(path.parent):
+            partial.touch()
+            mode = partial.stat().st_mode
             yield partial
+            if partial.stat().st_mode != mode:
+                partial.chmod(mode)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
