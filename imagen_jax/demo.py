@@ -222,8 +222,9 @@ most {report["peak_memory_gib"]:.1f} GiB of memory.</p>
 {"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>
 <p>Shares are of the captions that ask for it.</p>
 <h2>Pictures</h2>
-<p>Of each caption: a scene drawn by code, the base stage's picture, and the cascade's
-without and with guidance (w = {guidance}). What the judge finds wrong is in red.</p>
+<p>Of each caption: a scene drawn by code, the base stage's picture (with guidance), and
+the cascade's without and with guidance (w = {guidance}). What the judge finds wrong is
+in red.</p>
 <div class="pictures">
 {figures}</div>
 <h2>Loss</h2>
