@@ -208,10 +208,8 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with needing_room(path.parent):
-            partial.touch()
-            mode = partial.stat().st_mode
             yield partial
-            if partial.stat().st_mode != mode:
+            if partial.stat().st_mode != (mode := _new_mode(partial)):
                 partial.chmod(mode)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
@@ -222,6 +220,16 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _new_mode(path: pathlib.Path) -> int:
+    """The mode that a file made beside `path` has."""
+    other = path.with_name(f"mode-{path.name}")
+    try:
+        with open(other, "x") as file:
+            return os.fstat(file.fileno()).st_mode
+    finally:
+        other.unlink(missing_ok=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
