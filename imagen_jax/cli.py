@@ -74,9 +74,17 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     except (Stopped, KeyboardInterrupt) as stopped:
         _exit(3, str(stopped) or "interrupted")
     except Exception as error:
-        if not is_full(error):
+        if is_full(error):
+            _exit(1, f"a disk is full, make room and start again: {error}")
+        from imagen_jax.stores import told
+
+        if not (reason := told(error)):
             raise
-        _exit(1, f"a disk is full, make room and start again: {error}")
+        _exit(
+            1,
+            f"a bucket does not do what is asked of it ({reason}): look at the network "
+            "and at the rights of this machine there, and start again",
+        )
     sys.exit(0)
 
 

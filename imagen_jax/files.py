@@ -257,12 +257,18 @@ def _open(path: str | os.PathLike) -> IO[bytes]:
 
 @contextlib.contextmanager
 def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives another name to write under; renames what was written to `path`."""
+    """Gives another name to write under; renames what was written to `path`.
+
+    Its mode is the umask's, whatever a library has written there: some write a file of
+    their own, for its owner alone, and rename it.
+    """
     # Of its own, as several processes may write the same at once.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with needing_room(path.parent):
             yield partial
+            if partial.stat().st_mode != (mode := _new_mode(partial)):
+                partial.chmod(mode)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -272,6 +278,16 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _new_mode(path: pathlib.Path) -> int:
+    """The mode that a file made beside `path` has."""
+    other = path.with_name(f"mode-{path.name}")
+    try:
+        with open(other, "x") as file:
+            return os.fstat(file.fileno()).st_mode
+    finally:
+        other.unlink(missing_ok=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -17,6 +17,7 @@ from etils import epath
 
 from imagen_jax import cli
 from imagen_jax.errors import UserError
+from imagen_jax.stores import check_store
 from imagen_jax.training.metrics import EVENTS
 
 # In the order of the report; "down" is the time between two runs.
@@ -96,6 +97,7 @@ def goodput(lines: Iterable[str]) -> Report:
 
 def read_goodput(workdir: str) -> Report:
     """The sums of the events of a workdir; a `UserError` when there are none."""
+    check_store(workdir)
     path = epath.Path(workdir) / EVENTS
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     report = goodput(text.splitlines())

@@ -87,11 +87,16 @@ def _wrap(text: str, width: int, font) -> str:
     return "\n".join([*lines, line])
 
 
+def png(image: np.ndarray) -> bytes:
+    """`[H, W, 3]` uint8 as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
 def save(path, image: np.ndarray) -> None:
     """Writes `[H, W, 3]` uint8 as the PNG `path`, local or gs://."""
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, "PNG")
-    epath.Path(path).write_bytes(png.getvalue())
+    epath.Path(path).write_bytes(png(image))
 
 
 def save_sheet(path, images: np.ndarray, columns: int, captions: Sequence[str]) -> None:

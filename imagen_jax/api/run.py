@@ -10,7 +10,8 @@ from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.pipeline import Stream, open_records, open_sources
 from imagen_jax.errors import printable
-from imagen_jax.sharding import make_mesh, replicated
+from imagen_jax.sharding import make_mesh, replicated, unused_gpu
+from imagen_jax.stores import check_store
 from imagen_jax.training.loop import train
 from imagen_jax.training.metrics import Stopwatch
 from imagen_jax.training.state import TrainState
@@ -35,8 +36,11 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
       Stopped: on SIGINT or SIGTERM, after saving.
     """
     stopwatch = Stopwatch()
+    check_store(workdir)
     mesh = make_mesh(cfg.mesh)
     if jax.process_index() == 0:
+        if hint := unused_gpu():
+            print(hint)
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         print(
             f"training {printable(cfg.name)} on {mesh.size} x "

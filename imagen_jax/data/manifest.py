@@ -14,6 +14,7 @@ from etils import epath
 from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
 from imagen_jax.files import is_file_name, parse_json, read_arrays, read_json
+from imagen_jax.stores import check_store
 from imagen_jax.text import embeddings
 
 FILE_NAME = "manifest.json"
@@ -176,6 +177,7 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
     Raises:
       UserError: when there is none, or files that it names are missing.
     """
+    check_store(os.fspath(records))
     path = epath.Path(records)
     if not str(records) or not path.exists():
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.preparing.images import MAX_PIXELS
 from imagen_jax.preparing.sources import FORMS, Conventions
+from imagen_jax.stores import check_disk
 from imagen_jax.text.embeddings import DTYPES
 
 # In place of an encoder: tars of images, whose captions are embedded later.
@@ -105,10 +106,10 @@ class Settings:
         alone, embeds = count in (None, 1), self.encoder != NO_ENCODER
         if (index is None) != (count is None) or (count and not 0 <= index < count):
             raise UserError("give --process_index=I and --process_count=N with I < N")
-        if not self.output or "://" in self.output:
-            raise UserError(
-                f"--output={self.output!r} is no folder or FILE.npz: mount a bucket"
-            )
+        if not self.output:
+            raise UserError("--output='' is no folder or FILE.npz: give one")
+        check_disk(self.source.partition(":")[2])
+        check_disk(self.output)
         if self.is_npz and not (alone and embeds):
             raise UserError("a .npz file needs one process and an --encoder")
         if self.is_npz and 0 < self.stored_size < self.image_size:

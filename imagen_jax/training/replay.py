@@ -32,6 +32,7 @@ from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.errors import UserError, printable
 from imagen_jax.files import read_arrays, read_json
 from imagen_jax.models import network
+from imagen_jax.stores import check_store
 from imagen_jax.training.bad_updates import after_rollback, before_the_last_skip
 from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.metrics import MetricWriter
@@ -249,6 +250,7 @@ def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: for a folder that is no bundle, or a damaged one.
     """
+    check_store(bundle)
     folder = epath.Path(bundle)
     record = _read_record(folder / "bundle.json")
     with contextlib.closing(Checkpointer(bundle)) as checkpointer:

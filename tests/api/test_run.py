@@ -45,3 +45,13 @@ def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
     first = next(batches)
     np.testing.assert_array_equal(preview.id, np.asarray(first.id)[:3])
     np.testing.assert_array_equal(preview.image, np.asarray(first.image)[:3])
+
+
+def test_a_gpu_that_jax_does_not_use_comes_before_the_devices(
+    values, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "train", lambda *args: None)
+    monkeypatch.setattr(run, "unused_gpu", lambda: "warning: there is a GPU")
+    run.train_stage(run.resolve(values), "workdir")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "warning: there is a GPU" and second.startswith("training base on")
