@@ -4,6 +4,7 @@ Whatever is in a file, the readers of JSON and .npz return what was asked for or
 one `UserError`. They check before they allocate.
 """
 
+import codecs
 import contextlib
 import json
 import math
@@ -45,14 +46,33 @@ def read_json(
     `UserError`, which calls the file `what` ("the config of a run"), when it is missing
     or `parse_json` refuses it.
     """
-    try:
-        with _open(path) as file:
-            data = file.read(most_bytes + 1)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; it should hold {what}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not {what}: {error}") from None
+    data = _read(path, what, most_bytes + 1)
     return parse_json(data, f"{path} is not {what}", most_bytes)
+
+
+def read_lines(path: str | os.PathLike, what: str) -> list[str]:
+    """The `split_lines` of a text, local or in a bucket, without a byte order mark.
+
+    `UserError`, which calls the file `what` ("captions"), when it is missing or a line
+    is not UTF-8.
+    """
+    data = _read(path, what, -1).removeprefix(codecs.BOM_UTF8)
+    lines = []
+    for number, line in enumerate(split_lines(data), 1):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} line {number} is not UTF-8 (byte {error.start + 1} is "
+                f"0x{line[error.start]:02x}): save {what} as UTF-8"
+            ) from None
+    return lines
+
+
+def split_lines(text: bytes) -> list[bytes]:
+    """The lines of a text, which end at LF or CR LF and nowhere else."""
+    lines = text.replace(b"\r\n", b"\n").split(b"\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def parse_json(
@@ -219,6 +239,16 @@ def _unzipped(path: str | os.PathLike, what: str) -> Iterator[zipfile.ZipFile]:
             f"{os.fspath(path)!r} is not {what}, or is damaged ({reason}): copy it or "
             "make it again"
         ) from None
+
+
+def _read(path: str | os.PathLike, what: str, most_bytes: int) -> bytes:
+    try:
+        with _open(path) as file:
+            return file.read(most_bytes)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it should hold {what}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not {what}: {error}") from None
 
 
 def _open(path: str | os.PathLike) -> IO[bytes]:
