@@ -158,7 +158,9 @@ def _label(text: str, width: int) -> tuple[str, Any]:
             longer = word
         # Some languages have no spaces.
         while font.getlength(longer) > width and len(longer) > 1:
-            fits = (n for n in range(2, len(longer)) if font.getlength(longer[:n]) > width)
+            fits = (
+                n for n in range(2, len(longer)) if font.getlength(longer[:n]) > width
+            )
             end = next(fits, len(longer)) - 1
             lines.append(longer[:end])
             longer = longer[end:]
