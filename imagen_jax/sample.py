@@ -31,7 +31,7 @@ from imagen_jax.sharding import make_mesh
 # A sweep asks for the same one again and again.
 @functools.lru_cache(8)
 def read_lowres(path: str, size: int) -> np.ndarray:
-    """A picture as `prepare --image_size=SIZE` stores it: `[size, size, 3]` uint8.
+    """A picture as `prepare --image_size=SIZE` cuts it: `[size, size, 3]` uint8.
 
     Raises:
       UserError: when `prepare` would not take it.
@@ -49,7 +49,7 @@ def read_lowres(path: str, size: int) -> np.ndarray:
 
     try:
         data = pathlib.Path(path).read_bytes()
-        stored = verify(data, min_side=size, stored_size=size, sides=sides)
+        stored = verify(data, min_side=size, sides=sides)
         return middle_square(stored.data, size)
     except (OSError, images.Unusable) as error:
         raise UserError(f"--lowres={path} cannot be used: {error}") from None
@@ -166,9 +166,7 @@ def main() -> None:
             f"stopped with {done} of {job.count} pictures in {where}; the same command "
             "makes the others"
         ) from None
-    print(
-        f"{job.count} pictures in {where}: grid.png shows them, samples.jsonl tells all"
-    )
+    print(f"{job.count} pictures in {where}, shown in grid.png")
 
 
 if __name__ == "__main__":
