@@ -342,9 +342,7 @@ def _cast(kind, value, path):
 
 
 def _lies_in(value, interval):
-    most = _MOST[type(value)]
-    low, high = (
-        min(max(float(bound), -most), most) for bound in interval[1:-1].split(",")
-    )
+    most = str(_MOST[type(value)])
+    low, high = map(float, interval[1:-1].replace("inf", most).split(","))
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)

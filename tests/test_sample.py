@@ -2,6 +2,9 @@
 
 import json
 import struct
+import subprocess
+import sys
+import time
 import zlib
 
 import numpy as np
@@ -14,7 +17,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.prepare import prepare
 from imagen_jax.sample import numbers, read_lowres, read_prompts
 from tests import tiny
-from tests.test_doors import call, error, read_described
+from tests.test_doors import ROOT, call, environment, error, read_described
 
 
 def test_lists_are_numbers_with_commas():
@@ -277,3 +280,45 @@ def test_ctrl_c_leaves_what_is_finished(door, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "make", make)
     assert door(ONE, "--num_images=3").returncode == 0
     assert path.read_bytes() == whole
+
+
+# The door with a cascade that was never trained, as a process.
+PROCESS = """
+from imagen_jax import cli, sample
+from tests import tiny
+
+sample.open_stages = lambda names: tiny.untrained()
+sample.define_flags()
+cli.run(sample.main)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_goes_on(tmp_path):
+    """With SIGKILL, once it has written some pictures of each stage."""
+
+    def start(output):
+        (tmp_path / "p.txt").write_text("".join(f"circle {i}\n" for i in range(30)))
+        command = [sys.executable, "-c", PROCESS, f"--prompts={tmp_path / 'p.txt'}"]
+        command += ["--stage=x", f"--output={output}", "--batch_size=4", "--steps=100"]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
+        )
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    for few in ("0003_8px.png", "0007.png"):
+        with start(killed) as process:
+            deadline = time.monotonic() + 200
+            while not (killed / few).exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            process.kill()
+    times = {path: path.stat().st_mtime_ns for path in killed.glob("[0-9]*.png")}
+    assert 30 < len(times) < 60
+    for output in (killed, whole):
+        with start(output) as process:
+            assert process.wait(300) == 0
+    assert all(path.stat().st_mtime_ns == made for path, made in times.items())
+    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    assert {path.name: path.read_bytes() for path in killed.iterdir()} == files
+    assert len(read_described(killed)) == 30
