@@ -10,12 +10,12 @@ import tqdm
 from jax.sharding import Mesh
 
 from imagen_jax.batch import pad_text
-from imagen_jax.config import StageConfig, TextConfig
+from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
 from imagen_jax.text.embeddings import from_bytes, to_bytes
-from imagen_jax.text.encoders import load_encoder
+from imagen_jax.text.encoders import TextEncoder, load_encoder
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.weights import Weights, open_weights
 
@@ -157,19 +157,17 @@ def settings(configs: Sequence[StageConfig], prompts: int) -> Settings:
 class Texts:
     """Embeddings of prompts, in a file where they are many: one of T5-XXL takes a MiB.
 
-    The encoder leaves the devices once they are made, before the stages come.
+    The encoder is not kept: its weights leave the devices before those of stages come.
     """
 
     def __init__(
-        self, cfg: TextConfig, prompts: Sequence[str], weights: str = "", folder=None
+        self, encoder: TextEncoder, length: int, prompts: Sequence[str], folder=None
     ):
-        """Embeds what the stages were trained with; says which prompts it cuts.
+        """Embeds prompts, and says which ones are cut to `length` tokens.
 
-        `weights` are the encoder's, if it has none built in; the file lies in `folder`,
-        nameless, and ends with the process.
+        The file lies in `folder`, nameless, and ends with the process.
         """
-        encoder = load_encoder(cfg.encoder, weights)
-        self._length, self._dim = cfg.length, encoder.dim
+        self._length, self._dim = length, encoder.dim
         self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=folder)
         self._places: dict[str, tuple[int, int]] = {}
         distinct = list(dict.fromkeys(prompts))
@@ -177,12 +175,12 @@ class Texts:
             chunk = distinct[start : start + _CHUNK]
             for prompt in chunk:
                 tokens = len(encoder.tokenize(prompt))
-                if tokens > cfg.length:
+                if tokens > length:
                     print(
                         f"warning: {prompt!r} has {tokens} tokens; the stages were "
-                        f"trained with {cfg.length}, the rest is cut"
+                        f"trained with {length}, the rest is cut"
                     )
-            for prompt, rows in zip(chunk, encoder.encode(chunk, cfg.length)):
+            for prompt, rows in zip(chunk, encoder.encode(chunk, length)):
                 data = to_bytes(rows)
                 self._places[prompt] = self._file.tell(), len(data)
                 self._file.write(data)
@@ -229,7 +227,10 @@ def sample_prompts(
     configs = [one.cfg for one in trained]
     check_order(configs, made=0 if lowres is None else lowres.shape[1])
     cells = cells or all_cells(configs)
-    text, mask = Texts(configs[0].text, prompts, encoder_weights)(prompts)
+    cfg = configs[0].text
+    encoder = load_encoder(cfg.encoder, encoder_weights)
+    text, mask = Texts(encoder, cfg.length, prompts)(prompts)
+    del encoder
     text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
     stages = zip(*(cell.configs for cell in cells), strict=True)
     total = len(seeds) * len(trained)

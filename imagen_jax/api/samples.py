@@ -32,6 +32,7 @@ from imagen_jax.diffusion.cascade import (
 )
 from imagen_jax.errors import UserError
 from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
+from imagen_jax.text.encoders import load_encoder
 from imagen_jax.training.weights import Weights
 
 JOB, LINES = "job.json", "samples.jsonl"
@@ -274,7 +275,10 @@ def make(
         told = _tell(job, lines, 0)
         if told < job.count:
             prompts = [job.asked(number)[0] for number in todo[-1]]
-            texts = Texts(configs[0].text, prompts, encoder_weights, job.folder)
+            text = configs[0].text
+            encoder = load_encoder(text.encoder, encoder_weights)
+            texts = Texts(encoder, text.length, prompts, job.folder)
+            del encoder
         total = sum(map(len, todo))
         with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
             tell = (lambda i: bar.set_postfix(step=int(i) + 1)) if show_steps else None

@@ -141,7 +141,7 @@ def _rows(batch_size: int, count: int, mesh: Mesh) -> int:
     demo's cascade, a row in a batch takes half as long as one by itself.
     """
     shards = row_shards(mesh)
-    rows = batch_size if 8 * count > batch_size else 1
+    rows = 1 if count == 1 or 8 * count <= batch_size else batch_size
     return -(-rows // shards) * shards
 
 

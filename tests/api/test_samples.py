@@ -163,7 +163,7 @@ def test_a_folder_of_another_job_is_refused(whole, mesh, changes, message):
 def test_a_finished_job_loads_nothing(whole, mesh, monkeypatch):
     before = contents(whole)
     monkeypatch.setattr(samples, "load", None)
-    monkeypatch.setattr(samples, "Texts", None)
+    monkeypatch.setattr(samples, "load_encoder", None)
     make(job(whole), mesh)
     assert contents(whole) == before
 
