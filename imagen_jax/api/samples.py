@@ -299,7 +299,7 @@ def make(
                 ):
                     for number, picture, estimates in zip(*made):
                         _save(job, number, stage, picture, estimates)
-                    told = _tell(job, lines, told)
+                        told = _tell(job, lines, told)
                     bar.update(len(made[0]))
     _show(job)
 
