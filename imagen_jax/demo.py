@@ -23,7 +23,7 @@ from absl import flags
 from imagen_jax import cli, images
 from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
 from imagen_jax.api.run import resolve, train_stage
-from imagen_jax.api.samples import write
+from imagen_jax.api.samples import Job, write
 from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.errors import UserError, printable
 from imagen_jax.prepare import prepare
@@ -143,7 +143,7 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         same = [v for v, k in pairs if k == kind]
         accuracy[f"of these, {kind}"] = summarise(same)
 
-    write(str(folder / "samples"), trained, prompts, seeds, samples)
+    write(Job(str(folder / "samples"), trained, prompts), samples)
     images.save_sheet(folder / "samples.png", samples[-1], 8, prompts)
     report = {
         "seconds": time.perf_counter() - started,

@@ -1,19 +1,36 @@
 """Pictures: files opened, grids with captions, PNG files written."""
 
 import contextlib
+import functools
 import io
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+from imagen_jax.errors import UserError
 
 # Pillow reads dozens of others, and some by starting a program: EPS by Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 # White pixels around each image of a grid.
 _GAP = 4
 _OPENING = threading.Lock()
+# Where Pillow's own font, which has little more than ASCII, lacks a letter: those that
+# common systems have, in their usual folders.
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+)
+_NO_LETTER = "\U0010ffff"
+# A longer label is cut: it would bury the pictures.
+_LABEL_LETTERS = 300
 
 
 class Unusable(Exception):
@@ -54,37 +71,101 @@ def enlarge(images: np.ndarray, size: int) -> np.ndarray:
     return images.repeat(times, axis=1).repeat(times, axis=2)
 
 
-def grid(images: np.ndarray, columns: int, captions: Sequence[str] = ()) -> np.ndarray:
+def read(path, most_side: int = 0) -> np.ndarray:
+    """The picture in a file, `[H, W, 3]` uint8, reduced to at most `most_side`.
+
+    Raises:
+      UserError: when there is none, or it is damaged.
+    """
+    try:
+        with opened(epath.Path(path).read_bytes()) as image:
+            times = -(-max(image.size) // most_side) if most_side else 1
+            return np.asarray(image.convert("RGB").reduce(times))
+    except (OSError, Unusable) as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read ({error}): remove it, to have it made again"
+        ) from None
+
+
+def grid(
+    images: np.ndarray, columns: int, captions: Sequence[str] = (), title: str = ""
+) -> np.ndarray:
     """Images `[N, H, W, 3]` uint8 in rows on white, `[H', W', 3]` uint8.
 
-    `captions` are one under each image, wrapped to its width, or none at all.
+    `captions` are one under each image, wrapped to its width, or none at all; the title
+    stands above all.
     """
     count, height, width, _ = images.shape
-    font = ImageFont.load_default(size=11)
-    texts = [_wrap(text, width, font) for text in captions]
-    lines = max((text.count("\n") + 1 for text in texts), default=0)
-    label = 13 * lines + 2 if lines else 0
     rows = -(-count // columns)
-    cell_w, cell_h = width + _GAP, height + label + _GAP
-    sheet = Image.new("RGB", (columns * cell_w + _GAP, rows * cell_h + _GAP), "white")
+    sheet_w = columns * (width + _GAP) + _GAP
+    labels = [_label(text, width) for text in captions]
+    head = _label(title, sheet_w - 2 * _GAP)
+    under, top = _height(labels), _height([head] if title else [])
+    cell_h = height + under + _GAP
+    size = sheet_w, top + rows * cell_h + _GAP
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP // 2), head[0], "black", head[1], spacing=1)
     for i, image in enumerate(images):
-        x, y = _GAP + i % columns * cell_w, _GAP + i // columns * cell_h
+        x, y = _GAP + i % columns * (width + _GAP), top + _GAP + i // columns * cell_h
         sheet.paste(Image.fromarray(image), (x, y))
-        if texts:
-            draw.text((x, y + height), texts[i], "black", font, spacing=1)
+        if labels:
+            text, font = labels[i]
+            draw.text((x, y + height), text, "black", font, spacing=1)
     return np.asarray(sheet)
 
 
-def _wrap(text: str, width: int, font) -> str:
+def _height(labels: Sequence[tuple[str, Any]]) -> int:
+    lines = max((text.count("\n") + 1 for text, _ in labels), default=0)
+    return 13 * lines + 2 if lines else 0
+
+
+@functools.cache
+def _fonts() -> list[Any]:
+    fonts = [ImageFont.load_default(size=11)]
+    for name in _FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 11))
+    return fonts
+
+
+@functools.lru_cache(2**16)
+def _lacks(font, letter: str) -> bool:
+    """Whether a font draws a letter as one that no font has."""
+    letter, none = font.getmask(letter), font.getmask(_NO_LETTER)
+    return (letter.size, bytes(letter)) == (none.size, bytes(none))
+
+
+def _label(text: str, width: int) -> tuple[str, Any]:
+    """A text in lines of at most `width` pixels, and the font that has most of it.
+
+    What that one lacks is escaped.
+    """
+    words = text[:_LABEL_LETTERS].split()
+    if len(text) > _LABEL_LETTERS:
+        words.append("...")
+    letters = set("".join(words))
+    lacks = [{c for c in letters if _lacks(font, c)} for font in _fonts()]
+    fewest = min(lacks, key=len)
+    font = _fonts()[lacks.index(fewest)]
+    escapes = {ord(c): c.encode("unicode_escape").decode() for c in fewest}
     lines, line = [], ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
+    for word in words:
+        word = word.translate(escapes)
+        longer = f"{line} {word}" if line else word
         if line and font.getlength(longer) > width:
             lines.append(line)
             longer = word
+        # Some languages have no spaces.
+        while font.getlength(longer) > width and len(longer) > 1:
+            fits = (
+                n for n in range(2, len(longer)) if font.getlength(longer[:n]) > width
+            )
+            end = next(fits, len(longer)) - 1
+            lines.append(longer[:end])
+            longer = longer[end:]
         line = longer
-    return "\n".join([*lines, line])
+    return "\n".join([*lines, line]), font
 
 
 def png(image: np.ndarray) -> bytes:
@@ -99,8 +180,10 @@ def save(path, image: np.ndarray) -> None:
     epath.Path(path).write_bytes(png(image))
 
 
-def save_sheet(path, images: np.ndarray, columns: int, captions: Sequence[str]) -> None:
+def save_sheet(
+    path, images: np.ndarray, columns: int, captions: Sequence[str], title: str = ""
+) -> None:
     """Saves a captioned grid of square images, small ones enlarged to about 96."""
     side = images.shape[1]
     images = enlarge(images, side * max(1, 96 // side))
-    save(path, grid(images, columns, captions))
+    save(path, grid(images, columns, captions, title))

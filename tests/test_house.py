@@ -237,7 +237,7 @@ def test_the_house_stays_small():
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
     assert len(package) <= 90
-    assert sum(package) <= 12_400
+    assert sum(package) <= 12_900
 
 
 # One level is enough to train and sample, and compiles in half the time.
