@@ -37,6 +37,12 @@ TINY = [
     "--config.sampler.steps=2",
     "--config.sampler.batch_size=8",
 ]
+ENDLESS = ["--config.training.steps=1000000", "--config.training.sample_every_steps=0"]
+
+
+def once(*given: str) -> list[str]:
+    """The last flag of each name: a command takes none twice."""
+    return list({flag.partition("=")[0]: flag for flag in given}.values())
 
 
 def environment() -> dict[str, str]:
@@ -98,8 +104,7 @@ def train(variant: str, workdir: Path, records: Path, *more: str):
         f"--config=configs/tiny.py:{variant}",
         f"--workdir={workdir}",
         f"--config.data.records={records}",
-        *TINY,
-        *more,
+        *once(*TINY, *more),
     )
 
 
@@ -289,8 +294,7 @@ def test_no_room_for_a_run_is_one_line(cascade, tmp_path, kib):
         "--config=configs/tiny.py:base",
         f"--workdir={tmp_path / 'run'}",
         f"--config.data.records={cascade[0]}",
-        *TINY,
-        "--config.training.steps=200",
+        *once(*TINY, "--config.training.steps=200"),
         "--config.training.log_every_steps=1",
         "--config.training.checkpoint_every_steps=20",
         "--compilation_cache=False",  # or it would hold what was cut
@@ -320,10 +324,8 @@ def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
         "--config=configs/tiny.py:base",
         f"--workdir={workdir}",
         f"--config.data.records={records}",
-        *TINY,
-        "--config.training.steps=1000000",
+        *once(*TINY, *ENDLESS),
         "--config.training.log_every_steps=1",
-        "--config.training.sample_every_steps=0",
     ]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
@@ -333,7 +335,7 @@ def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
         while not (metrics.exists() and metrics.stat().st_size):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
-        second = train("base", workdir, records, "--config.training.steps=1000000")
+        second = train("base", workdir, records, *ENDLESS)
         assert second.returncode == 1
         assert f"at work in {workdir} (process {process.pid} on" in error(second)
         process.send_signal(signal.SIGINT)
@@ -358,9 +360,7 @@ def test_a_small_disk_is_full(cascade, tmp_path):
         pytest.skip("no file systems can be mounted here")
     command = [sys.executable, "-m", "imagen_jax.train"]
     command += ["--config=configs/tiny.py:base", f"--workdir={disk / 'run'}"]
-    command += [f"--config.data.records={records}", *TINY]
-    command += ["--config.training.steps=1000000"]
-    command += ["--config.training.sample_every_steps=0"]
+    command += [f"--config.data.records={records}", *once(*TINY, *ENDLESS)]
     command += ["--config.training.checkpoint_every_steps=2"]
     command += ["--config.training.keep_checkpoints=1000"]
     done = subprocess.run(

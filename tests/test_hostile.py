@@ -129,7 +129,7 @@ def test_damaged_records(data):
     path.write_bytes(data.draw(hostile.damaged(hostile.zipped(members, method))))
     found = outcome(lambda: hostile.read_records(path))
     if found:
-        assert_equal(found | {"caption": arrays["caption"]}, arrays)
+        assert_equal(found, {name: arrays[name] for name in found})
 
 
 @OFTEN
@@ -141,8 +141,7 @@ def test_crafted_records(crafted):
     path.write_bytes(data)
     found = outcome(lambda: hostile.read_records(path))
     if found:
-        arrays.pop("caption")
-        assert_equal(found, arrays)
+        assert_equal(found, {name: arrays[name] for name in found})
         shard = read_manifest(path).shards[0]
         assert memory.sha256(found) == shard["sha256"]
         image, offset = found["image"], found["offset"]
