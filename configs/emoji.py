@@ -26,7 +26,6 @@ def base():
         patch_size=4,
     )
     cfg.training.steps = 7000
-    cfg.optimizer.decay_steps = 7000
     cfg.sampler.update(steps=32, guidance=2.0)
     return cfg
 
@@ -46,7 +45,6 @@ def sr():
         text_attention=(False, True),
     )
     cfg.training.update(steps=4000, batch_size=16)
-    cfg.optimizer.decay_steps = 4000
     cfg.sampler.update(steps=32, aug_level=0.1)
     return cfg
 

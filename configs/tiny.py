@@ -32,7 +32,6 @@ def base():
         patch_size=2,
     )
     cfg.training.steps = 2900
-    cfg.optimizer.decay_steps = 2900
     cfg.optimizer.learning_rate = 3e-3
     cfg.sampler.update(name="ddpm", steps=64, guidance=3.0)
     return cfg
@@ -56,7 +55,6 @@ def sr():
     # 16 x 16; x0 has none.
     cfg.diffusion.prediction = "x0"
     cfg.training.update(steps=1500, batch_size=16)
-    cfg.optimizer.decay_steps = 1500
     cfg.sampler.update(steps=16, guidance=1.0, aug_level=0.1)
     return cfg
 

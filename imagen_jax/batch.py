@@ -18,6 +18,8 @@ class Batch:
     text: jax.Array  # [B, L, D] bfloat16, the captions' embeddings; zero where padded
     mask: jax.Array  # [B, L] bool, True where a token is real
     id: jax.Array  # [B] int32, the example's number in its records
+    # [B] bytes, UTF-8, b"" where none is stored; on a host that reads, None elsewhere.
+    caption: np.ndarray | None = None
 
 
 @flax.struct.dataclass

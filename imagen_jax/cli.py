@@ -9,13 +9,17 @@ import re
 import resource
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 
 from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printable
+from imagen_jax.fields import describe
 
+# What libraries tell of what is as it should be, or is told by us.
+_NO_NEWS = ("Given directory is read only", "did you forget a return statement?")
 DOORS = ("prepare", "train", "sample", "export", "goodput", "plan", "benchmark", "demo")
 
 
@@ -50,11 +54,17 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     if {"--help", "-help", "-h", "--helpfull", "-?"} & set(argv[1:]):
         print((sys.modules["__main__"].__doc__ or "").strip(), end="\n\n")
         print(flags.FLAGS.main_module_help())
+        if "config" in flags.FLAGS:
+            print(f"\nValues of a config, with their defaults:\n\n{describe()}")
         sys.exit(0)
+    _quiet_libraries()
+    if "config" in flags.FLAGS:
+        parser = flags.FLAGS["config"].parser
+        parser.parse = functools.partial(_load_config, parser.parse)
     try:
         flags.FLAGS.unparse_flags()  # of an earlier call
         rest = flags.FLAGS(argv)[1:]
-    except (flags.Error, AttributeError, KeyError) as error:
+    except Exception as error:  # ml_collections raises almost anything.
         _exit(2, f"{_brief(error)} (see --help)")
     if rest:
         more = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
@@ -67,12 +77,14 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         from imagen_jax.compilation import use_compilation_cache  # imports JAX
 
         use_compilation_cache(flags.FLAGS.compilation_cache)
-        _quiet_threads()
         main()
     except UserError as error:
         _exit(1, str(error))
-    except (Stopped, KeyboardInterrupt) as stopped:
-        _exit(3, str(stopped) or "interrupted")
+    except Stopped as stopped:
+        print(printable(stopped), file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt:
+        _exit(3, "interrupted")
     except Exception as error:
         if is_full(error):
             _exit(1, f"a disk is full, make room and start again: {error}")
@@ -89,15 +101,8 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
 
 
 def config_values() -> dict[str, Any]:
-    """The values of --config, overrides included.
-
-    Raises:
-      UserError: when its file does not exist.
-    """
-    try:
-        return flags.FLAGS.config.to_dict()
-    except OSError as error:
-        raise UserError(f"--config: {' '.join(str(error).split())}") from None
+    """The values of --config, overrides included."""
+    return flags.FLAGS.config.to_dict()
 
 
 def check_json(path: str | None) -> None:
@@ -117,11 +122,12 @@ def table(report: Mapping[str, Any], indent: str = "") -> str:
     """The names and values of a report, one a line."""
     lines = []
     for name, value in report.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             lines += [indent + printable(name), table(value, indent + "  ")]
         else:
             form = {float: ",.4g", int: ","}.get(type(value), "")
-            lines.append(printable(f"{indent}{name:32} {format(value, form)}"))
+            shown = "-" if value is None or value == {} else format(value, form)
+            lines.append(printable(f"{indent + name:36} {shown}"))
     return "\n".join(lines)
 
 
@@ -148,27 +154,60 @@ def _repeated(argv: Sequence[str]) -> Iterator[tuple[str, int]]:
             yield name, times
 
 
+def _load_config(parse: Callable[[str], Any], path: str) -> Any:
+    """What the file of --config makes, or a `ValueError` of one line."""
+    from ml_collections import ConfigDict
+
+    name = path.partition(":")[0]
+    if not os.path.isfile(name):
+        raise ValueError(f"there is no file {name!r}; give FILE.py or FILE.py:VARIANT")
+    try:
+        config = parse(path)
+        # An OSError is kept for whoever asks for a value.
+        error = vars(config).get("_error") if hasattr(config, "__dict__") else None
+    except Exception as raised:
+        # Some are raised anew, with a traceback for text.
+        again = str(raised).startswith("Error whilst parsing")
+        error = raised.__context__ if again else raised
+    if error is None and isinstance(config, ConfigDict):
+        return config
+    if error is None:
+        raise ValueError(
+            f"get_config() returns a {type(config).__name__}, not an "
+            "ml_collections.ConfigDict; begin with configs/common.py's"
+        )
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
+    if isinstance(error, ValueError):  # names no line: it is for the user
+        raise ValueError(" ".join(str(error).split())) from None
+    raise ValueError(f"{text} (line {own[-1].lineno})" if own else text) from None
+
+
 def _brief(error: Exception) -> str:
     """What ml_collections and absl say of a wrong flag, without a traceback."""
     if isinstance(error, AttributeError | KeyError):  # a key that a config has not
         inner = error.args[0]
         text = inner.args[0] if isinstance(inner, KeyError) else inner
         return f"--config has no such key: {text}".replace("\n", ". ")
-    first, _, rest = str(error).partition("\n")
-    if "Traceback" not in rest:
-        return str(error).replace("\n", " ")
-    last = rest.strip().splitlines()[-1]
-    return f"{first.split(': ')[0]}: {last.partition(': ')[2] or last}"
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.Error):
+        return text
+    return f"--config: {text}: write --config.GROUP.FIELD=VALUE, of tuples the whole"
 
 
-def _quiet_threads() -> None:
-    """Of a full disk our own line tells: not each thread of Orbax and TensorStore."""
+def _quiet_libraries() -> None:
+    """They tell what is news to a user, and what our own line does not tell.
+
+    Of a full disk it does: not each thread of Orbax and TensorStore.
+    """
 
     def is_known(error: BaseException | None) -> bool:
         # The second one follows: writes that end when Orbax has given up.
         return bool(error) and (is_full(error) or str(error) == "Event loop is closed")
 
     def is_news(record: logging.LogRecord) -> bool:
+        if any(text in str(record.msg) for text in _NO_NEWS):
+            return False
         return not (record.exc_info and is_known(record.exc_info[1]))
 
     for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):

@@ -24,6 +24,7 @@ Devices = Annotated[int, "[-1, inf)"]
 Seed = Annotated[int, "[-2147483648, 4294967295]"]
 # Far beyond any use; its products with a network's estimates stay finite.
 Guidance = Annotated[float, "[-1000, 1000]"]
+Steps = Annotated[int, "[-1, inf)"]
 Positive = Annotated[float, "(0, inf)"]
 PositiveOrZero = Annotated[float, "[0, inf)"]
 Share = Annotated[float, "[0, 1]"]
@@ -80,7 +81,7 @@ class DiffusionConfig:
 
     # Continuous in time; "linear" is in beta, from 1e-4 to 0.02.
     schedule: Literal["cosine", "linear"] = "cosine"
-    prediction: Literal["eps", "x0", "v"] = "eps"
+    prediction: Literal["eps", "x0", "v"] = "eps"  # what the network predicts
     # Weight of the squared error at each log-SNR (`diffusion/loss.py`).
     weighting: Literal["plain", "min_snr", "sigmoid"] = "plain"
     # SNR above which "min_snr" no longer counts the error of x0 more.
@@ -135,11 +136,12 @@ class TextConfig:
 class OptimizerConfig:
     """Optimizer, learning-rate schedule and EMA."""
 
-    name: Literal["adam", "adafactor"] = "adam"
+    name: Literal["adam", "adafactor"] = "adam"  # "adafactor": the paper's base
     learning_rate: Positive = 1e-4  # peak of the schedule
     warmup_steps: CountOrZero = 10_000  # of the linear rise from 0 to the peak
-    # Step at which a cosine has brought the rate to 0; 0 keeps the peak.
-    decay_steps: CountOrZero = 2_500_000
+    # Step at which a cosine has brought the rate to 0: 0 for training.steps, the last
+    # one; -1 keeps the peak.
+    decay_steps: Steps = 0
     b1: Rate = 0.9  # these three are Adam's
     b2: Rate = 0.999
     eps: PositiveOrZero = 1e-8
@@ -171,7 +173,11 @@ class TrainingConfig:
     # Workdir (averaged parameters), `export` or .safetensors file to start from; ""
     # for none.
     init_from: str = ""
-    preview_images: Count = 16  # images of a preview grid
+    preview_images: Count = 16  # examples of a preview grid
+    # Captions of your own that previews show, too: ('a red circle', 'two squares').
+    preview_prompts: tuple[str, ...] = ()
+    # File or folder of the text encoder of these, if it has none built in.
+    encoder_weights: str = ""
     # Updates are skipped whose loss or gradient norm is above this multiple of its
     # running average over 100 updates; 0 skips only those that are not finite.
     spike_factor: PositiveOrZero = 0.0
@@ -219,6 +225,7 @@ class SamplerConfig:
     # Makes the two passes of guidance one call on twice the batch, not two calls with
     # half of the activations at a time.
     guidance_batched: bool = True
+    # What is done to x0 outside of [-1, 1] (paper 2.3).
     threshold: Literal["none", "static", "dynamic"] = "dynamic"
     # Percentile of |x0| for the "dynamic" threshold (paper A.10: 99.5).
     percentile: Annotated[float, "(0, 100]"] = 99.5
@@ -275,7 +282,12 @@ def from_json(values: Any, where: str) -> StageConfig:
     Raises:
       UserError: when the parsed content of the file `where` is no config.
     """
-    model = values.get("model") if isinstance(values, dict) else None
+    groups = values if isinstance(values, dict) else {}
+    model, optimizer, training = map(groups.get, ("model", "optimizer", "training"))
+    # Until there was `preview_prompts`, 0 kept the peak.
+    if isinstance(training, dict) and "preview_prompts" not in training:
+        if isinstance(optimizer, dict) and optimizer.get("decay_steps") == 0:
+            optimizer["decay_steps"] = -1
     # Earlier versions could stack the parameters of equal blocks.
     if isinstance(model, dict) and model.pop("scan_blocks", False):
         raise UserError(

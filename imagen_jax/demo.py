@@ -25,6 +25,7 @@ from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.api.samples import Job, write
 from imagen_jax.config import MeshConfig, StageConfig
+from imagen_jax.curves import curve
 from imagen_jax.errors import UserError, printable
 from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
@@ -228,7 +229,7 @@ in red.</p>
 <div class="pictures">
 {figures}</div>
 <h2>Loss</h2>
-{"".join(_curve(name, points) for name, points in curves.items())}</html>
+{"".join(curve(name, points) for name, points in curves.items())}</html>
 """
 
 
@@ -247,20 +248,6 @@ def read_curve(path: pathlib.Path) -> list[tuple[int, float]]:
     """`(step, loss)` of every line of a metrics.jsonl."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [(row["step"], row["loss"]) for row in rows]
-
-
-def _curve(name: str, points: Sequence[tuple[int, float]]) -> str:
-    """An SVG of a loss over steps; the loss axis starts at 0, at the bottom."""
-    last, top = max(step for step, _ in points), max(loss for _, loss in points)
-    line = " ".join(
-        f"{s / last * 400:.1f},{200 - y / top * 190:.1f}" for s, y in points
-    )
-    return (
-        '<svg viewBox="0 0 420 225" width="420" font-size="12">'
-        f'<polyline points="{line}" fill="none" stroke="#0b57d0"/>'
-        '<path d="M0 200H400" stroke="#888"/>'
-        f'<text y="218">{name}: 0 to {top:.2f}, {last} steps</text></svg>\n'
-    )
 
 
 def define_flags() -> None:

@@ -101,7 +101,9 @@ def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
     cfg = dataclasses.replace(
         stage.cfg,
         data=dataclasses.replace(stage.cfg.data, records=""),
-        training=dataclasses.replace(stage.cfg.training, init_from=""),
+        training=dataclasses.replace(
+            stage.cfg.training, init_from="", encoder_weights=""
+        ),
     )
     flat = traverse_util.flatten_dict(params, sep=".")
     shards = _shards({name: x.nbytes for name, x in flat.items()}, shard_bytes)

@@ -29,6 +29,8 @@ _FONTS = (
     "arial.ttf",
 )
 _NO_LETTER = "\U0010ffff"
+# The name of a row is on one line.
+_NAME_WIDTH = 2**15
 # A longer label is cut: it would bury the pictures.
 _LABEL_LETTERS = 300
 
@@ -88,30 +90,39 @@ def read(path, most_side: int = 0) -> np.ndarray:
 
 
 def grid(
-    images: np.ndarray, columns: int, captions: Sequence[str] = (), title: str = ""
+    images: np.ndarray,
+    columns: int,
+    captions: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    title: str = "",
 ) -> np.ndarray:
     """Images `[N, H, W, 3]` uint8 in rows on white, `[H', W', 3]` uint8.
 
-    `captions` are one under each image, wrapped to its width, or none at all; the title
-    stands above all.
+    `captions` are one under each image, wrapped to its width, or none at all; `rows`
+    are names, each at the left of its row; the title stands above all.
     """
     count, height, width, _ = images.shape
-    rows = -(-count // columns)
-    sheet_w = columns * (width + _GAP) + _GAP
     labels = [_label(text, width) for text in captions]
+    names = [_label(text, _NAME_WIDTH) for text in rows]
+    left = _GAP + max((int(f.getlength(t)) + 5 for t, f in names), default=0)
+    sheet_w = left + columns * (width + _GAP)
     head = _label(title, sheet_w - 2 * _GAP)
-    under, top = _height(labels), _height([head] if title else [])
-    cell_h = height + under + _GAP
-    size = sheet_w, top + rows * cell_h + _GAP
+    # Where each row begins, and the end of the last.
+    under = [_height(labels[i : i + columns]) for i in range(0, count, columns)]
+    top = _GAP + (_height([head]) if title else 0)
+    tops = np.cumsum([top, *(height + _GAP + more for more in under)])
+    size = sheet_w, int(tops[-1])
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, _GAP // 2), head[0], "black", head[1], spacing=1)
     for i, image in enumerate(images):
-        x, y = _GAP + i % columns * (width + _GAP), top + _GAP + i // columns * cell_h
+        x, y = left + i % columns * (width + _GAP), int(tops[i // columns])
         sheet.paste(Image.fromarray(image), (x, y))
         if labels:
             text, font = labels[i]
             draw.text((x, y + height), text, "black", font, spacing=1)
+    for (text, font), y in zip(names, tops):
+        draw.text((_GAP, int(y) + height // 2), text, "black", font, "lm")
     return np.asarray(sheet)
 
 
@@ -186,4 +197,4 @@ def save_sheet(
     """Saves a captioned grid of square images, small ones enlarged to about 96."""
     side = images.shape[1]
     images = enlarge(images, side * max(1, 96 // side))
-    save(path, grid(images, columns, captions, title))
+    save(path, grid(images, columns, captions, title=title))

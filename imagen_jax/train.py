@@ -4,8 +4,9 @@ python -m imagen_jax.train --config=configs/tiny.py:base --workdir=DIR \
     --config.data.records=RECORDS --config.optimizer.learning_rate=3e-4
 
 The workdir, a folder or gs://BUCKET/FOLDER, gets config.json, checkpoints/,
-metrics.jsonl, tensorboard/, samples/ and events.jsonl. Ctrl-C saves and leaves with
-status 3. A run that stops for bad numbers leaves a bundle, whose step
+metrics.jsonl, tensorboard/, samples/, events.jsonl and index.html, a page to keep open
+in a browser. Ctrl-C saves and leaves with status 3. A run that stops for bad numbers
+leaves a bundle, whose step
 
 python -m imagen_jax.train --replay=DIR/bundles/STEP
 
@@ -19,8 +20,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli
-from imagen_jax.api.run import resolve, train_stage
-from imagen_jax.errors import UserError
+from imagen_jax.api.run import next_command, resolve, train_stage
+from imagen_jax.errors import UserError, printable
 from imagen_jax.training.replay import print_replay
 
 
@@ -57,7 +58,12 @@ def main() -> None:
         join(args.start_timeout_seconds, args.heartbeat_timeout_seconds)
         # Orbax's own flag: its barriers then end after 300 s instead of never.
         args.experimental_orbax_use_distributed_barrier = True
-    train_stage(resolve(cli.config_values()), args.workdir)
+    cfg = resolve(cli.config_values())
+    train_stage(cfg, args.workdir)
+    if jax.process_index() == 0:
+        made = "checkpoints/, samples/ and index.html"
+        print(f"done: {made} are in {printable(args.workdir)}. Next, for example:")
+        print(printable(next_command(cfg, args.workdir)))
 
 
 def join(start_seconds: int, heartbeat_seconds: int) -> None:

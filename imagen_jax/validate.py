@@ -80,4 +80,4 @@ def _training(cfg: Any) -> Iterator[tuple[str, str]]:
         yield "training.keep_every_steps", f"it must be a multiple of {every}"
     if 0 < cfg.optimizer.decay_steps <= warmup:
         later = f"the rate rises for {warmup} steps and decays after them"
-        yield "optimizer.decay_steps", f"{later}; 0 keeps it at its peak"
+        yield "optimizer.decay_steps", f"{later}; -1 keeps it at its peak"

@@ -61,6 +61,7 @@ def test_a_workdir_in_a_bucket_is_claimed_once(bucket):
     loop.claim_workdir(tiny.with_steps(cfg, 9), workdir)
     names = {p.name for p in (bucket / "runs/base").iterdir()}
     assert names == {"config.json", "lock"}
+    (bucket / "runs/base/checkpoints/2").mkdir(parents=True)
     with pytest.raises(UserError, match=r"optimizer\.learning_rate"):
         loop.claim_workdir(tiny.stage(optimizer={"learning_rate": 0.5}), workdir)
     (bucket / "thesis").mkdir()

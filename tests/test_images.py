@@ -31,6 +31,18 @@ def test_captions_do_not_cover_pictures():
     assert below.shape[0] > 2 * 13 and (below < 128).any()
 
 
+def test_names_of_rows_stand_beside_them():
+    captions = ["", "", "two words", "b"]
+    sheet = images.grid(numbered(4, 60), 2, captions, ["first", "the second"])
+    left = sheet.shape[1] - 2 * 64
+    assert (sheet[4:64, left : left + 60] == 0).all()
+    # No room is left below a row without captions.
+    assert (sheet[68:128, left + 64 : left + 124] == 3).all()
+    for top in (4, 68):
+        assert (sheet[top : top + 60, :left] < 128).any()
+    assert (sheet[128:] < 128).any() and sheet.shape[0] > 128 + 13
+
+
 def test_enlarge_repeats_pixels():
     small = np.random.default_rng(0).integers(0, 256, (2, 3, 3, 3), dtype=np.uint8)
     large = images.enlarge(small, 12)

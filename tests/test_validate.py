@@ -80,7 +80,7 @@ EFFICIENT = {"architecture": "efficient_unet"}
         ),
         (
             {"optimizer": {"warmup_steps": 9, "decay_steps": 9}},
-            "decay_steps is 9; the rate rises for 9 steps and decays after them",
+            "the rate rises for 9 steps and decays after them; -1 keeps it at its peak",
         ),
         (
             {"training": {"spike_factor": 0.5}},

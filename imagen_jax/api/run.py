@@ -1,19 +1,22 @@
 """A training run: a config, its records and a workdir."""
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
 
-from imagen_jax.batch import Batch
+from imagen_jax.batch import pad_text
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.pipeline import Stream, open_records, open_sources
 from imagen_jax.errors import printable
-from imagen_jax.sharding import make_mesh, replicated, unused_gpu
+from imagen_jax.sharding import make_mesh, unused_gpu
 from imagen_jax.stores import check_store
+from imagen_jax.text.encoders import load_encoder
 from imagen_jax.training.loop import train
 from imagen_jax.training.metrics import Stopwatch
+from imagen_jax.training.preview import Preview
 from imagen_jax.training.state import TrainState
 
 
@@ -47,20 +50,55 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
             f"{jax.devices()[0].device_kind} "
             f"({jax.process_count()} processes), mesh {sizes}"
         )
+        end, last = cfg.optimizer.decay_steps, cfg.training.steps
+        if 0 < end < last:
+            print(
+                f"the learning rate is 0 from step {end} on, the last is {last}: "
+                "config.optimizer.decay_steps says so (0 is the last step)"
+            )
     batches = open_records(cfg, mesh)
     preview = None
     if cfg.training.sample_every_steps:
-        preview = _peek(batches, cfg.training.preview_images, mesh)
+        preview = open_preview(cfg, batches)
     return train(cfg, workdir, batches, mesh, preview, stopwatch)
 
 
-def _peek(batches: Stream, count: int, mesh: Mesh) -> Batch:
-    """The first `count` examples, on every host; the iterator stays where it is."""
-    state = batches.get_state()
-    batch = next(batches)
-    batches.set_state(state)
-    first = jax.jit(
-        lambda batch: jax.tree.map(lambda x: x[:count], batch),
-        out_shardings=replicated(mesh),
+def open_preview(cfg: StageConfig, batches: Stream) -> Preview:
+    """The first examples of the data, and the prompts that the config asks for.
+
+    These are encoded here and now: their encoder is not in memory while it trains.
+
+    Raises:
+      UserError: when there is no such encoder, or its weights are not given.
+    """
+    training, text_cfg = cfg.training, cfg.text
+    first = batches.peek(training.preview_images)
+    captions = [
+        caption.decode("utf8", "ignore") or f"example {number}"
+        for caption, number in zip(first.caption, first.id, strict=True)
+    ]
+    text, mask, prompts = first.text, first.mask, list(training.preview_prompts)
+    if prompts:
+        encoder = load_encoder(text_cfg.encoder, training.encoder_weights)
+        embedded = encoder.encode(prompts, text_cfg.length)
+        more = pad_text(embedded, text_cfg.length, text_cfg.dim)
+        text, mask = (np.concatenate(x) for x in zip((text, mask), more))
+    return Preview(first.image, text, mask, (*captions, *prompts))
+
+
+def next_command(cfg: StageConfig, workdir: str) -> str:
+    """What to type after a training, to see what it has learnt."""
+    where = shlex.quote(workdir)
+    output = shlex.quote(f"{workdir.rstrip('/').rpartition('/')[2]}-samples")
+    stages = f"--stage={where}"
+    if cfg.lowres_size:
+        stages = f"--stage=WORKDIR_OF_{cfg.lowres_size}_PIXELS {stages}"
+    prompt = (*cfg.training.preview_prompts, "a red circle")[0]
+    weights = cfg.training.encoder_weights
+    if not weights and cfg.text.encoder.startswith("t5_"):
+        weights = "FOLDER"
+    more = f" --encoder_weights={shlex.quote(weights)}" if weights else ""
+    return (
+        f"python -m imagen_jax.sample {stages} --prompt={shlex.quote(prompt)} "
+        f"--output={output}{more}"
     )
-    return jax.device_get(first(batch))

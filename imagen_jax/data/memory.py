@@ -57,7 +57,7 @@ def write(
     """Writes a .npz file; equal contents make equal bytes.
 
     Caption i is UTF-8 in the bytes caption_offset[i] to caption_offset[i + 1] of
-    "caption". Nothing that trains reads it.
+    "caption". Only previews read it.
     """
     texts = [caption.encode() for caption in captions]
     own = {
@@ -93,6 +93,17 @@ def read(path: str, manifest: Manifest) -> dict[str, np.ndarray]:
     raise UserError(f"the arrays of {path!r} are damaged: {fault}; copy it again")
 
 
+def read_captions(path: str, count: int) -> list[bytes]:
+    """The captions of a .npz file, empty in those of release 0.2 and before."""
+    try:
+        expected = {"caption_offset": ("<i8", (count + 1,))}
+        ends = read_arrays(path, NPZ, expected)["caption_offset"].tolist()
+        data = read_arrays(path, NPZ, {"caption": ("|u1", (ends[-1],))})["caption"]
+    except UserError:
+        return [b""] * count
+    return [data[a:b].tobytes() for a, b in itertools.pairwise(ends)]
+
+
 def open_npz(
     cfg: StageConfig, manifest: Manifest, rows: np.ndarray
 ) -> Callable[[int], Iterator[Batch]]:
@@ -109,6 +120,7 @@ def open_npz(
         )
     values = read(path, manifest)
     image, text, offset, ids = (values[n] for n in ("image", "text", "offset", "id"))
+    captions = np.array(read_captions(path, len(ids)), object)
     side = image.shape[1]
     if side not in (size * 2**k for k in range(16)):
         raise UserError(
@@ -147,6 +159,6 @@ def open_npz(
             for i in own
         ]
         padded, mask = pad_text(ragged, cfg.text.length, cfg.text.dim)
-        return Batch(images, padded, mask, ids[own].astype(np.int32))
+        return Batch(images, padded, mask, ids[own].astype(np.int32), captions[own])
 
     return lambda start: map(batch_at, itertools.count(start))

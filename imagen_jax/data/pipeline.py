@@ -22,6 +22,9 @@ from imagen_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
+# Of a caption that `peek` shows.
+_CAPTION_BYTES = 512
+
 
 def read_sources(records: str) -> list[Source]:
     """The sources that `config.data.records` names.
@@ -149,8 +152,28 @@ class Stream:
 
     def _to_devices(self, batch: Batch) -> Batch:
         return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self._sharding, x), batch
+            lambda x: jax.make_array_from_process_local_data(self._sharding, x),
+            batch.replace(caption=None),
         )
+
+    def peek(self, count: int) -> Batch:
+        """The first `count` examples of the next batch, on every host, with captions.
+
+        Captions are cut to 512 bytes. The position stays.
+        """
+        host = next(self._batches_from(self._consumed))
+        cut = [
+            caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in host.caption
+        ]
+        text = np.stack([np.frombuffer(caption, np.uint8) for caption in cut])
+        text = jax.make_array_from_process_local_data(self._sharding, text)
+        first = jax.jit(
+            lambda *arrays: jax.tree.map(lambda x: x[:count], arrays),
+            out_shardings=sharding.replicated(self._sharding.mesh),
+        )
+        batch, text = jax.device_get(first(self._to_devices(host), text))
+        captions = [row.tobytes().rstrip() for row in text]
+        return batch.replace(caption=np.array(captions, object))
 
     def get_state(self) -> bytes:
         """The position after the last batch handed out, for any number of hosts."""

@@ -18,8 +18,8 @@ from imagen_jax.text import embeddings
 def example(cfg: StageConfig, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     """A record to the fields of a `Batch`, without the batch axis.
 
-    `row` has "image" and "text" bytes, "id" and "epoch" int64, and "int8" bool, whether
-    the text is stored as int8; all `[]`.
+    `row` has "image", "text" and "caption" bytes, "id" and "epoch" int64, and "int8"
+    bool, whether the text is stored as int8; all `[]`.
     """
     number = row["id"], row["epoch"]
     image = picture(
@@ -40,6 +40,7 @@ def example(cfg: StageConfig, row: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]
         "text": text,
         "mask": mask,
         "id": tf.cast(row["id"], tf.int32),
+        "caption": row["caption"],
     }
 
 

@@ -56,7 +56,11 @@ def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
         # Data sets of others have no sides; their manifest has one number for all.
         if "side" in dataset.element_spec:
             dataset = dataset.filter(lambda row: row["side"] >= image_size)
-        return dataset.map(lambda row: row | {"id": tf.cast(row["id"], tf.int64)})
+        spec = dataset.element_spec.get("caption")
+        none = {} if spec == tf.TensorSpec([], tf.string) else {"caption": b""}
+        return dataset.map(
+            lambda row: row | {"id": tf.cast(row["id"], tf.int64)} | none
+        )
 
     return seqio.Task(
         f"records_{manifest.content_sha256[:16]}",

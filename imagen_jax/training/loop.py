@@ -1,7 +1,6 @@
 """The training loop, one for all stages."""
 
 import contextlib
-import dataclasses
 import faulthandler
 import sys
 from collections.abc import Callable, Iterator
@@ -9,19 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from imagen_jax import config as config_lib
-from imagen_jax import images
-from imagen_jax.batch import Batch, downsample
+from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
-from imagen_jax.diffusion.cascade import Stage, sample_cascade
 from imagen_jax.errors import Stopped, UserError, did_you_mean, printable
 from imagen_jax.files import read_json
-from imagen_jax.models import network
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training import claim as claims
 from imagen_jax.training.checkpoint import Checkpointer
@@ -32,6 +27,7 @@ from imagen_jax.training.metrics import (
     Stopwatch,
     bucket_names,
 )
+from imagen_jax.training.preview import Preview, save_preview
 from imagen_jax.training.replay import Recovery
 from imagen_jax.training.state import TrainState, abstract_state, create_state
 from imagen_jax.training.step import compile_train_step
@@ -49,19 +45,19 @@ def train(
     workdir: str,
     batches: Iterator[Batch],
     mesh: Mesh,
-    preview: Batch | None = None,
+    preview: Preview | None = None,
     stopwatch: Stopwatch | None = None,
 ) -> TrainState:
     """Trains from where `first_state` starts; returns the state after the last step.
 
     Args:
       workdir: local or gs://; gets config.json, checkpoints/, metrics.jsonl,
-        tensorboard/, samples/, events.jsonl, lock and, after bad numbers, bundles/.
+        tensorboard/, samples/, index.html, events.jsonl, lock and, after bad numbers,
+        bundles/.
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
         `set_state(bytes)` tell and take its position.
       mesh: of all devices.
-      preview: examples on the host whose captions are sampled as training goes; None
-        for no previews.
+      preview: what is sampled as training goes; None for no previews.
       stopwatch: measures this run, and is already running; None for a new one.
 
     Raises:
@@ -81,7 +77,7 @@ def train(
     try:
         with contextlib.ExitStack() as stack:
             claim = stack.enter_context(contextlib.closing(claim_workdir(cfg, workdir)))
-            writer = MetricWriter(workdir, stopwatch or Stopwatch(), claim)
+            writer = MetricWriter(workdir, stopwatch or Stopwatch(), claim, cfg)
             stack.enter_context(contextlib.closing(writer))
             checkpointer = Checkpointer(workdir, cfg.training)
             stack.enter_context(contextlib.closing(checkpointer))
@@ -136,8 +132,8 @@ def claim_workdir(cfg: StageConfig, workdir: str) -> Claim:
     """Takes `workdir` for a run of `cfg`; all processes do it together.
 
     Raises:
-      UserError: when another run is at work there, or the folder holds a run of another
-        config or something else.
+      UserError: when another run is at work there, the folder holds checkpoints of
+        another config or something else, or more steps would not learn.
     """
     _check_workdir(cfg, workdir)
     claim = Claim(workdir)
@@ -161,10 +157,28 @@ def _check_workdir(cfg: StageConfig, workdir: str) -> None:
     names = {each.name for each in folder.iterdir()} if folder.exists() else set()
     if path.exists():
         old = config_lib.from_json(read_json(path, "the config of a run"), str(path))
+        saved = folder / "checkpoints"
+        names = [each.name for each in saved.iterdir()] if saved.exists() else []
+        step = max([int(name) for name in names if name.isdigit()], default=-1)
+        if step < 0:
+            return  # A run that has saved nothing is none to go on with.
+        end, last = cfg.optimizer.decay_steps, cfg.training.steps
+        if (
+            old.optimizer.decay_steps == end
+            and old.training.steps <= end <= step < last
+        ):
+            raise UserError(
+                f"{workdir} is at step {step}, and its learning rate is 0 from step "
+                f"{end} on: for training.steps={last} set "
+                "config.optimizer.decay_steps=0, which is the last step"
+            )
+        ends = [c.optimizer.decay_steps in (0, c.training.steps) for c in (old, cfg)]
+        # A decay that ends with the training stretches with it.
+        free = (*_FREE, *(("optimizer.decay_steps",) if all(ends) else ()))
         lines = [
             line
             for line in config_lib.difference(old, cfg)
-            if line.startswith(_FIXED) or not line.startswith(_FREE)
+            if line.startswith(_FIXED) or not line.startswith(free)
         ]
         if lines:
             raise UserError(
@@ -215,6 +229,7 @@ def _run(cfg, batches, mesh, preview, checkpointer, writer):
                 with stopwatch.bucket("compile"):
                     state, metrics = step_fn(state, batch)
                 writer.event("compile", first)
+                bar.unpause()
             else:
                 state, metrics = step_fn(state, batch)
             loss = metrics["loss"]
@@ -251,7 +266,7 @@ def _run(cfg, batches, mesh, preview, checkpointer, writer):
                 # The first preview compiles the sampler.
                 bucket = "evaluation" if previewed else "compile"
                 with stopwatch.bucket(bucket), means.pause():
-                    _preview(cfg, workdir, state, preview, mesh, step, writer)
+                    save_preview(cfg, workdir, state, preview, mesh, writer)
                 writer.event("evaluation", step)
                 previewed = True
             if stops or step == last:
@@ -259,32 +274,10 @@ def _run(cfg, batches, mesh, preview, checkpointer, writer):
                     checkpointer.wait()
             if stops:
                 writer.event("stop", step)
-                raise Stopped(f"stopped on a signal at step {step}, saved in {workdir}")
+                raise Stopped(
+                    f"stopped on a signal at step {step}, saved in {workdir}: the same "
+                    "command goes on from there"
+                )
         means.flush(step)
     writer.event("done", last)
     return state
-
-
-def _preview(cfg, workdir, state, preview, mesh, step, writer) -> None:
-    """Saves a grid of samples, each above the image whose caption it was given."""
-    truth = preview.image
-    lowres = downsample(truth, cfg.train_lowres_size) if cfg.lowres_size else None
-    # A stage that trains on crops is shown at the size of its crops.
-    cfg = dataclasses.replace(
-        cfg,
-        image_size=cfg.train_size,
-        lowres_size=cfg.train_lowres_size,
-        crop_size=0,
-        sampler=dataclasses.replace(cfg.sampler, batch_size=len(truth)),
-    )
-    stage = Stage(params=state.ema, cfg=cfg, apply=network.apply)
-    (samples,), _ = sample_cascade(
-        [stage], preview.text, preview.mask, np.arange(len(truth)), mesh, lowres
-    )
-    if jax.process_index() == 0:
-        both = np.concatenate([samples, truth], axis=1)
-        sheet = images.grid(both, min(8, len(both)))
-        folder = epath.Path(workdir) / "samples"
-        folder.mkdir(exist_ok=True)
-        images.save(folder / f"{step:08d}.png", sheet)
-        writer.image(step, "samples", sheet)

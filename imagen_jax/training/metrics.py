@@ -2,8 +2,12 @@
 
 import collections
 import contextlib
+import dataclasses
+import hashlib
+import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import shutil
 import tempfile
@@ -19,9 +23,13 @@ from tqdm import tqdm
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import LOGSNR_EDGES
 from imagen_jax.training.claim import Claim
+from imagen_jax.training.page import page
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+PREVIEWS = "samples"
+PAGE = "index.html"
+_SHOWN = 2  # previews on the page
 # Metrics averaged over the steps of a line.
 MEANS = ("loss", "gradient_norm", "parameter_norm", "learning_rate")
 # Files in a bucket are replaced as a whole, TensorBoard's are buffered; a kill loses at
@@ -79,12 +87,20 @@ class MetricWriter:
     temporary folder, and copied at every event ("steps": at most once a minute).
     """
 
-    def __init__(self, workdir: str, stopwatch: Stopwatch, claim: Claim | None = None):
+    def __init__(
+        self,
+        workdir: str,
+        stopwatch: Stopwatch,
+        claim: Claim | None = None,
+        cfg: StageConfig | None = None,
+    ):
         """Opens the logs of `workdir`; `begin` comes before the first metrics.
 
-        Once another run has taken `claim`, nothing is copied to a bucket.
+        Once another run has taken `claim`, nothing is copied to a bucket. With a `cfg`
+        there is a page, and what Weights & Biases is told if WANDB_PROJECT is set.
         """
-        self.stopwatch, self.claim = stopwatch, claim
+        self.stopwatch, self.claim, self.cfg = stopwatch, claim, cfg
+        self.workdir, self._step, self._wandb = workdir, 0, None
         self.active = jax.process_index() == 0
         self.folder, self.bucket = pathlib.Path(workdir), None
         if not self.active:
@@ -108,6 +124,16 @@ class MetricWriter:
         # A SummaryWriter's thread dies of a full disk, and then all others wait for it.
         self._tensorboard = EventsWriter(str(board / "events"))
         self._flushed_at = time.monotonic()
+        if (
+            cfg
+            and os.environ.get("WANDB_PROJECT")
+            and importlib.util.find_spec("wandb")
+        ):
+            import wandb
+
+            own = hashlib.sha256(os.path.abspath(workdir).encode()).hexdigest()[:16]
+            options = {"id": own, "name": cfg.name, "resume": "allow"}
+            self._wandb = wandb.init(config=dataclasses.asdict(cfg), **options)
 
     def begin(self, step: int) -> None:
         """Forgets metrics of steps after `step`, which are going to be done again."""
@@ -128,11 +154,17 @@ class MetricWriter:
             self._append(METRICS, {"step": step, **values})
             for name, value in values.items():
                 self._show(step, "scalar", name, value)
+            if self._wandb:
+                self._wandb.log(dict(values), step=step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         """A `[H, W, 3]` uint8 image for TensorBoard."""
         if self.active:
             self._show(step, "image", name, image, dataformats="HWC")
+            if self._wandb:
+                import wandb
+
+                self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def event(self, kind: str, step: int, **details: Any) -> None:
         """One line of events.jsonl: what happened, and where the time went.
@@ -140,7 +172,7 @@ class MetricWriter:
         `step` is the last one that the devices have finished; docs/goodput.md lists the
         events.
         """
-        lap = self.stopwatch.lap()
+        lap, self._step = self.stopwatch.lap(), step
         if self.active:
             self._append(EVENTS, {"event": kind, "step": step, **lap, **details})
             self._flush(_FLUSH_SECONDS if kind == "steps" else 0.0)
@@ -150,6 +182,8 @@ class MetricWriter:
         if self.active:
             self._flush()
             self._tensorboard.close()
+            if self._wandb:
+                self._wandb.finish()
         if self.bucket:
             shutil.rmtree(self.folder)
 
@@ -169,10 +203,15 @@ class MetricWriter:
         self._tensorboard.write_event(event)
 
     def _flush(self, seconds: float = 0.0) -> None:
-        """Writes what is buffered, and to the bucket, unless done `seconds` ago."""
+        """Writes what is buffered and the page, and to the bucket.
+
+        Unless that was done `seconds` ago.
+        """
         if time.monotonic() - self._flushed_at < seconds:
             return
         self._tensorboard.flush()
+        if self.cfg:
+            self._write_page()
         taken = self.bucket and self.claim and self.claim.taken_by()
         files = self.folder.rglob("*") if self.bucket and not taken else ()
         for path in filter(pathlib.Path.is_file, files):
@@ -180,6 +219,18 @@ class MetricWriter:
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(path.read_bytes())
         self._flushed_at = time.monotonic()
+
+    def _write_page(self) -> None:
+        texts = [self.folder / name for name in (METRICS, EVENTS)]
+        lines = [t.read_text().splitlines() if t.exists() else [] for t in texts]
+        previews = epath.Path(self.workdir) / PREVIEWS
+        names = [p.name for p in previews.iterdir()] if previews.exists() else []
+        # Those of later steps are of a run that was here before.
+        names = sorted(n for n in names if n.partition(".")[0] <= f"{self._step:08d}")
+        newest = [f"{PREVIEWS}/{name}" for name in names[: -1 - _SHOWN : -1]]
+        partial = self.folder / f"{PAGE}.partial"
+        partial.write_text(page(self.cfg, *lines, newest), "utf8")
+        partial.replace(self.folder / PAGE)
 
 
 def _step(line: str) -> float:
@@ -263,9 +314,10 @@ class IntervalMeans:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leaves what happens inside out of the rate of steps."""
+        """Leaves what happens inside out of the rate of steps, and the time left."""
         began = time.perf_counter()
         yield
+        self.bar.unpause()
         if self._clock is not None:
             self._clock += time.perf_counter() - began
 

@@ -5,14 +5,16 @@ import optax
 from imagen_jax.config import OptimizerConfig
 
 
-def learning_rate(cfg: OptimizerConfig) -> optax.Schedule:
+def learning_rate(cfg: OptimizerConfig, steps: int) -> optax.Schedule:
     """Linear warm-up to the peak, then a cosine to 0, or the peak for good.
 
+    `steps` is the training's last step. One that ends within the warm-up only rises.
     The paper prints an end value of 2500000 (App. F), plainly a slip; ours is 0.
     """
-    if cfg.decay_steps:
+    decay_steps = cfg.decay_steps or steps
+    if decay_steps > cfg.warmup_steps:
         return optax.warmup_cosine_decay_schedule(
-            0.0, cfg.learning_rate, cfg.warmup_steps, cfg.decay_steps
+            0.0, cfg.learning_rate, cfg.warmup_steps, decay_steps
         )
     if not cfg.warmup_steps:
         # A warm-up of no steps never leaves 0 in optax.
@@ -22,9 +24,9 @@ def learning_rate(cfg: OptimizerConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """Clipping by the global gradient norm, then the rule `cfg.name`."""
-    rate = learning_rate(cfg)
+    rate = learning_rate(cfg, steps)
     rule = {
         "adam": lambda: optax.adam(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
         "adafactor": lambda: optax.adafactor(

@@ -40,7 +40,7 @@ def _fresh(cfg: StageConfig, params: Any) -> TrainState:
         params=params,
         # A copy of its own: both are donated to the step.
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=make_optimizer(cfg.optimizer).init(params),
+        opt_state=make_optimizer(cfg.optimizer, cfg.training.steps).init(params),
         guard=new_guard(),
     )
 

@@ -56,7 +56,9 @@ def train_step(
     loss, gradient_norm = each.mean(), optax.tree.norm(gradients)
     skip, guard = judge(state.guard, loss, gradient_norm, cfg.training)
 
-    optimizer = make_optimizer(cfg.optimizer)
+    steps = cfg.training.steps
+    rate = learning_rate(cfg.optimizer, steps)
+    optimizer = make_optimizer(cfg.optimizer, steps)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     opt_state = optax.tree.where(skip, state.opt_state, opt_state)
     # Selected before the average is taken, XLA updates both in place.
@@ -69,7 +71,7 @@ def train_step(
         "loss_by_logsnr": loss_by_logsnr(each, noised.logsnr),
         "gradient_norm": gradient_norm,
         "parameter_norm": optax.tree.norm(params),
-        "learning_rate": jnp.asarray(learning_rate(cfg.optimizer)(state.updates)),
+        "learning_rate": jnp.asarray(rate(state.updates)),
         "skipped": skip,
         "skipped_updates": guard.skipped,
         "budget_spent": guard.spent,

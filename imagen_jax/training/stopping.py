@@ -54,6 +54,8 @@ def _leave_on_the_second(reads: int) -> None:
     count = 0
     while byte := os.read(reads, 1):
         count += byte[0] in _SIGNALS
+        if byte[0] in _SIGNALS and count == 1:
+            sys.stderr.write("\nsaving ... (a second signal leaves at once, unsaved)\n")
         if count == 2:
             sys.stderr.write("\nerror: a second signal: left at once, unsaved\n")
             os._exit(128 + byte[0])

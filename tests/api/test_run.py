@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from imagen_jax.api import run
 from imagen_jax.errors import UserError
 from imagen_jax.prepare import prepare
-from tests import tiny
+from tests import npz, tiny
+from tests.test_docs import commands, parse
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,7 @@ def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
     given = []
     monkeypatch.setattr(run, "train", lambda *args: given.append(args))
     run.train_stage(run.resolve(values), "workdir")
-    ((_, workdir, batches, mesh, preview, _),) = given
+    ((cfg, workdir, batches, mesh, preview, _),) = given
     assert workdir == "workdir" and mesh.size == 8
     told = capsys.readouterr().out
     assert told == (
@@ -42,9 +44,57 @@ def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
         "mesh data 8 x fsdp 1 x spatial 1 x tensor 1\n"
     )
     # The first examples; the source is still before them.
-    first = next(batches)
-    np.testing.assert_array_equal(preview.id, np.asarray(first.id)[:3])
-    np.testing.assert_array_equal(preview.image, np.asarray(first.image)[:3])
+    first = jax.device_get(next(batches))
+    stored = npz.captions(values["data"]["records"])
+    assert preview.captions == tuple(stored[i] for i in first.id[:3])
+    for name in ("image", "text", "mask"):
+        np.testing.assert_array_equal(getattr(preview, name), getattr(first, name)[:3])
+
+
+def test_a_preview_has_the_prompts_that_were_asked_for(values, monkeypatch):
+    """Embedded as `prepare` embeds captions."""
+    monkeypatch.setattr(run, "train", lambda *args: given.append(args))
+    prompts, given = npz.captions(values["data"]["records"])[:2], []
+    cfg = run.resolve(values)
+    training = dataclasses.replace(cfg.training, preview_prompts=tuple(prompts))
+    run.train_stage(dataclasses.replace(cfg, training=training), "workdir")
+    ((_, _, batches, _, preview, _),) = given
+    assert preview.captions[3:] == tuple(prompts) and len(preview.image) == 3
+    every = [jax.device_get(next(batches)) for _ in range(2)]
+    text = {int(i): t for batch in every for i, t in zip(batch.id, batch.text)}
+    mask = {int(i): m for batch in every for i, m in zip(batch.id, batch.mask)}
+    for i in range(2):
+        np.testing.assert_array_equal(preview.text[3 + i], text[i])
+        np.testing.assert_array_equal(preview.mask[3 + i], mask[i])
+    other = dataclasses.replace(cfg.text, encoder="t5_1_1_small@bfloat16-0123456789ab")
+    broken = dataclasses.replace(cfg, training=training, text=other)
+    with pytest.raises(UserError, match="weights"):
+        run.open_preview(broken, batches)
+
+
+@pytest.mark.parametrize("lowres", [0, 4])
+@pytest.mark.parametrize("encoder", ["tiny@v2", "t5_1_1_xxl@bfloat16-0123456789ab"])
+def test_the_next_command_is_one(lowres, encoder):
+    cfg = tiny.stage(lowres_size=lowres, text={"encoder": encoder})
+    ((door, words),) = commands(f"```\n{run.next_command(cfg, 'runs/my base')}\n```\n")
+    assert door == "sample" and not any(parse([(door, words)]))
+    stages = ["--stage=runs/my base"]
+    assert [w for w in words if "--stage" in w] == (
+        [f"--stage=WORKDIR_OF_{lowres}_PIXELS", *stages] if lowres else stages
+    )
+    assert ("--encoder_weights=FOLDER" in words) == encoder.startswith("t5")
+
+
+@pytest.mark.parametrize(("end", "told"), [(2, True), (4, False), (0, False)])
+def test_a_rate_of_0_on_purpose_is_told(values, monkeypatch, capsys, end, told):
+    monkeypatch.setattr(run, "train", lambda *args: None)
+    optimizer = values["optimizer"] | {"decay_steps": end, "warmup_steps": 1}
+    run.train_stage(run.resolve(values | {"optimizer": optimizer}), "workdir")
+    said = (
+        "the learning rate is 0 from step 2 on, the last is 4"
+        in capsys.readouterr().out
+    )
+    assert said == told
 
 
 def test_a_gpu_that_jax_does_not_use_comes_before_the_devices(

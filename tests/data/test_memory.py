@@ -8,6 +8,7 @@ import pytest
 
 from imagen_jax import config, sharding
 from imagen_jax.batch import batch_spec, check_batch
+from imagen_jax.data.memory import read_captions
 from imagen_jax.data.pipeline import open_records
 from imagen_jax.errors import UserError
 from tests.data.batches import assert_equal, ids, take
@@ -24,6 +25,34 @@ def test_every_epoch_is_another_permutation(stage, npz, mesh):
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2]
     other = open_records(stage(npz, batch_size=5, data={"seed": 1}), mesh)
     assert ids(take(other, 3)) != epochs[0]
+
+
+def test_a_peek_has_captions_and_moves_nothing(stage, npz, records, mesh):
+    """Of both kinds of records."""
+    stored = [f"picture {i}, {'so ' * (i % 5)}".strip() for i in range(21)]
+    for path in (npz, records):
+        stream = open_records(stage(path, batch_size=6), mesh)
+        take(stream, 2)
+        before, first = stream.get_state(), stream.peek(4)
+        assert stream.get_state() == before
+        (batch,) = take(stream, 1)
+        assert [c.decode() for c in first.caption] == [stored[i] for i in first.id]
+        for name in ("id", "image", "text", "mask"):
+            want = getattr(batch, name)[:4]
+            np.testing.assert_array_equal(getattr(first, name), want)
+        assert batch.caption is None
+
+
+def test_captions_that_cannot_be_read_are_empty(npz, tmp_path):
+    with np.load(npz) as file:
+        arrays = dict(file)
+    assert read_captions(npz, 15)[1].decode().startswith("picture 1")
+    path, last = tmp_path / "x.npz", len(arrays["caption"])
+    for offset in ([0, last + 9], [0, -5], [9, 2**62]):
+        np.savez(path, caption=arrays["caption"], caption_offset=np.array(offset, "i8"))
+        assert read_captions(str(path), 1) == [b""]
+    np.savez(path, caption=np.array(["as release 0.2 wrote them"]))
+    assert read_captions(str(path), 1) == [b""]
 
 
 @pytest.mark.parametrize("consumed", [0, 2, 9])

@@ -7,10 +7,10 @@ import jax
 import pytest
 
 from imagen_jax.config import MeshConfig
-from imagen_jax.goodput import BUCKETS, goodput
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.goodput import BUCKETS, goodput
 from imagen_jax.training.metrics import Stopwatch
 from tests import tiny
 from tests.clock import Clock
@@ -265,7 +265,7 @@ def test_the_buckets_of_a_training_are_those_of_a_script(
 
     monkeypatch.setattr(loop, "first_state", scripted_first_state)
     monkeypatch.setattr(loop, "compile_train_step", lambda *args: scripted_step)
-    monkeypatch.setattr(loop, "_preview", scripted_preview)
+    monkeypatch.setattr(loop, "save_preview", scripted_preview)
     monkeypatch.setattr(Checkpointer, "save", scripted_save)
     monkeypatch.setattr(Checkpointer, "wait", scripted_wait)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 
@@ -16,6 +17,7 @@ from imagen_jax.errors import Stopped, UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
 from imagen_jax.training.checkpoint import Checkpointer
+from imagen_jax.training.preview import Preview
 from imagen_jax.training.weights import open_weights
 from tests import tiny
 
@@ -79,8 +81,8 @@ def test_the_workdir_holds_what_it_should(tmp_path, mesh, no_arithmetic):
         model=tiny.ONE_LEVEL, training={"sample_every_steps": 4, "steps": 5}
     )
     batches = tiny.Batches(cfg, mesh)
-    preview = tiny.batch(cfg)
-    preview = jax.tree.map(lambda x: x[:3], preview)
+    own = jax.tree.map(lambda x: x[:3], tiny.batch(cfg))
+    preview = Preview(own.image, own.text, own.mask, ("a", "b", "c"))
     loop.train(cfg, str(tmp_path), batches, mesh, preview)
     metrics = lines(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [2, 4, 5]
@@ -93,13 +95,43 @@ def test_the_workdir_holds_what_it_should(tmp_path, mesh, no_arithmetic):
         "metrics.jsonl",
         "tensorboard",
         "samples",
+        "index.html",
         "events.jsonl",
     }
-    # A row of samples above the row of the pictures that they should become.
+    # Inputs, samples, and the pictures that they should become.
     sheet = np.asarray(Image.open(tmp_path / "samples" / "00000004.png"))
-    truth = preview.image[0]
-    assert (sheet[4 + 16 : 4 + 32, 4 : 4 + 16] == truth).all()
+    real = sheet[4 + 2 * 132 :, -3 * 132 :][:128:8, :128:8]
+    np.testing.assert_array_equal(real, preview.image[0])
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall(r'<img src="([^"]+)"', page) == [
+        "samples/00000005.png",
+        "samples/00000004.png",
+    ]
+    assert "step 5 of 5; done" in page
     assert Checkpointer(str(tmp_path)).stage(5) == cfg
+
+
+def test_the_time_left_leaves_out_compiling(tmp_path, mesh, no_arithmetic, monkeypatch):
+    """The first step takes 3 s here, each of the others next to nothing."""
+    bars, step_fn = [], loop.compile_train_step(None, None)
+
+    class Bar(loop.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    def slow_at_first(state, batch):
+        time.sleep(3 if int(state.step) == 0 else 0)
+        return step_fn(state, batch)
+
+    monkeypatch.setattr(loop, "tqdm", Bar)
+    monkeypatch.setattr(loop, "compile_train_step", lambda *_: slow_at_first)
+    started = time.monotonic()
+    training = {"checkpoint_every_steps": 100, "steps": 4}
+    train(tiny.stage(model=tiny.ONE_LEVEL, training=training), tmp_path, mesh)
+    (bar,) = bars
+    assert bar.n == 4
+    assert bar.format_dict["elapsed"] < time.monotonic() - started - 2.9
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path, mesh, no_arithmetic):
@@ -115,6 +147,7 @@ def test_only_the_newest_checkpoints_stay(tmp_path, mesh, no_arithmetic):
 def test_a_workdir_of_another_config_is_refused(tmp_path):
     cfg = tiny.stage(model=tiny.ONE_LEVEL)
     loop.claim_workdir(cfg, str(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints" / "2").mkdir(parents=True)
     free = dataclasses.replace(
         cfg, mesh=MeshConfig(data=2), data=dataclasses.replace(cfg.data, records="x")
     )
@@ -125,6 +158,91 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     encoder = tiny.stage(model=tiny.ONE_LEVEL, text={"encoder": "other@1"})
     with pytest.raises(UserError, match=r"text\.encoder: 'fake@1' -> 'other@1'"):
         loop.claim_workdir(encoder, str(tmp_path / "run"))
+
+
+def of_run(steps, decay_steps, learning_rate=0.01, **training):
+    optimizer = {"decay_steps": decay_steps, "learning_rate": learning_rate}
+    training = {"steps": steps, **training}
+    return tiny.stage(model=tiny.ONE_LEVEL, optimizer=optimizer, training=training)
+
+
+def test_a_run_that_saved_nothing_leaves_its_workdir_free(
+    tmp_path, mesh, no_arithmetic
+):
+    """One whose first weights are not there, one that was killed before it saved."""
+    with pytest.raises(UserError, match="/nowhere has no config.json"):
+        train(of_run(4, 0, init_from="/nowhere"), tmp_path, mesh)
+
+    def die(taken):
+        if taken == 4:
+            raise KeyboardInterrupt
+
+    for rate in (0.1, 0.2):
+        with pytest.raises(KeyboardInterrupt):
+            train(of_run(9, 0, rate, checkpoint_every_steps=9), tmp_path, mesh, die)
+        # What those logged goes: the next one starts from step 0.
+        steps = [row["step"] for row in lines(tmp_path / "metrics.jsonl")]
+        assert steps == [2]
+    train(of_run(4, 0, 0.3), tmp_path, mesh)
+    assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [2, 4]
+    assert json.loads((tmp_path / "config.json").read_text())["optimizer"] == (
+        dataclasses.asdict(of_run(4, 0, 0.3).optimizer)
+    )
+    with pytest.raises(UserError, match=r"holds a run of another .*rate: 0\.3 -> 0\.4"):
+        train(of_run(4, 0, 0.4), tmp_path, mesh)
+
+
+def test_a_config_of_another_program_is_not_replaced(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["T5"]}')
+    with pytest.raises(UserError, match="config.architectures does not exist"):
+        loop.claim_workdir(tiny.stage(), str(tmp_path))
+    assert "T5" in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((4, 0), (8, 0)),
+        ((4, 4), (8, 0)),  # trained by a release that had no 0
+        ((4, 0), (8, 8)),
+        ((4, 4), (8, 8)),
+        ((4, 3), (8, 3)),  # on purpose
+        ((4, -1), (8, -1)),
+        ((4, 20), (8, 20)),
+    ],
+)
+def test_more_steps_stretch_the_decay(tmp_path, mesh, no_arithmetic, before, after):
+    train(of_run(*before), tmp_path, mesh)
+    assert train(of_run(*after), tmp_path, mesh).step == 8
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            (4, 4),
+            (8, 4),
+            "4, and its learning rate is 0 from step 4 on: for",
+        ),
+        (
+            (5, 5),
+            (8, 5),
+            "5, and its learning rate is 0 from step 5 on: for",
+        ),
+        ((4, 0), (8, 4), "optimizer.decay_steps: 0 -> 4"),
+        ((4, -1), (8, 0), "optimizer.decay_steps: -1 -> 0"),
+        ((4, 3), (8, 0), "optimizer.decay_steps: 3 -> 0"),
+    ],
+)
+def test_steps_that_cannot_learn_are_refused(
+    tmp_path, mesh, no_arithmetic, before, after, message
+):
+    train(of_run(*before), tmp_path, mesh)
+    for _ in range(2):  # The refusal changes nothing.
+        with pytest.raises(UserError, match=message):
+            train(of_run(*after), tmp_path, mesh)
+    if before[0] == before[1]:
+        assert train(of_run(8, 0), tmp_path, mesh).step == 8
 
 
 def test_a_config_that_is_damaged_is_named(tmp_path):

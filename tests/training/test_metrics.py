@@ -1,8 +1,12 @@
 """Lines of metrics: which steps they average, and that a cut one ends."""
 
+import dataclasses
+import importlib.machinery
 import json
+import sys
 import threading
 import time
+import types
 import unittest.mock
 
 import numpy as np
@@ -197,3 +201,40 @@ def test_a_full_disk_is_an_error_of_whoever_writes(tmp_path, monkeypatch):
         writer.event("checkpoint", 500)
     with pytest.raises(OSError, match="No space left"):
         writer.close()
+
+
+def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
+    """If it is installed and a project is named; a resumed run goes on with its own."""
+    runs = []
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.rows, self.is_done = options, [], False
+            runs.append(self)
+
+        def log(self, values, step):
+            self.rows.append((step, values))
+
+        def finish(self):
+            self.is_done = True
+
+    wandb = types.ModuleType("wandb")
+    wandb.init, wandb.Image = Run, lambda image: image.shape
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = tiny.stage()
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    MetricWriter(str(tmp_path), Stopwatch(), None, cfg).close()
+    assert not runs
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    for folder in ("a", "a", "b"):
+        writer = MetricWriter(str(tmp_path / folder), Stopwatch(), None, cfg)
+        writer.scalars(2, {"loss": 0.5})
+        writer.image(2, "samples", np.zeros((4, 6, 3), np.uint8))
+        writer.close()
+    logged = [(2, {"loss": 0.5}), (2, {"samples": (4, 6, 3)})]
+    assert [run.rows for run in runs] == [logged] * 3
+    assert all(run.is_done for run in runs)
+    one, again, other = (run.options["id"] for run in runs)
+    assert one == again != other
+    assert runs[0].options["config"] == dataclasses.asdict(cfg)

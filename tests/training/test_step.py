@@ -194,20 +194,38 @@ def test_ema_decay_warms_up():
 
 def test_learning_rate():
     schedule = optimizer.learning_rate(
-        OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_steps=110)
+        OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_steps=110), 200
     )
     assert float(schedule(5)) == pytest.approx(1.0)
     assert float(schedule(10)) == pytest.approx(2.0)
     assert float(schedule(60)) == pytest.approx(1.0)
     assert float(schedule(110)) == pytest.approx(0.0, abs=1e-6)
     constant = optimizer.learning_rate(
-        OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_steps=0)
+        OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_steps=-1), 200
     )
     assert float(constant(10**6)) == 2.0
     at_once = optimizer.learning_rate(
-        OptimizerConfig(learning_rate=2.0, warmup_steps=0, decay_steps=0)
+        OptimizerConfig(learning_rate=2.0, warmup_steps=0, decay_steps=-1), 200
     )
     assert float(at_once(0)) == 2.0
+
+
+def test_a_decay_ends_with_the_training_unless_told_otherwise():
+    """To the bit the schedule whose end is given; a short training only rises."""
+    to_the_end = OptimizerConfig(learning_rate=2.0, warmup_steps=10)
+    given = OptimizerConfig(learning_rate=2.0, warmup_steps=10, decay_steps=110)
+    ours = optimizer.learning_rate(to_the_end, 110)
+    theirs = optimizer.learning_rate(given, 500)
+    for number in range(112):
+        assert float(ours(number)) == float(theirs(number))
+    assert float(optimizer.learning_rate(to_the_end, 220)(110)) == pytest.approx(
+        1.05, 0.1
+    )
+    for steps in (3, 10):
+        short = optimizer.learning_rate(to_the_end, steps)
+        assert [float(short(n)) for n in (0, 1, steps)] == pytest.approx(
+            [0, 0.2, 0.2 * steps]
+        )
 
 
 @pytest.mark.parametrize(("scaled", "size"), [(True, 1e-3), (False, 1.0)])
@@ -217,11 +235,11 @@ def test_adafactor_moves_a_parameter_of_zero(scaled, size):
         name="adafactor",
         learning_rate=0.1,
         warmup_steps=0,
-        decay_steps=0,
+        decay_steps=-1,
         parameter_scale=scaled,
         clip_norm=1e9,
     )
-    rule = optimizer.make_optimizer(cfg)
+    rule = optimizer.make_optimizer(cfg, 1)
     gradient = np.random.default_rng(0).normal(size=(9, 7)).astype("f4")
     zeros = np.zeros_like(gradient)
     update, _ = rule.update(gradient, rule.init(zeros), zeros)

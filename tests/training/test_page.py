@@ -1,0 +1,136 @@
+"""The page of a workdir: what it shows of the logs, and on a telephone."""
+
+import html.parser
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from imagen_jax import images
+from imagen_jax.training.metrics import MetricWriter, Stopwatch
+from imagen_jax.training.page import page
+from tests import tiny
+from tests.clock import Clock
+
+
+def events(*kinds):
+    """A run of ten seconds before each event, in a bucket of the event's name."""
+    names = {"start": "start", "steps": "step", "checkpoint": "checkpoint"}
+    return [
+        json.dumps(
+            {
+                "event": kind,
+                "step": 10 * i,
+                "seconds": 10.0 * i,
+                "spent": {names[kind]: 10},
+            }
+        )
+        for i, kind in enumerate(kinds)
+    ]
+
+
+class Parser(html.parser.HTMLParser):
+    """Collects what a page holds."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data + " "
+
+    def all(self, tag, name):
+        return [
+            attrs[name] for found, attrs in self.tags if found == tag and name in attrs
+        ]
+
+
+def test_it_shows_the_curves_the_previews_the_time_and_the_config():
+    cfg = tiny.stage(name="a <b>", training={"steps": 100})
+    rows = [
+        {"step": n, "loss": 1 / n, "gradient_norm": 2.0, "learning_rate": 0.1}
+        | {"steps_per_second": 0.5, "images_per_second": 4.0}
+        for n in range(1, 2001)
+    ]
+    del rows[3]["loss"]  # of steps that were all skipped
+    metrics = [json.dumps(row) for row in rows]
+    done = events("start", "steps", "checkpoint", "steps")
+    text = page(cfg, metrics, done, ["samples/00000020.png", "samples/00000010.png"])
+    found = Parser(text)
+    loss, *_ = lines = found.all("polyline", "points")
+    assert len(lines) == 3
+    # Of 2,000 points some 500; the last one is among them.
+    assert 400 <= len(loss.split()) <= 501 and loss.split()[-1].startswith(
+        "400.0,200.0"
+    )
+    assert found.all("img", "src") == ["samples/00000020.png", "samples/00000010.png"]
+    assert ("http-equiv", "refresh") in {
+        (k, v) for _, a in found.tags for k, v in a.items()
+    }
+    told = " ".join(found.text.split())
+    assert "a <b>, 8 pixels" in told and "a &lt;b&gt;" in text
+    assert "step 30 of 100; 4 images per second; 0 h 2 min of steps to go" in told
+    assert "Goodput 50.0% of 40 s" in told and "checkpoint 10 s 25.0%" in told
+    assert '"prediction": "eps"' in told
+    # Nothing is fetched from elsewhere.
+    assert "http" not in text.replace("http-equiv", "") and "<script" not in text
+
+
+def test_a_run_that_has_just_begun_has_a_page():
+    told = Parser(page(tiny.stage(), [], [], [])).text
+    assert "step 0 of 4" in told and "none yet" in told
+
+
+def test_a_workdir_has_its_page(tmp_path):
+    """Written with the log, once a minute; previews of another run are not shown."""
+    cfg, clock = tiny.stage(), Clock()
+    for step in (2, 9):
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        images.save(tmp_path / "samples" / f"{step:08d}.png", np.zeros((4, 4, 3), "u1"))
+    writer = MetricWriter(
+        str(tmp_path), Stopwatch(clock.monotonic, clock.wall), None, cfg
+    )
+    writer.event("start", 0)
+    first = (tmp_path / "index.html").read_text()
+    writer.scalars(2, {"loss": 0.5})
+    writer.event("steps", 2)
+    assert (tmp_path / "index.html").read_text() == first
+    writer.event("checkpoint", 2)
+    found = Parser((tmp_path / "index.html").read_text())
+    assert found.all("img", "src") == ["samples/00000002.png"]
+    assert found.all("polyline", "points")
+    writer.close()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(not BROWSER, reason="there is no Chromium")
+@pytest.mark.parametrize("width", [420, 1200])
+def test_it_fits_its_window(tmp_path, width):
+    rows = [json.dumps({"step": n, "loss": 1 / n}) for n in range(1, 99)]
+    made = page(tiny.stage(), rows, events("start", "steps"), ["00000010.png"])
+    images.save(tmp_path / "00000010.png", np.zeros((500, 1100, 3), "u1"))
+    (tmp_path / "page.html").write_text(made)
+    # A window has 500 pixels or more; a frame in it may be narrower.
+    (tmp_path / "outer.html").write_text(
+        f'<iframe src="page.html" width="{width}" height="900" frameborder="0" '
+        'onload="d = this.contentDocument; document.title = [d.images[0].naturalWidth, '
+        'this.contentWindow.innerWidth, d.documentElement.scrollWidth]"></iframe>'
+    )
+    command = [BROWSER, "--headless", "--no-sandbox", "--hide-scrollbars"]
+    command += ["--allow-file-access-from-files", "--window-size=1400,1000"]
+    shown = subprocess.run(
+        [*command, "--dump-dom", str(tmp_path / "outer.html")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    assert f"<title>1100,{width},{width}</title>" in shown, shown[:500]
