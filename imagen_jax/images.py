@@ -127,7 +127,7 @@ def grid(
 
 
 def _height(labels: Sequence[tuple[str, Any]]) -> int:
-    lines = max((text.count("\n") + 1 for text, _ in labels), default=0)
+    lines = max((text.count("\n") + 1 for text, _ in labels if text), default=0)
     return 13 * lines + 2 if lines else 0
 
 

@@ -287,7 +287,7 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
 
 
 def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
-    spec = vars(batch_spec(cfg))
+    spec = {name: x for name, x in vars(batch_spec(cfg)).items() if x is not None}
     expected = {name: (x.dtype.str, x.shape) for name, x in spec.items()}
     expected[_TEXT_BITS] = "<u2", expected.pop("text")[1]
     arrays = read_arrays(path, "the batch of a bundle", expected)

@@ -193,7 +193,7 @@ def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkey
     def tell(pictures, columns, texts=(), title=""):
         titles.append(title)
         captions.append(list(texts))
-        return grid(pictures, columns, texts, title)
+        return grid(pictures, columns, texts, title=title)
 
     monkeypatch.setattr(images, "grid", tell)
     grey = {name: np.full((8, 8, 3), 100 * i, np.uint8) for i, name in enumerate("ab")}
