@@ -50,8 +50,8 @@ setup(
         "encoders": ["torch>=2.6", "transformers>=5.0"],
         # T5X's own network (--encoder=t5x:...). It has no release on PyPI.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
-        # `prepare --runner=...`: pictures on many machines.
-        "prepare": ["apache-beam>=2.77"],
+        # `prepare --runner=...`: pictures on many machines; --source=hf:...
+        "prepare": ["apache-beam>=2.77", "datasets>=4.0"],
         # Makes the references that tests/references holds.
         "parity": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.36"],
         # Formatting changes between minor releases of ruff.

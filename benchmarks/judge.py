@@ -18,7 +18,7 @@ from imagen_jax.sharding import make_mesh
 
 
 def main() -> None:
-    """Prints the share that is right, for each seed and in all."""
+    """Prints the share that is right of what is asked, for each seed and in all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", required=True)
     parser.add_argument("--captions", type=int, default=192)
@@ -35,11 +35,12 @@ def main() -> None:
         [
             dataclasses.astuple(judge(image, prompt))
             for image, prompt in zip(made[-1], prompts, strict=True)
-        ]
+        ],
+        float,  # None, where nothing is asked, becomes NaN
     ).reshape(args.seeds, args.captions, len(names))
     print(f"{'':10}" + "".join(f"{name:>10}" for name in names))
-    rows = {str(seed): row for seed, row in enumerate(right.mean(1))}
-    for label, row in (rows | {"all": right.mean((0, 1))}).items():
+    rows = {str(seed): row for seed, row in enumerate(np.nanmean(right, 1))}
+    for label, row in (rows | {"all": np.nanmean(right, (0, 1))}).items():
         print(f"{label:10}" + "".join(f"{share:10.1%}" for share in row))
 
 

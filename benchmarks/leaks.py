@@ -1,6 +1,6 @@
 """Whether a long run needs more and more memory, threads or open files.
 
-python -m benchmarks.leaks [--steps=2000] [--prompts=500]
+python -m benchmarks.leaks [--steps=2000] [--prompts=1000]
 
 Trains configs/tiny.py:base on drawn shapes, with a checkpoint every 20 steps and a
 preview every 50, then samples it, and prints what each process holds in every tenth of
@@ -62,14 +62,13 @@ def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--prompts", type=int, default=1000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         records, run = folder / "records", folder / "run"
-        watch(
-            "prepare", "--source=shapes:2000", "--image_size=32", f"--output={records}"
-        )
+        source = ["--source=shapes:2000", "--image_size=32", "--text_length=16"]
+        watch("prepare", *source, f"--output={records}")
         trained = watch(
             "train",
             *("--config=configs/tiny.py:base", f"--workdir={run}"),
@@ -81,7 +80,8 @@ def main() -> None:
         )
         print(table(f"{args.steps} steps", trained), flush=True)
         prompts = folder / "prompts.txt"
-        prompts.write_text("a red circle above a blue square\n" * args.prompts)
+        lines = (f"a red circle above {i} blue squares\n" for i in range(args.prompts))
+        prompts.write_text("".join(lines))
         output = f"--output={folder / 'samples'}"
         sampled = watch("sample", f"--stage={run}", f"--prompts={prompts}", output)
         print(table(f"{args.prompts} prompts", sampled))

@@ -10,7 +10,7 @@ import resource
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags
@@ -62,11 +62,17 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         parser = flags.FLAGS["config"].parser
         parser.parse = functools.partial(_load_config, parser.parse)
     try:
+        flags.FLAGS.unparse_flags()  # of an earlier call
         rest = flags.FLAGS(argv)[1:]
     except Exception as error:  # ml_collections raises almost anything.
         _exit(2, f"{_brief(error)} (see --help)")
     if rest:
-        _exit(2, f"{rest[0]!r} is no flag: write --name=value (see --help)")
+        more = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
+        hint = "write --name=value, and quote wildcards and braces (see --help)"
+        _exit(2, f"{rest[0]!r} is no flag{more}: {hint}")
+    for name, times in _repeated(argv):
+        hint = "give it once; quote braces for your shell"
+        _exit(2, f"--{name} is given {times} times: {hint}")
     try:
         # These import JAX.
         from imagen_jax.compilation import pass_over_libtpu, use_compilation_cache
@@ -82,9 +88,17 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     except KeyboardInterrupt:
         _exit(3, "interrupted")
     except Exception as error:
-        if not is_full(error):
+        if is_full(error):
+            _exit(1, f"a disk is full, make room and start again: {error}")
+        from imagen_jax.stores import told
+
+        if not (reason := told(error)):
             raise
-        _exit(1, f"a disk is full, make room and start again: {error}")
+        _exit(
+            1,
+            f"a bucket does not do what is asked of it ({reason}): look at the network "
+            "and at the rights of this machine there, and start again",
+        )
     sys.exit(0)
 
 
@@ -127,6 +141,19 @@ def peak_memory_gib() -> float:
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**20
     # macOS, which counts bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+
+
+def _repeated(argv: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Flags of one value that are given again, and how often: the last would win."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        times = flag.present
+        if isinstance(flag, flags.MultiFlag):
+            # Of a tuple in a config `present` counts numbers; others may be repeated.
+            given = [word for word in argv if word.lstrip("-").split("=")[0] == name]
+            times = len(given) if "." in name else 0
+        if times > 1:
+            yield name, times
 
 
 def _load_config(parse: Callable[[str], Any], path: str) -> Any:

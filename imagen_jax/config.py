@@ -3,8 +3,8 @@
 `configs/*.py` build an `ml_collections.ConfigDict` with these groups and fields, and
 `from_dict` freezes it. A checkpoint carries its stage's `to_json`, so that sampling
 never restates an architecture. A field's type says what it takes: one of a fixed set of
-words, or a number in an interval ("[0, 1)" holds 0 but not 1; none holds NaN or an
-infinity).
+words, or a number in an interval ("[0, 1)" holds 0 but not 1; none holds NaN or what is
+infinite as a float32).
 """
 
 import dataclasses
@@ -20,14 +20,20 @@ CountOrZero = Annotated[int, "[0, inf)"]
 Size = Annotated[int, "[1, 65536]"]
 SizeOrZero = Annotated[int, "[0, 65536]"]
 Devices = Annotated[int, "[-1, inf)"]
+# 32 bits, with a sign or without: of more, jax would take the lowest.
+Seed = Annotated[int, "[-2147483648, 4294967295]"]
+# Far beyond any use; its products with a network's estimates stay finite.
+Guidance = Annotated[float, "[-1000, 1000]"]
 Steps = Annotated[int, "[-1, inf)"]
-Real = Annotated[float, "(-inf, inf)"]
 Positive = Annotated[float, "(0, inf)"]
 PositiveOrZero = Annotated[float, "[0, inf)"]
 Share = Annotated[float, "[0, 1]"]
 Rate = Annotated[float, "[0, 1)"]
 # Beyond these the signal or the noise is lost to float32.
 LogSNR = Annotated[float, "[-80, 80]"]
+
+# Where numbers end whose interval does not: as devices compute and count.
+_MOST = {float: 3e38, int: 2**31 - 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +109,7 @@ class DataConfig:
     # the batch size, at least the number of hosts (docs/prepare.md). The order of the
     # examples depends on it. 0 takes 8 or fewer, as the records allow.
     readers: CountOrZero = 0
-    seed: int = 0  # of the order of the examples and of their crops
+    seed: Seed = 0  # of the order of the examples and of their crops
     # Which square of an image is trained on; a random one changes every epoch.
     square: Literal["middle", "random"] = "middle"
     # Mirrors a random half of the images in each epoch. Captions that tell left from
@@ -153,7 +159,7 @@ class TrainingConfig:
     # Sequential parts of a batch: less memory, the same gradient.
     microbatches: Count = 1
     steps: Count = 2_500_000  # number of the last step
-    seed: int = 0  # of the first parameters and of the training noise
+    seed: Seed = 0  # of the first parameters and of the training noise
     log_every_steps: Count = 100  # steps between two lines of metrics.jsonl
     sample_every_steps: CountOrZero = 10_000  # between two preview grids; 0 makes none
     # Steps between two checkpoints; the last step always saves.
@@ -212,10 +218,10 @@ class SamplerConfig:
     logsnr_max: LogSNR = 20.0
     # Stochasticity of "ddpm": 0 takes the lower, 1 the upper variance.
     gamma: Share = 0.1
-    guidance: Real = 1.0  # w of Eq. 2; 1 is no guidance
+    guidance: Guidance = 1.0  # w of Eq. 2; 1 is no guidance
     # w of each step, the noisiest first; () for one w. Steps with w = 1 run the network
     # once.
-    guidance_schedule: tuple[Real, ...] = ()
+    guidance_schedule: tuple[Guidance, ...] = ()
     # Makes the two passes of guidance one call on twice the batch, not two calls with
     # half of the activations at a time.
     guidance_batched: bool = True
@@ -335,18 +341,20 @@ def _cast(kind, value, path):
         return value
     interval = getattr(kind, "__metadata__", ("",))[0]
     kind = getattr(kind, "__origin__", kind)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < _MOST[float]:
         value = float(value)
     # Not isinstance: a bool is an int in Python, and must not pass for a count.
     if type(value) is not kind:
         what = f"{value!r} ({type(value).__name__})"
         raise UserError(f"{path} is {what}; it must be of type {kind.__name__}")
     if interval and not _lies_in(value, interval):
-        raise UserError(f"{path} is {value!r}; it must be in {interval}")
+        most = f", below {_MOST[kind]}" if "inf" in interval else ""
+        raise UserError(f"{path} is {value!r}; it must be in {interval}{most}")
     return value
 
 
 def _lies_in(value, interval):
-    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    most = str(_MOST[type(value)])
+    low, high = map(float, interval[1:-1].replace("inf", most).split(","))
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)

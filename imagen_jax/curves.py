@@ -29,7 +29,7 @@ def curve(name: str, points: Sequence[tuple[float, float]], log: bool = False) -
         for y, at in marks.items()
     )
     return (
-        '<svg viewBox="0 0 450 225" width="450" font-size="12" fill="currentColor">'
+        '<svg viewBox="0 0 460 225" width="460" font-size="12" fill="currentColor">'
         f'{axis}<polyline points="{line}" fill="none" stroke="#0b57d0"/><text y="218">'
         f"{html.escape(name)}: {value:.4g} at step {last:,}</text></svg>\n"
     )

@@ -4,9 +4,10 @@ python -m imagen_jax.demo --output=demo [--seconds=400]
 
 Prepares captioned shapes, trains a base and a super-resolution stage, samples captions
 whose combinations of colour and shape were never trained on, judges the pictures, and
-writes index.html, samples.png and report.json.
+writes index.html (one file), samples.png and report.json.
 """
 
+import base64
 import dataclasses
 import html
 import json
@@ -22,7 +23,7 @@ from absl import flags
 from imagen_jax import cli, images
 from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
 from imagen_jax.api.run import resolve, train_stage
-from imagen_jax.api.samples import write
+from imagen_jax.api.samples import Job, write
 from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.curves import curve
 from imagen_jax.errors import UserError, printable
@@ -30,6 +31,7 @@ from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes.judge import Verdict, judge
 from imagen_jax.sharding import make_mesh
+from imagen_jax.stores import check_disk
 from imagen_jax.training.metrics import METRICS
 
 # Training configs/tiny.py takes about this long on two CPU cores.
@@ -41,11 +43,18 @@ _STAGES = ("base", "sr")
 _ASPECTS = [field.name for field in dataclasses.fields(Verdict)]
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; }
-pre { background: #fafafa; padding: 1em; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, 112px); gap: 12px; }
-figure { margin: 0; font-size: 12px; } img { width: 112px; image-rendering: pixelated; }
-.wrong { color: #b00020; } svg { background: #fafafa; }
+body { font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 1200px; margin: auto; padding: 1em; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; }
+td, th { padding: 2px 10px; text-align: right; } tr > :first-child { text-align: left; }
+.pictures { display: grid; gap: 24px; }
+.pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 350px), 1fr)); }
+figure { margin: 0; }
+.row { display: grid; grid-template-columns: repeat(4, 1fr); gap: 8px; }
+img { width: 100%; image-rendering: pixelated; outline: 1px solid #ddd; }
+.row div { font-size: 12px; line-height: 1.3; } .wrong { color: #b00020; }
+svg { background: #fafafa; max-width: 100%; height: auto; }
+@media (max-width: 600px) { td, th { padding: 2px 4px; font-size: 12px; } }
 """
 
 
@@ -74,12 +83,16 @@ def _kind(scene: shapes.Scene) -> str:
     return "two in a relation" if scene.relation else "two or three alike"
 
 
-def summarise(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The number of pictures, and the fraction that is right in each aspect."""
-    return {"judged_pictures": len(verdicts)} | {
-        f"{name}_accuracy": float(np.mean([getattr(v, name) for v in verdicts]))
-        for name in _ASPECTS
-    }
+def summarise(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
+    """The number of pictures, and the share that is right in each aspect.
+
+    It is of the pictures whose captions ask for it; None where none does.
+    """
+    summary = {"judged_pictures": len(verdicts)}
+    for name in _ASPECTS:
+        asked = [v for v in (getattr(one, name) for one in verdicts) if v is not None]
+        summary[f"{name}_accuracy"] = float(np.mean(asked)) if asked else None
+    return summary
 
 
 def demo(output: str, seconds: float) -> dict[str, Any]:
@@ -94,6 +107,7 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     """
     if seconds <= 0:
         raise UserError(f"--seconds is {seconds:g}; it must be above zero")
+    check_disk(output)
     started = time.perf_counter()
     folder = pathlib.Path(output)
     marker = folder / "demo"
@@ -117,18 +131,20 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     prompts = [shapes.caption(scene) for scene in scenes]
     seeds = np.arange(_JUDGED)
     guidance = [one.cfg.sampler.guidance for one in trained]
-    accuracy = {}
+    accuracy, made, verdicts = {}, {}, {}
     for label, weights in (("guidance off", [1.0]), ("guidance on", guidance)):
         stages = with_sampler(trained, guidance=weights)
         samples, _ = sample_prompts(stages, prompts, seeds, mesh)
-        verdicts = [judge(p, c) for p, c in zip(samples[-1], prompts, strict=True)]
-        accuracy[label] = summarise(verdicts)
+        pairs = zip(samples[-1], prompts, strict=True)
+        made[label], verdicts[label] = samples[-1], [judge(*pair) for pair in pairs]
+        accuracy[label] = summarise(verdicts[label])
     kinds = [_kind(scene) for scene in scenes]
     for kind in dict.fromkeys(kinds):
-        same = [v for v, k in zip(verdicts, kinds, strict=True) if k == kind]
+        pairs = zip(verdicts[label], kinds, strict=True)
+        same = [v for v, k in pairs if k == kind]
         accuracy[f"of these, {kind}"] = summarise(same)
 
-    write(str(folder / "samples"), trained, prompts, seeds, samples)
+    write(Job(str(folder / "samples"), trained, prompts), samples)
     images.save_sheet(folder / "samples.png", samples[-1], 8, prompts)
     report = {
         "seconds": time.perf_counter() - started,
@@ -140,45 +156,62 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     curves = {name: read_curve(folder / name / METRICS) for name in _STAGES}
-    (folder / "index.html").write_text(page(report, prompts, verdicts, curves), "utf8")
+    drawn = np.stack([shapes.draw(scene, samples[-1].shape[1]) for scene in scenes])
+    shown = {"drawn": drawn, "base": samples[0]} | made
+    text = page(report, prompts, shown, verdicts, curves)
+    (folder / "index.html").write_text(text, "utf8")
     return report
+
+
+def _rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The report's accuracies, the head first; "-" where nothing is asked."""
+    found = [["held-out captions", "pictures", *_ASPECTS]]
+    for label, row in report["accuracy"].items():
+        shares = [row[f"{name}_accuracy"] for name in _ASPECTS]
+        cells = ["-" if share is None else f"{share:.0%}" for share in shares]
+        found.append([label, str(row["judged_pictures"]), *cells])
+    return found
 
 
 def table(report: Mapping[str, Any]) -> str:
     """The report's accuracies as lines of text."""
-    head = "".join(f"{name:>10}" for name in ("pictures", *_ASPECTS))
-    lines = [f"{'held-out captions':30}{head}"]
-    for label, row in report["accuracy"].items():
-        shares = "".join(f"{row[f'{name}_accuracy']:10.0%}" for name in _ASPECTS)
-        lines.append(f"{label:30}{row['judged_pictures']:10}{shares}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"{label:30}" + "".join(f"{cell:>10}" for cell in cells)
+        for label, *cells in _rows(report)
+    )
 
 
 def page(
     report: Mapping[str, Any],
     prompts: Sequence[str],
-    verdicts: Sequence[Verdict],
+    pictures: Mapping[str, np.ndarray],
+    verdicts: Mapping[str, Sequence[Verdict]],
     curves: Mapping[str, Sequence[tuple[int, float]]],
 ) -> str:
-    """The demo's HTML page; its pictures are samples/NNNN.png beside it.
+    """The demo's HTML page: one file, its pictures inside.
 
     Args:
       report: what `demo` returns.
-      prompts: the captions, one per picture.
-      verdicts: the judge's, with guidance on.
+      prompts: the captions, N.
+      pictures: by what they are, `[N, H, W, 3]` uint8; each caption's stand in a row.
+      verdicts: the judge's on some of them, N each.
       curves: `(step, loss)` points of each stage.
     """
     steps = ", ".join(f"{k} {v} steps" for k, v in report["training_steps"].items())
     guidance = ", ".join(f"{w:g} for {k}" for k, w in report["guidance"].items())
+    head, *lines = (
+        "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+        for row in _rows(report)
+    )
     figures = ""
-    for i, (prompt, verdict) in enumerate(zip(prompts, verdicts, strict=True)):
-        wrong = [name for name in _ASPECTS if not getattr(verdict, name)]
-        figures += (
-            f'<figure><img src="samples/{i:04d}.png" alt="">{html.escape(prompt)}'
-            f'<div class="wrong">{", ".join(wrong)}</div></figure>\n'
-        )
+    for i, prompt in enumerate(prompts):
+        judged = {label: each[i] for label, each in verdicts.items()}
+        tiles = (_tile(k, each[i], judged.get(k)) for k, each in pictures.items())
+        row = f'<div class="row">{"".join(tiles)}</div>'
+        figures += f"<figure>{html.escape(prompt)}{row}</figure>\n"
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>imagen-jax demo</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{_STYLE}</style>
 <h1>imagen-jax demo</h1>
 <p>A base stage (text to 16 pixels) and a super-resolution stage (16 to 32 pixels),
@@ -186,14 +219,29 @@ trained just now ({steps}) on drawn scenes and sampled with captions whose combi
 of colour and shape were never trained on. {report["seconds"]:.0f} seconds in all, at
 most {report["peak_memory_gib"]:.1f} GiB of memory.</p>
 <h2>Judged by a program that looks only at the picture and the caption</h2>
-<pre>{table(report)}</pre>
+<div class="scroll"><table><tr>{head.replace("td>", "th>")}</tr>
+{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>
+<p>Shares are of the captions that ask for it.</p>
 <h2>Pictures</h2>
-<p>With guidance (w = {guidance}). What the judge finds wrong is in red.</p>
+<p>Of each caption: a scene drawn by code, the base stage's picture (with guidance), and
+the cascade's without and with guidance (w = {guidance}). What the judge finds wrong is
+in red.</p>
 <div class="pictures">
 {figures}</div>
 <h2>Loss</h2>
 {"".join(curve(name, points) for name, points in curves.items())}</html>
 """
+
+
+def _tile(label: str, picture: np.ndarray, verdict: Verdict | None) -> str:
+    """A picture with its label, and what the judge finds wrong."""
+    data = base64.b64encode(images.png(picture)).decode()
+    found = dataclasses.asdict(verdict) if verdict else {}
+    wrong = ", ".join(name for name, met in found.items() if met is False)
+    return (
+        f'<div><img alt="" src="data:image/png;base64,{data}">{label}'
+        f'<div class="wrong">{wrong}</div></div>\n'
+    )
 
 
 def read_curve(path: pathlib.Path) -> list[tuple[int, float]]:

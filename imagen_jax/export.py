@@ -22,7 +22,9 @@ from imagen_jax import __version__, cli
 from imagen_jax.api.cascade import load, open_stages
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError, printable
+from imagen_jax.files import appearing
 from imagen_jax.sharding import make_mesh
+from imagen_jax.stores import check_disk
 from imagen_jax.training.checkpoint import description
 from imagen_jax.training.weights import CONFIG, INDEX, SINGLE, Weights
 
@@ -68,7 +70,7 @@ The text encoder is not part of this folder: all encoders but the tiny one need
 
 
 def model_card(stage: Weights, count: int, folder: str) -> str:
-    """Text of README.md for a stage with `count` parameters, in `folder`."""
+    """Text of README.md for a stage of `count` parameters; `folder` is but a name."""
     cfg = stage.cfg
     makes = f"images of {cfg.image_size} x {cfg.image_size} pixels from a caption"
     if cfg.lowres_size:
@@ -90,9 +92,8 @@ def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
     """
     import safetensors.numpy
 
+    check_disk(output)
     place = pathlib.Path(output)
-    if "://" in output:
-        raise UserError(f"--output={output}: export to a disk, then copy the folder")
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
         raise UserError(f"{output} exists and is not empty: give a new folder")
     (stage,) = open_stages([workdir])
@@ -117,12 +118,13 @@ def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
         partial.mkdir(parents=True)
         for file, names in shards.items():
             arrays = {name: np.asarray(flat[name]) for name in names}
-            safetensors.numpy.save_file(arrays, partial / file, {"format": "flax"})
+            with appearing(partial / file) as path:
+                safetensors.numpy.save_file(arrays, path, {"format": "flax"})
         if len(shards) > 1:
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         config = json.dumps(description(cfg, stage.step), indent=2)
         (partial / CONFIG).write_text(config + "\n")
-        (partial / _CARD).write_text(model_card(stage, count, output))
+        (partial / _CARD).write_text(model_card(stage, count, place.resolve().name))
         if place.exists():
             place.rmdir()
         partial.rename(place)

@@ -4,6 +4,7 @@ Whatever is in a file, the readers of JSON and .npz return what was asked for or
 one `UserError`. They check before they allocate.
 """
 
+import codecs
 import contextlib
 import json
 import math
@@ -45,14 +46,33 @@ def read_json(
     `UserError`, which calls the file `what` ("the config of a run"), when it is missing
     or `parse_json` refuses it.
     """
-    try:
-        with _open(path) as file:
-            data = file.read(most_bytes + 1)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; it should hold {what}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not {what}: {error}") from None
+    data = _read(path, what, most_bytes + 1)
     return parse_json(data, f"{path} is not {what}", most_bytes)
+
+
+def read_lines(path: str | os.PathLike, what: str) -> list[str]:
+    """The `split_lines` of a text, local or in a bucket, without a byte order mark.
+
+    `UserError`, which calls the file `what` ("captions"), when it is missing or a line
+    is not UTF-8.
+    """
+    data = _read(path, what, -1).removeprefix(codecs.BOM_UTF8)
+    lines = []
+    for number, line in enumerate(split_lines(data), 1):
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path} line {number} is not UTF-8 (byte {error.start + 1} is "
+                f"0x{line[error.start]:02x}): save {what} as UTF-8"
+            ) from None
+    return lines
+
+
+def split_lines(text: bytes) -> list[bytes]:
+    """The lines of a text, which end at LF or CR LF and nowhere else."""
+    lines = text.replace(b"\r\n", b"\n").split(b"\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def parse_json(
@@ -136,8 +156,7 @@ def read_arrays(
 ) -> dict[str, np.ndarray]:
     """Arrays of a .npz file whose types and shapes are known.
 
-    `expected` has each one's type, as "|u1", and shape. Type "<U" is text of any width;
-    unless it is a single text it is checked and left out.
+    `expected` has each one's type, as "|u1", and shape. Type "<U" is text of any width.
 
     Raises:
       UserError: when the file, called `what`, is missing, damaged or another one, or
@@ -146,10 +165,8 @@ def read_arrays(
     with _unzipped(path, what) as archive:
         arrays, total = {}, 0
         for name, (dtype, shape) in expected.items():
-            member, own, order = _open_array(archive, name, dtype, shape)
-            if dtype != "<U" or not shape:
-                arrays[name] = member, own, order
-                total += math.prod(shape) * own.itemsize
+            arrays[name] = _open_array(archive, name, dtype, shape)
+            total += math.prod(shape) * arrays[name][1].itemsize
         archive.fp.seek(0, os.SEEK_END)
         most = max(_UNPACKED_BYTES, _UNPACKED_RATIO * archive.fp.tell())
         most = min(most, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -221,6 +238,16 @@ def _unzipped(path: str | os.PathLike, what: str) -> Iterator[zipfile.ZipFile]:
         ) from None
 
 
+def _read(path: str | os.PathLike, what: str, most_bytes: int) -> bytes:
+    try:
+        with _open(path) as file:
+            return file.read(most_bytes)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; it should hold {what}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not {what}: {error}") from None
+
+
 def _open(path: str | os.PathLike) -> IO[bytes]:
     # A pipe or a device might be read for ever.
     if os.path.exists(path) and not os.path.isfile(path):
@@ -230,12 +257,18 @@ def _open(path: str | os.PathLike) -> IO[bytes]:
 
 @contextlib.contextmanager
 def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives another name to write under; renames what was written to `path`."""
+    """Gives another name to write under; renames what was written to `path`.
+
+    Its mode is the umask's, whatever a library has written there: some write a file of
+    their own, for its owner alone, and rename it.
+    """
     # Of its own, as several processes may write the same at once.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with needing_room(path.parent):
             yield partial
+            if partial.stat().st_mode != (mode := _new_mode(partial)):
+                partial.chmod(mode)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -245,6 +278,16 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _new_mode(path: pathlib.Path) -> int:
+    """The mode that a file made beside `path` has."""
+    other = path.with_name(f"mode-{path.name}")
+    try:
+        with open(other, "x") as file:
+            return os.fstat(file.fileno()).st_mode
+    finally:
+        other.unlink(missing_ok=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -14,12 +14,14 @@ from etils import epath
 
 from imagen_jax import cli
 from imagen_jax.errors import UserError
+from imagen_jax.stores import check_store
 from imagen_jax.training.goodput import Report, goodput
 from imagen_jax.training.metrics import EVENTS
 
 
 def read_goodput(workdir: str) -> Report:
     """The sums of the events of a workdir; a `UserError` when there are none."""
+    check_store(workdir)
     path = epath.Path(workdir) / EVENTS
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     report = goodput(text.splitlines())

@@ -1,19 +1,38 @@
 """Pictures: files opened, grids with captions, PNG files written."""
 
 import contextlib
+import functools
 import io
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+from imagen_jax.errors import UserError
 
 # Pillow reads dozens of others, and some by starting a program: EPS by Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")
 # White pixels around each image of a grid.
 _GAP = 4
 _OPENING = threading.Lock()
+# Where Pillow's own font, which has little more than ASCII, lacks a letter: those that
+# common systems have, in their usual folders.
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "wqy-zenhei.ttc",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+)
+_NO_LETTER = "\U0010ffff"
+# The name of a row is on one line.
+_NAME_WIDTH = 2**15
+# A longer label is cut: it would bury the pictures.
+_LABEL_LETTERS = 300
 
 
 class Unusable(Exception):
@@ -54,61 +73,128 @@ def enlarge(images: np.ndarray, size: int) -> np.ndarray:
     return images.repeat(times, axis=1).repeat(times, axis=2)
 
 
+def read(path, most_side: int = 0) -> np.ndarray:
+    """The picture in a file, `[H, W, 3]` uint8, reduced to at most `most_side`.
+
+    Raises:
+      UserError: when there is none, or it is damaged.
+    """
+    try:
+        with opened(epath.Path(path).read_bytes()) as image:
+            times = -(-max(image.size) // most_side) if most_side else 1
+            return np.asarray(image.convert("RGB").reduce(times))
+    except (OSError, Unusable) as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read ({error}): remove it, to have it made again"
+        ) from None
+
+
 def grid(
     images: np.ndarray,
     columns: int,
     captions: Sequence[str] = (),
     rows: Sequence[str] = (),
+    title: str = "",
 ) -> np.ndarray:
     """Images `[N, H, W, 3]` uint8 in rows on white, `[H', W', 3]` uint8.
 
     `captions` are one under each image, wrapped to its width, or none at all; `rows`
-    are names, each at the left of its row.
+    are names, each at the left of its row; the title stands above all.
     """
     count, height, width, _ = images.shape
-    font = ImageFont.load_default(size=11)
-    texts = [_wrap(text, width - _GAP, font) for text in captions]
-    starts = range(0, count, columns)
-    lines = [
-        max((t.count("\n") + 1 for t in texts[i : i + columns] if t), default=0)
-        for i in starts
-    ]
+    labels = [_label(text, width) for text in captions]
+    names = [_label(text, _NAME_WIDTH) for text in rows]
+    left = _GAP + max((int(f.getlength(t)) + 5 for t, f in names), default=0)
+    sheet_w = left + columns * (width + _GAP)
+    head = _label(title, sheet_w - 2 * _GAP)
     # Where each row begins, and the end of the last.
-    tops = np.cumsum([_GAP, *(height + _GAP + (13 * n + 2) * (n > 0) for n in lines)])
-    left = _GAP + max((int(font.getlength(name)) + 5 for name in rows), default=0)
-    size = left + columns * (width + _GAP), int(tops[-1])
+    under = [_height(labels[i : i + columns]) for i in range(0, count, columns)]
+    top = _GAP + (_height([head]) if title else 0)
+    tops = np.cumsum([top, *(height + _GAP + more for more in under)])
+    size = sheet_w, int(tops[-1])
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP // 2), head[0], "black", head[1], spacing=1)
     for i, image in enumerate(images):
         x, y = left + i % columns * (width + _GAP), int(tops[i // columns])
         sheet.paste(Image.fromarray(image), (x, y))
-        if texts:
-            draw.text((x, y + height), texts[i], "black", font, spacing=1)
-    for name, y in zip(rows, tops):
-        draw.text((_GAP, int(y) + height // 2), name, "black", font, "lm")
+        if labels:
+            text, font = labels[i]
+            draw.text((x, y + height), text, "black", font, spacing=1)
+    for (text, font), y in zip(names, tops):
+        draw.text((_GAP, int(y) + height // 2), text, "black", font, "lm")
     return np.asarray(sheet)
 
 
-def _wrap(text: str, width: int, font) -> str:
+def _height(labels: Sequence[tuple[str, Any]]) -> int:
+    lines = max((text.count("\n") + 1 for text, _ in labels if text), default=0)
+    return 13 * lines + 2 if lines else 0
+
+
+@functools.cache
+def _fonts() -> list[Any]:
+    fonts = [ImageFont.load_default(size=11)]
+    for name in _FONTS:
+        with contextlib.suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 11))
+    return fonts
+
+
+@functools.lru_cache(2**16)
+def _lacks(font, letter: str) -> bool:
+    """Whether a font draws a letter as one that no font has."""
+    letter, none = font.getmask(letter), font.getmask(_NO_LETTER)
+    return (letter.size, bytes(letter)) == (none.size, bytes(none))
+
+
+def _label(text: str, width: int) -> tuple[str, Any]:
+    """A text in lines of at most `width` pixels, and the font that has most of it.
+
+    What that one lacks is escaped.
+    """
+    words = text[:_LABEL_LETTERS].split()
+    if len(text) > _LABEL_LETTERS:
+        words.append("...")
+    letters = set("".join(words))
+    lacks = [{c for c in letters if _lacks(font, c)} for font in _fonts()]
+    fewest = min(lacks, key=len)
+    font = _fonts()[lacks.index(fewest)]
+    escapes = {ord(c): c.encode("unicode_escape").decode() for c in fewest}
     lines, line = [], ""
-    for word in text.split():
-        longer = f"{line} {word}".strip()
+    for word in words:
+        word = word.translate(escapes)
+        longer = f"{line} {word}" if line else word
         if line and font.getlength(longer) > width:
             lines.append(line)
             longer = word
+        # Some languages have no spaces.
+        while font.getlength(longer) > width and len(longer) > 1:
+            fits = (
+                n for n in range(2, len(longer)) if font.getlength(longer[:n]) > width
+            )
+            end = next(fits, len(longer)) - 1
+            lines.append(longer[:end])
+            longer = longer[end:]
         line = longer
-    return "\n".join([*lines, line])
+    return "\n".join([*lines, line]), font
+
+
+def png(image: np.ndarray) -> bytes:
+    """`[H, W, 3]` uint8 as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
 
 
 def save(path, image: np.ndarray) -> None:
     """Writes `[H, W, 3]` uint8 as the PNG `path`, local or gs://."""
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, "PNG")
-    epath.Path(path).write_bytes(png.getvalue())
+    epath.Path(path).write_bytes(png(image))
 
 
-def save_sheet(path, images: np.ndarray, columns: int, captions: Sequence[str]) -> None:
+def save_sheet(
+    path, images: np.ndarray, columns: int, captions: Sequence[str], title: str = ""
+) -> None:
     """Saves a captioned grid of square images, small ones enlarged to about 96."""
     side = images.shape[1]
     images = enlarge(images, side * max(1, 96 // side))
-    save(path, grid(images, columns, captions))
+    save(path, grid(images, columns, captions, title=title))

@@ -19,9 +19,10 @@ from absl import flags
 from imagen_jax import cli
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.errors import printable
+from imagen_jax.preparing import beam
 from imagen_jax.preparing import job as jobs
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
-from imagen_jax.preparing.stats import Stats
+from imagen_jax.preparing.stats import Stats, in_words
 from imagen_jax.text.embeddings import Embedder
 from imagen_jax.text.encoders import load_encoder
 
@@ -65,7 +66,7 @@ def prepare(
     with tqdm.tqdm(total=total, unit=" examples", disable=not progress) as bar:
         job = dataclasses.replace(job, progress=bar.update)
         if asked.runner:
-            jobs.write_shards_with_beam(job)
+            beam.write_shards_with_beam(job)
         manifest = jobs.run(job, index, count)
     if progress:
         print(_summary(manifest, output) if manifest else "done here; others are not")
@@ -91,6 +92,16 @@ def _summary(done: Manifest, output: str) -> str:
         f"{_size(done.text_bytes)} of captions ({done.cut_captions} cut, "
         f"cosine error {done.cosine_error['mean']:.2g}); {done.skipped} skipped"
     ]
+    if done.account:
+        used, quarantined = done.account["used"], done.account["quarantined"]
+        kind = done.settings["source"].partition(":")[0]
+        parts = {"folder": "files", "webdataset": "members", "coco": "pictures"}
+        kinds = in_words(done.account)
+        lines.append(
+            f"of {done.holds:,} {parts.get(kind, 'rows')} {used:,} are used, "
+            f"{quarantined:,} quarantined and {done.holds - used - quarantined:,} "
+            f"passed over{f' ({kinds})' if kinds else ''}"
+        )
     lines += [f"  {s['file']}: {s['reason']}" for s in done.skipped_files[:5]]
     return "\n".join(map(printable, lines))
 
@@ -98,6 +109,7 @@ def _summary(done: Manifest, output: str) -> str:
 def define_flags() -> None:
     """Defines a flag for each of the `Settings`; main() reads them."""
     kinds = {str: flags.DEFINE_string, float: flags.DEFINE_float}
+    kinds[bool] = flags.DEFINE_bool
     for field in dataclasses.fields(Settings):
         required = field.default is dataclasses.MISSING
         define = kinds.get(field.type, flags.DEFINE_integer)

@@ -2,6 +2,8 @@
 
 import functools
 import math
+import os
+import shutil
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -15,6 +17,8 @@ from imagen_jax.errors import UserError
 
 # The last axes exchange the most, so their neighbours are neighbours in the machine.
 AXES = ("data", "fsdp", "spatial", "tensor")
+# What NVIDIA's driver makes.
+_NVIDIA = ("/dev/nvidia0", "/proc/driver/nvidia")
 
 # Mesh axes of the logical axes that parameters are declared with; None is whole.
 # Weights are split along their input over fsdp and along their output over tensor.
@@ -45,6 +49,17 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
             f"the product must be {count}"
         )
     return Mesh(_arrange(devices, sizes), AXES)
+
+
+def unused_gpu() -> str:
+    """A warning where JAX computes on CPUs only beside an NVIDIA GPU; else ""."""
+    asked = jax.config.jax_platforms or jax.default_backend() != "cpu"
+    if asked or not (shutil.which("nvidia-smi") or any(map(os.path.exists, _NVIDIA))):
+        return ""
+    return (
+        "warning: there is an NVIDIA GPU, but this JAX computes on CPUs only: "
+        "pip install --editable '.[cuda]' (or set JAX_PLATFORMS=cpu)"
+    )
 
 
 def _arrange(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:

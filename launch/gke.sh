@@ -19,7 +19,7 @@ chips-per-host|4|of the node pool'\''s machines
 service-account|default|Kubernetes service account that may write to the bucket
 spot|false|run on Spot nodes
 max-restarts|50|of the whole JobSet; preemptions count too
-env||VARIABLE=value words for the training; a value has no spaces
+env||VARIABLE=value for the training; once for each
 start-timeout-seconds|600|how long a worker waits for the others
 '
 # shellcheck source=launch/lib.sh
@@ -45,7 +45,7 @@ END
 
 render() {
   require image config workdir
-  local chips=1 side words
+  local chips=1 side
   for side in ${opt[topology]//x/ }; do chips=$((chips * side)); done
   # A slice smaller than a host has a machine type of its own.
   local per_host=${opt[chips-per-host]}
@@ -53,14 +53,13 @@ render() {
   ((chips % per_host == 0)) ||
     die 2 "--topology ${opt[topology]} has $chips chips, no multiple of" \
       "--chips-per-host $per_host"
-  split env "${opt[env]}"
   # Isolated: a json.py in the current folder is none of its modules.
   python3 -IX utf8 "$here/gke/fill.py" "$here/gke/jobset.yaml" \
     "NAME=${opt[name]}" "NAMESPACE=${opt[namespace]}" "IMAGE=${opt[image]}" \
     "ACCELERATOR=${opt[accelerator]}" "TOPOLOGY=${opt[topology]}" "SPOT=${opt[spot]}" \
     "SLICES=${opt[slices]}" "HOSTS=$((chips / per_host))" "CHIPS=$per_host" \
     "MAX_RESTARTS=${opt[max-restarts]}" "SERVICE_ACCOUNT=${opt[service-account]}" \
-    -- "${words[@]}" -- "--config=${opt[config]}" "--workdir=${opt[workdir]}" \
+    -- "${variables[@]}" -- "--config=${opt[config]}" "--workdir=${opt[workdir]}" \
     --distributed "--start_timeout_seconds=${opt[start-timeout-seconds]}" "${rest[@]}"
 }
 

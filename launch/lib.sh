@@ -30,6 +30,7 @@ need() {
 declare -A opt=()
 declare -A default=()
 rest=()
+variables=() # VARIABLE=value, one for each --env
 
 option_variable() {
   local name=${1//-/_}
@@ -83,18 +84,21 @@ parse_options() {
       die 2 "--$name needs a value"
     fi
     case $name in
-      # These are lists: given again, they grow.
-      env | create-args | ssh-args) value=${given[$name]:+${given[$name]} }$value ;;
+      # Given again, these grow.
+      env) [[ -z $value ]] || variables+=("$value") ;;
+      create-args | ssh-args) value=${given[$name]:+${given[$name]} }$value ;;
     esac
     given[$name]=$value opt[$name]=$value
   done
+  [[ -v "given[env]" || -z ${opt[env]-} ]] || variables=("${opt[env]}")
   for name in "${!opt[@]}"; do check "$name" "${opt[$name]}"; done
+  for value in "${variables[@]}"; do check env "$value"; done
 }
 
 # check NAME VALUE: ends the script where the value of an option could not arrive, or not
 # as it was written. In the C locale letters and digits are ASCII's.
 check() {
-  local name=$1 value=$2 word words allowed="" LC_ALL=C
+  local name=$1 value=$2 word words mark marks allowed="" LC_ALL=C
   [[ $value != *[[:cntrl:]]* ]] ||
     die 2 "--$name is ${value@Q}: line breaks, tabs and the like are not allowed"
   [[ -n $value || -n ${default[$name]} ]] || return 0 # not given
@@ -129,13 +133,21 @@ check() {
       [[ $value =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
         allowed="write a whole number of at most 9 digits, the first no 0"
       ;;
-    create-args | ssh-args) split "$name" "$value" ;;
-    env)
+    create-args | ssh-args)
       split "$name" "$value"
+      # Quotes do not hold together what is parted here.
       for word in "${words[@]}"; do
-        [[ $word =~ ^[a-zA-Z_][a-zA-Z0-9_]*= ]] ||
-          die 2 "--env has ${word@Q}: write VARIABLE=value; a value has no spaces"
+        for mark in \' \"; do
+          marks=${word//[!$mark]/}
+          ((${#marks} % 2 == 0)) ||
+            allowed="no word can have a space, quoted or not"
+        done
       done
+      ;;
+    env)
+      [[ $value =~ ^[a-zA-Z_][a-zA-Z0-9_]*= ]] || allowed="write VARIABLE=value"
+      [[ ! $value =~ [[:space:]][a-zA-Z_][a-zA-Z0-9_]*= ]] ||
+        allowed="it looks like two variables: give --env once for each"
       ;;
     *)
       [[ ${default[$name]} != true && ${default[$name]} != false ||

@@ -17,7 +17,7 @@ repo||git URL to clone on the workers; empty copies this checkout'\''s commit
 commit|HEAD|what to install
 config||of the stage, such as configs/base64.py
 workdir||of the run, such as gs://BUCKET/base
-env||VARIABLE=value words for the training; a value has no spaces
+env||VARIABLE=value for the training; once for each
 start-timeout-seconds|120|how long a worker waits for the others
 worker|all|for logs: one worker'\''s number
 stages|base configs/base64.py v4-512 --config.mesh.fsdp=16; sr256 configs/sr256.py v4-256 --config.mesh.fsdp=8; sr1024 configs/sr1024.py v4-256 --config.mesh.fsdp=8|for cascade: NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...] of each stage
@@ -309,10 +309,9 @@ install() {
 worker_sh() { echo "bash imagen-jax/launch/worker.sh $(quoted "$@")"; }
 
 train() {
-  local words command
-  split env "${opt[env]}"
+  local command
   command=(
-    env PYTHONUNBUFFERED=1 "${words[@]}" .venv/bin/python -m imagen_jax.train
+    env PYTHONUNBUFFERED=1 "${variables[@]}" .venv/bin/python -m imagen_jax.train
     "--config=${opt[config]}" "--workdir=${opt[workdir]}" --distributed
     "--start_timeout_seconds=${opt[start-timeout-seconds]}" "${rest[@]}"
   )

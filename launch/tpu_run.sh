@@ -203,7 +203,7 @@ cascade() {
       set +e
       "$here/tpu.sh" run "--name=$name-$stage" "--workdir=${workdir%/}/$stage" \
         "--config=${words[1]}" "--accelerator-type=${words[2]}" \
-        -- "${rest[@]}" "${words[@]:3}" 2>&1 | prefix "$stage: "
+        "${variables[@]/#/--env=}" -- "${rest[@]}" "${words[@]:3}" 2>&1 | prefix "$stage: "
       exit "${PIPESTATUS[0]}"
     ) &
     processes+=("$!")

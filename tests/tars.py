@@ -15,3 +15,9 @@ def write(path, members, end=True):
     if not end:
         path.write_bytes(path.read_bytes()[:length])
     return path
+
+
+def read(path):
+    """The contents of a tar's files, in order."""
+    with tarfile.open(path) as tar:
+        return [tar.extractfile(member).read() for member in tar if member.isfile()]

@@ -46,6 +46,48 @@ def test_usage(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+CONFIG = """
+import ml_collections
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.a = ml_collections.ConfigDict({"number": 1, "word": "x", "on": False})
+    config.a.pair = (1, 2)
+    return config
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "times"),
+    [
+        (["--number=3", "--number=3"], "--number is given 2 times"),
+        (["--number", "3", "-number=4", "--number=5"], "--number is given 3 times"),
+        (["--compilation_cache", "--nocompilation_cache"], "--compilation_cache is"),
+        (
+            ["--config.a.number=1", "--config.a.number=2"],
+            "--config.a.number is given 2",
+        ),
+        (["--config.a.word", "x", "--config.a.word=y"], "--config.a.word is given 2"),
+        (["--config.a.on", "--noconfig.a.on"], "--config.a.on is given 2"),
+        (["--config.a.pair=(1, 2)", "--config.a.pair=3"], "--config.a.pair is given 2"),
+        (["--words=a", "--words=--number=4", "--config.a.pair=(1, 2, 3)"], ""),
+        (["--words=--config.a.pair=3", "--config.a.pair=(1, 2)"], ""),
+    ],
+)
+def test_flags_of_one_value_are_given_once(argv, times, tmp_path, monkeypatch, capsys):
+    (tmp_path / "c.py").write_text(CONFIG)
+    argv = [f"--config={tmp_path}/c.py", *argv]
+    argv += [] if argv[1].startswith("--number") else ["--number=3"]
+    monkeypatch.setattr(sys, "argv", ["door", *argv])
+    config_flags.DEFINE_config_file("config", None, "x", flag_values=flags.FLAGS)
+    flags.DEFINE_multi_string("words", [], "x", flag_values=flags.FLAGS)
+    done = []
+    status = _status(lambda: done.append(flags.FLAGS.words), *argv)
+    error = capsys.readouterr().err
+    assert times in error and error.count("\n") == bool(times), error
+    assert (status, bool(done)) == ((2, False) if times else (0, True))
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "message"),
     [

@@ -96,10 +96,10 @@ def _interval(kind):
 
 
 def test_every_number_has_an_interval():
-    for path, (kind, _) in FIELDS.items():
+    for kind, _ in FIELDS.values():
         number = get_args(kind)[0] if get_origin(kind) is tuple else kind
         number = getattr(number, "__origin__", number)
-        assert number not in (int, float) or _interval(kind) or path.endswith("seed")
+        assert number not in (int, float) or _interval(kind)
 
 
 @pytest.mark.parametrize("path", FIELDS)
@@ -132,8 +132,11 @@ def test_a_field_takes_what_its_type_says_and_no_more(path):
     if interval[-1] == ")" and high < math.inf:
         refused(number(high))
     if number is float:
-        for value in (math.nan, math.inf, -math.inf):
+        for value in (math.nan, math.inf, -math.inf, 1e39, -1e39):
             refused(value)
+    elif high == math.inf:
+        refused(2**31)
+        refused(2**64)
 
 
 # As one that reads the papers would have them.
@@ -165,6 +168,18 @@ def test_a_field_takes_what_its_type_says_and_no_more(path):
 )
 def test_intervals(interval, paths):
     assert {_interval(FIELDS[path][0]) for path in paths.split()} == {interval}
+
+
+@pytest.mark.parametrize("path", ["training.seed", "data.seed"])
+def test_seeds_have_32_bits(path):
+    for seed in (2**32, 2**64, -(2**31) - 1):
+        _refused(_nest(path, seed), f"config.{path} is {seed}; it must be in [-21474")
+    for seed in (0, -1, 2**32 - 1):
+        config.from_dict(_nest(path, seed))
+
+
+def test_an_integer_that_no_float_holds():
+    _refused(_nest("optimizer.eps", 10**400), "config.optimizer.eps is 1000")
 
 
 @pytest.mark.parametrize("path", ["optimizer.ema_decay", "sampler.gamma"])

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from imagen_jax.prepare import prepare
-from tests.test_doors import ROOT, TINY, environment, error
+from tests.test_doors import ROOT, TINY, environment, error, once
 
 # TINY has no attention, whose keys' bias has no gradient but for rounding, which Adam
 # makes as large as any other's: two orders of sums have nothing in common there.
@@ -34,9 +34,9 @@ def records(tmp_path_factory):
 def flags(workdir, records, *more: str) -> list[str]:
     return [
         *("--config=configs/tiny.py:base", f"--workdir={workdir}"),
-        *(f"--config.data.records={records}", *TINY),
-        *("--config.training.sample_every_steps=0", "--config.text.length=4"),
-        *("--config.training.log_every_steps=1", *more),
+        f"--config.data.records={records}",
+        *once(*TINY, "--config.training.sample_every_steps=0", *more),
+        *("--config.text.length=4", "--config.training.log_every_steps=1"),
     ]
 
 

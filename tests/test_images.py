@@ -1,9 +1,11 @@
 """Grids of images."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from imagen_jax import images
+from imagen_jax.errors import UserError
 
 
 def numbered(count, size):
@@ -52,3 +54,47 @@ def test_save_is_lossless(tmp_path):
     picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     images.save(tmp_path / "x.png", picture)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), picture)
+
+
+@pytest.mark.parametrize("fonts", [None, 1])
+def test_labels_in_any_language_can_be_told_apart(monkeypatch, fonts):
+    """In a font that has their letters; where none has, as escapes."""
+    known = images._fonts()[:fonts]
+    monkeypatch.setattr(images, "_fonts", lambda: known)
+    texts = ["красное", "красная", "قلب", "قلم", "心", "中", "é", "è", "\x07", "a"]
+    sheets = {images.grid(numbered(1, 96), 1, [text]).tobytes() for text in texts}
+    assert len(sheets) == len(texts)
+    text, font = images._label("красное", 400)
+    if len(images._fonts()) == 1:
+        assert text == r"\u043a\u0440\u0430\u0441\u043d\u043e\u0435"
+    elif text == "красное":
+        assert not any(images._lacks(font, letter) for letter in text)
+    # What no font has: a letter that Unicode has not given away.
+    assert images._label("a\u0378", 200)[0] == r"a\u0378"
+
+
+@pytest.mark.parametrize("text", ["x" * 500, "心" * 200, "a " * 300, "\n\u2028"])
+def test_labels_stay_beside_their_pictures(text):
+    """Lines are broken where there is no space, and long texts cut."""
+    lines, font = images._label(text, 90)
+    assert max(map(font.getlength, lines.split("\n"))) <= 90
+    assert lines.count("\n") < 80
+
+
+def test_a_title_stands_above_all():
+    plain = images.grid(numbered(4, 40), 2)
+    titled = images.grid(numbered(4, 40), 2, title="a red circle, seed 5")
+    head = len(titled) - len(plain)
+    assert head > 13 and (titled[:head] < 128).any()
+    np.testing.assert_array_equal(titled[head + 4 :], plain[4:])
+
+
+def test_read_reduces_by_means(tmp_path):
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    images.save(tmp_path / "x.png", picture)
+    np.testing.assert_array_equal(images.read(tmp_path / "x.png"), picture)
+    small = images.read(tmp_path / "x.png", 4)
+    means = picture.reshape(4, 2, 4, 2, 3).mean((1, 3))
+    assert np.abs(small - means).max() <= 0.5
+    with pytest.raises(UserError, match="y.png' cannot be read"):
+        images.read(tmp_path / "y.png")

@@ -1,6 +1,7 @@
 """The launch scripts pass values on byte for byte, or refuse them in one line."""
 
 import copy
+import json
 import shutil
 import sys
 
@@ -26,6 +27,8 @@ FLAGS = "'\"\\ ${NAME}${CHIPS} $(a b) : #x - *&!%@`{}[],é😀\u0085\u2028\ufeff
 VARIABLES = (
     *("A=*", "B=", "C==x=", 'D="q"\'', "E=$HOME${NAME}`id`\\n\\", "F=~/é😀:~/b"),
     *("G=--x", "H=a;b&c|#d", "I={a,b}", "PYTHONUNBUFFERED=0"),
+    *("LIBTPU_INIT_ARGS=--a=true --b=true", "J= a  b ", "K='x y' # ; *", "L= "),
+    *("M=é 日本 😀 \u2028", "N=a\\ b\\", 'O="q r" -- --env', "P=a -b=c 1=2 é=3"),
 )
 
 
@@ -68,7 +71,7 @@ def test_what_workers_run_is_what_was_written(cloud, tmp_path):
         "--name=a",
         "--stages=b c* v4-8 --config.y=* --config.z=\"'\\",
         f"--workdir=gs://{FLAGS}",
-        f"--env={' '.join(VARIABLES[1:])}",
+        *(f"--env={word}" for word in VARIABLES[1:]),
         "--env",
         VARIABLES[0],
         '--create-args=--network="n" --description=*',
@@ -172,12 +175,11 @@ def test_what_kubernetes_would_replace_is_refused(cloud):
 
 
 REFUSED = (
-    *("--name=a\n", "--name=é", "--name=$(touch pwned)", "--env=X=a b", "--env=X=a "),
+    *("--name=a\n", "--name=é", "--name=$(touch pwned)", "--env=X", "--env=X=1 Y=2"),
     *(
         "--env=X=1\nY=2",
         "--env=X=a\tb",
         "--env=-i",
-        "--env=X",
         "--env=é=1",
         "--env= X=",
     ),
@@ -194,7 +196,14 @@ REFUSED = (
 REFUSED_TPU = (
     *("--zone=a b", "--zone=-x", "--zone=*", "--project='p'", "--accelerator-type="),
     *("--runtime-version=a\n", "--create-args=--a  --b", "--create-args= --a"),
-    *("--create-args=--a\n--b", "--ssh-args=--a\t--b", "--ssh-args=--a ", "--commit="),
+    *(
+        "--create-args=--a\n--b",
+        '--create-args=--a="b c"',
+        "--ssh-args='a b'",
+        "--ssh-args=--a\t--b",
+        "--ssh-args=--a ",
+        "--commit=",
+    ),
     *("--commit=--git-dir", "--repo=-x", "--worker=$(touch pwned)", "--worker="),
     *("--retries=a[$(touch pwned)]", "--retries=99999999999", "--parallel=0"),
     *("--poll-seconds=1\n", "--poll-seconds=.", "--stages=", "--stages=a b v4-8\n"),
@@ -259,3 +268,14 @@ def test_what_a_worker_cannot_use_is_refused(cloud, tmp_path):
     ):
         refuse(cloud, "worker.sh", *words, env={"HOME": str(tmp_path)})
     assert not (tmp_path / "imagen-runs").exists()
+
+
+def test_a_variable_of_the_environment_is_one_and_gives_way_to_a_flag(cloud):
+    env = {"LAUNCH_ENV": "A=--a=true --b=true"}
+    plain = ("--image=i", "--config=c", "--workdir=w")
+    for flags, value in (((), "--a=true --b=true"), (("--env=A=$ '\"",), "$ '\"")):
+        done = cloud.run("gke.sh", "render", "--name=a", *plain, *flags, env=env)
+        assert done.returncode == 0, done.stdout
+        assert json.dumps({"name": "A", "value": value}) in done.stdout
+    done = cloud.run("gke.sh", "render", "--name=a", *plain, "--env=", env=env)
+    assert "env: []" in done.stdout

@@ -14,6 +14,7 @@ from imagen_jax.data import start_tensorflow
 from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
 from tests import tars
+from tests.npz import captions
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_broken_pictures_are_skipped_and_named(pictures, tmp_path, name, capsys)
     manifest = prepare.prepare(f"folder:{pictures}", str(output), image_size=16)
     assert (manifest.examples, manifest.skipped) == (3, 2)
     reasons = {skip["file"]: skip["reason"] for skip in manifest.skipped_files}
-    assert reasons["4.png"] == "has no .txt file beside it"
+    assert reasons["4.png"] == "has no .txt or .caption file beside it"
     assert "truncated" in reasons["2.png"].lower()
     out = capsys.readouterr().out
     assert "; 2 skipped" in out and "2.png: " in out
@@ -195,8 +196,9 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
 
     _prepare("shapes:4", tmp_path / "s.npz", image_size=32, seed=3)
     with np.load(tmp_path / "s.npz") as file:
-        images, captions = file["image"], file["caption"]
-    for scene, image, caption in zip(shapes.generate(4, 3), images, captions):
+        images = file["image"]
+    texts = captions(tmp_path / "s.npz")
+    for scene, image, caption in zip(shapes.generate(4, 3), images, texts):
         assert shapes.caption(scene) == caption
         np.testing.assert_array_equal(shapes.draw(scene, 32), image)
 

@@ -1,5 +1,6 @@
 """Meshes of eight devices, and where parameters lie on them."""
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -227,3 +228,33 @@ def test_between_slices_go_sums_of_gradients_only():
     own = sum(math.prod(part.sharding.shard_shape(part.shape)) for part in parts)
     # Arrays of few channels are sent as tiles of 128; the loss and norms besides.
     assert own <= sent < 1.05 * own
+
+
+@pytest.mark.parametrize("sign", ["nvidia-smi", "/dev/nvidia0", "/proc/driver/nvidia"])
+def test_a_gpu_that_jax_does_not_use_is_told(sign, monkeypatch):
+    """On a machine that has one of the signs of NVIDIA's driver."""
+    here = [sign]
+    monkeypatch.setattr(sharding.os.path, "exists", lambda path: path in here)
+    monkeypatch.setattr(sharding.shutil, "which", lambda name: name in here)
+    with jax_platforms(None):
+        told = sharding.unused_gpu()
+        assert "pip install --editable '.[cuda]'" in told and "\n" not in told
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        assert not sharding.unused_gpu()
+        monkeypatch.undo()
+        here.clear()
+        monkeypatch.setattr(sharding.os.path, "exists", lambda path: False)
+        monkeypatch.setattr(sharding.shutil, "which", lambda name: None)
+        assert not sharding.unused_gpu()
+    with jax_platforms("cpu"):  # who asks for CPUs knows
+        assert not sharding.unused_gpu()
+
+
+@contextlib.contextmanager
+def jax_platforms(value):
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", value)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_platforms", before)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from imagen_jax import config
 from imagen_jax.batch import Batch, batch_spec
 from imagen_jax.config import StageConfig
+from imagen_jax.models import network
 from imagen_jax.sharding import batch_sharding
 
 _VALUES = {
@@ -59,6 +61,30 @@ def sr_stage(**changes) -> StageConfig:
     """A super-resolution stage from 8 to 16 pixels."""
     model = {"architecture": "efficient_unet", **changes.pop("model", {})}
     return stage(name="sr", image_size=16, lowres_size=8, model=model, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Untrained:
+    """`Weights` of a stage that has only been initialised."""
+
+    path: str
+    cfg: StageConfig
+    step: int = 3
+
+    def load(self, like):
+        params = nn.unbox(network.init(self.cfg, jax.random.key(0)))
+        # What starts at zero would hide the network.
+        return jax.tree.map(
+            lambda a, place: jax.device_put(a + 0.05, place.sharding), params, like
+        )
+
+
+def untrained(**changes) -> list[Untrained]:
+    """A cascade for captions, of 8 and 16 pixels, in batches of two."""
+    text = {"length": 6, "dim": 64, "encoder": "tiny@v2-seed0-2x64"}
+    groups = {"text": text, "model": ONE_LEVEL, "sampler": {"batch_size": 2}}
+    base, sr = stage(**groups), sr_stage(**(groups | changes))
+    return [Untrained("base", base), Untrained("sr", sr)]
 
 
 def batch(cfg: StageConfig, seed: int = 0) -> Batch:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +14,13 @@ from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
 from imagen_jax.models import network
-from imagen_jax.text.encoders import load_encoder
+from imagen_jax.text.embeddings import from_bytes, to_bytes
+from imagen_jax.text.encoders import TextEncoder, load_encoder
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.weights import Weights, open_weights
+
+# Prompts that are embedded in one call, and bytes of all that stay in memory.
+_CHUNK, _IN_MEMORY = 256, 2**26
 
 
 def open_stages(workdirs: Sequence[str]) -> list[Weights]:
@@ -104,6 +109,12 @@ def all_cells(
     """
     every = range(len(configs))
     enlarging = [i for i in every if configs[i].lowres_size]
+    for i in enlarging if aug_level else ():
+        if not configs[i].diffusion.lowres_augmentation:
+            raise UserError(
+                f"--aug_level: stage {i + 1} ({configs[i].name}) was trained without "
+                "augmentation, on clean low-resolution images: leave the flag out"
+            )
     levels = _choices("aug_level", aug_level, enlarging)
     weights = _choices("guidance", guidance, every)
     cells = []
@@ -143,6 +154,46 @@ def settings(configs: Sequence[StageConfig], prompts: int) -> Settings:
     return Settings(guidance.reshape(-1, guidance.shape[-1]), aug_level.ravel())
 
 
+class Texts:
+    """Embeddings of prompts, in a file where they are many: one of T5-XXL takes a MiB.
+
+    The encoder is not kept: its weights leave the devices before those of stages come.
+    """
+
+    def __init__(
+        self, encoder: TextEncoder, length: int, prompts: Sequence[str], folder=None
+    ):
+        """Embeds prompts, and says which ones are cut to `length` tokens.
+
+        The file lies in `folder`, nameless, and ends with the process.
+        """
+        self._length, self._dim = length, encoder.dim
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=folder)
+        self._places: dict[str, tuple[int, int]] = {}
+        distinct = list(dict.fromkeys(prompts))
+        for start in range(0, len(distinct), _CHUNK):
+            chunk = distinct[start : start + _CHUNK]
+            for prompt in chunk:
+                tokens = len(encoder.tokenize(prompt))
+                if tokens > length:
+                    print(
+                        f"warning: {prompt!r} has {tokens} tokens; the stages were "
+                        f"trained with {length}, the rest is cut"
+                    )
+            for prompt, rows in zip(chunk, encoder.encode(chunk, length)):
+                data = to_bytes(rows)
+                self._places[prompt] = self._file.tell(), len(data)
+                self._file.write(data)
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """`[N, L, D]` bfloat16 and the mask `[N, L]` of N of the prompts."""
+        rows = []
+        for start, size in map(self._places.get, prompts):
+            self._file.seek(start)
+            rows.append(from_bytes(self._file.read(size), self._dim))
+        return pad_text(rows, self._length, self._dim)
+
+
 def sample_prompts(
     trained: Sequence[Weights],
     prompts: Sequence[str],
@@ -152,9 +203,10 @@ def sample_prompts(
     lowres: np.ndarray | None = None,
     cells: Sequence[Cell] = (),
     recorded_steps: tuple[int, ...] = (),
-    show_steps: bool = False,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Encodes prompts and runs them through the stages, one stage in memory at a time.
+
+    All pictures are held in memory; `samples.make` writes them as they are made.
 
     Args:
       trained: base first.
@@ -165,7 +217,6 @@ def sample_prompts(
       cells: combinations of values; each prompt is sampled in all of them with the same
         seed, N = prompts x cells pictures in all. Empty for the stages' own values.
       recorded_steps: steps whose estimates are returned too.
-      show_steps: whether the progress bar counts the steps of a batch too.
 
     Returns:
       What `sample_cascade` returns, the cells of one prompt side by side.
@@ -176,18 +227,9 @@ def sample_prompts(
     configs = [one.cfg for one in trained]
     check_order(configs, made=0 if lowres is None else lowres.shape[1])
     cells = cells or all_cells(configs)
-    text_cfg = configs[0].text
-    encoder = load_encoder(text_cfg.encoder, encoder_weights)
-    for prompt in prompts:
-        tokens = len(encoder.tokenize(prompt))
-        if tokens > text_cfg.length:
-            print(
-                f"warning: {prompt!r} has {tokens} tokens; the stages were trained "
-                f"with {text_cfg.length}, the rest is cut"
-            )
-    embedded = encoder.encode(list(prompts), text_cfg.length)
-    text, mask = pad_text(embedded, text_cfg.length, encoder.dim)
-    # T5-XXL's weights leave the devices before the stages run.
+    cfg = configs[0].text
+    encoder = load_encoder(cfg.encoder, encoder_weights)
+    text, mask = Texts(encoder, cfg.length, prompts)(prompts)
     del encoder
     text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
     stages = zip(*(cell.configs for cell in cells), strict=True)
@@ -203,5 +245,4 @@ def sample_prompts(
             [settings(stage, len(prompts)) for stage in stages],
             recorded_steps,
             bar.update,
-            (lambda step: bar.set_postfix(step=int(step) + 1)) if show_steps else None,
         )

@@ -11,7 +11,8 @@ from imagen_jax.batch import pad_text
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.pipeline import Stream, open_records, open_sources
 from imagen_jax.errors import printable
-from imagen_jax.sharding import make_mesh
+from imagen_jax.sharding import make_mesh, unused_gpu
+from imagen_jax.stores import check_store
 from imagen_jax.text.encoders import load_encoder
 from imagen_jax.training.loop import train
 from imagen_jax.training.metrics import Stopwatch
@@ -38,8 +39,11 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
       Stopped: on SIGINT or SIGTERM, after saving.
     """
     stopwatch = Stopwatch()
+    check_store(workdir)
     mesh = make_mesh(cfg.mesh)
     if jax.process_index() == 0:
+        if hint := unused_gpu():
+            print(hint)
         sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         print(
             f"training {printable(cfg.name)} on {mesh.size} x "

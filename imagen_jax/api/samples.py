@@ -1,18 +1,45 @@
-"""The folder that sampled pictures are written to."""
+"""Pictures that are written as they are made, in a folder where a killed job goes on.
 
+It holds job.json, what was asked for; NNNN.png of the last stage and NNNN_SIZEpx.png of
+earlier ones, from which the next stage starts; samples.jsonl, a line for each finished
+picture, in order; and at the end grids and sheets.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
+import functools
+import hashlib
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
 
 import jax
 import numpy as np
+import tqdm
+from jax.sharding import Mesh
 
 from imagen_jax import images
-from imagen_jax.api.cascade import Cell, all_cells
+from imagen_jax.api.cascade import Cell, Texts, all_cells, load, settings
+from imagen_jax.diffusion.cascade import (
+    Inputs,
+    Settings,
+    check_order,
+    sample_stage,
+)
 from imagen_jax.errors import UserError
+from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
+from imagen_jax.text.encoders import load_encoder
 from imagen_jax.training.weights import Weights
+
+JOB, LINES = "job.json", "samples.jsonl"
+# Of a job with its prompts, a hundred times more than anyone types.
+_JOB_BYTES = 2**30
+# Pictures in a grid, and their largest side there: more are on further grids.
+_GRID, _GRID_SIDE = 64, 256
 
 
 def check_output(output: str) -> None:
@@ -20,73 +47,295 @@ def check_output(output: str) -> None:
     if "://" in output:
         raise UserError(f"--output={output}: sample to a disk, then copy the folder")
     place = pathlib.Path(output).absolute()
-    while not place.exists():
+    while not os.path.exists(place):
         place = place.parent
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    if not output or not (place.is_dir() and os.access(place, os.W_OK)):
         raise UserError(f"--output={output}: {place} is no folder to write to")
 
 
-def write(
-    output: str,
-    trained: Sequence[Weights],
-    prompts: Sequence[str],
-    seeds: np.ndarray,
-    samples: Sequence[np.ndarray],
-    cells: Sequence[Cell] = (),
-    lowres: Sequence[str] = (),
-) -> None:
-    """Writes what `sample_prompts` returned for the same arguments to a folder.
+@dataclasses.dataclass
+class Job:
+    """What is made where: of every prompt `num_images` seeds, each in all cells."""
 
-    NNNN.png of the last stage, NNNN_SIZEpx.png of earlier ones, samples.json (all that
-    is needed to make each picture again), grid.png and, for several cells,
-    sheet_NNNN.png of each prompt. `samples` are `[N, H, W, 3]` uint8 of each stage,
-    `lowres` the files that the first one started from: none, one, or one per prompt.
-    """
-    folder = pathlib.Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    cells = cells or all_cells([one.cfg for one in trained])
-    records = []
-    for i in range(len(samples[-1])):
-        prompt, cell = i // len(cells), cells[i % len(cells)]
-        names = [f"{i:04d}_{s.shape[1]}px.png" for s in samples[:-1]] + [f"{i:04d}.png"]
-        for name, of_stage in zip(names, samples, strict=True):
-            images.save(folder / name, of_stage[i])
-        record = {
-            "file": names[-1],
-            "prompt": prompts[prompt],
-            "seed": int(seeds[prompt]),
-            "earlier_stages": names[:-1],
-            "guidance": [
-                cfg.sampler.guidance_schedule or cfg.sampler.guidance
-                for cfg in cell.configs
+    output: str
+    trained: Sequence[Weights]  # base first
+    prompts: Sequence[str]
+    seed: int = 0  # of the first picture; it counts up with each that is no other cell
+    num_images: int = 1
+    cells: Sequence[Cell] = ()  # empty for the stages' own values
+    # If the first stage is no base: files to start from, one or one for each prompt,
+    # and what makes `[h, w, 3]` uint8 of one.
+    lowres: Sequence[str] = ()
+    read_lowres: Callable[[str], np.ndarray] | None = None
+    recorded_steps: tuple[int, ...] = ()  # whose estimates are drawn, too
+
+    def __post_init__(self):
+        self.folder = pathlib.Path(self.output)
+        self.cells = self.cells or all_cells([one.cfg for one in self.trained])
+        self.count = len(self.prompts) * self.num_images * len(self.cells)
+
+    def path(self, number: int, stage: int = -1, kind: str = "") -> pathlib.Path:
+        """The file of a picture of a stage; -1 is the last."""
+        if stage not in (-1, len(self.trained) - 1) or kind:
+            kind += f"_{self.trained[stage].cfg.image_size}px"
+        return self.folder / f"{number:04d}{kind}.png"
+
+    def asked(self, number: int) -> tuple[str, int, Cell]:
+        """The prompt, the seed and the values of a picture."""
+        row, cell = divmod(number, len(self.cells))
+        prompt = self.prompts[row // self.num_images]
+        return prompt, self.seed + row, self.cells[cell]
+
+    def start(self, number: int) -> str:
+        """The file that a picture starts from."""
+        each = len(self.cells) * self.num_images
+        return self.lowres[number // each % len(self.lowres)]
+
+    def missing(self, stage: int = -1) -> np.ndarray:
+        """The numbers of the pictures that a stage has yet to make."""
+        return np.array(
+            [
+                number
+                for number in range(self.count)
+                if not (self.path(number).exists() or self.path(number, stage).exists())
             ],
-            "aug_level": [
-                cfg.sampler.aug_level if cfg.lowres_size else None
-                for cfg in cell.configs
-            ],
-        }
-        if lowres:
-            record["lowres"] = lowres[prompt % len(lowres)]
-        records.append(record)
-    if len(cells) > 1:
-        columns = len({str(record["guidance"]) for record in records})
-        labels = [cell.label for cell in cells]
-        for i, shown in enumerate(np.split(samples[-1], len(prompts))):
-            images.save_sheet(folder / f"sheet_{i:04d}.png", shown, columns, labels)
-    captions = [record["prompt"] for record in records]
-    images.save_sheet(folder / "grid.png", samples[-1], min(8, len(captions)), captions)
-    stages = [
-        {
-            "workdir": one.path,
-            "checkpoint_step": one.step,
-            "config": dataclasses.asdict(one.cfg),
-        }
-        for one in trained
-    ]
-    description = {
-        "pictures": records,
-        "stages": stages,
-        "versions": {"jax": jax.__version__},
-        "devices": [str(device) for device in jax.devices()],
+            int,
+        )
+
+
+def _line(job: Job, number: int) -> dict[str, Any]:
+    """All that is needed, beside `JOB`, to make a picture again."""
+    prompt, seed, cell = job.asked(number)
+    stages = range(len(job.trained) - 1)
+    line = {
+        "file": job.path(number).name,
+        "prompt": prompt,
+        "seed": seed,
+        "earlier_stages": [job.path(number, stage).name for stage in stages],
+        **_values(cell),
     }
-    (folder / "samples.json").write_text(json.dumps(description, indent=1) + "\n")
+    return line | ({"lowres": job.start(number)} if job.lowres else {})
+
+
+def _values(cell: Cell) -> dict[str, list[Any]]:
+    samplers = [cfg.sampler for cfg in cell.configs]
+    return {
+        "guidance": [one.guidance_schedule or one.guidance for one in samplers],
+        "aug_level": [
+            cfg.sampler.aug_level if cfg.lowres_size else None for cfg in cell.configs
+        ],
+    }
+
+
+def _identity(job: Job) -> dict[str, Any]:
+    """What decides the pictures, but for a rounding."""
+    stages = []
+    for one in job.trained:
+        path = one.path if "://" in one.path else os.path.abspath(one.path)
+        config = dataclasses.asdict(one.cfg)
+        # Another one makes the same pictures, to a level of 255.
+        del config["sampler"]["batch_size"]
+        stages.append({"workdir": path, "checkpoint_step": one.step, "config": config})
+    values = {
+        "seed": job.seed,
+        "num_images": job.num_images,
+        "prompts": job.prompts,
+        "values": [_values(cell) for cell in job.cells],
+        "lowres": [
+            hashlib.sha256(job.read_lowres(path)).hexdigest() for path in job.lowres
+        ],
+        "estimates": job.recorded_steps,
+        "stages": stages,
+    }
+    return json.loads(json.dumps(values))
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    """What differs in two values of JSON: "seed is 0 there, 5 here"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**new, **old}:
+            own = f"{path}.{key}".lstrip(".")
+            yield from _differences(old.get(key), new.get(key), own)
+    elif isinstance(old, list) and isinstance(new, list):
+        for i, pair in enumerate(itertools.zip_longest(old, new)):
+            yield from _differences(*pair, f"{path}[{i}]")
+    elif old != new:
+        there, here = ("none" if v is None else f"{v!r:.200}" for v in (old, new))
+        yield f"{path} is {there} there, {here} here"
+
+
+@contextlib.contextmanager
+def _entered(job: Job) -> Iterator[IO[bytes]]:
+    """Makes the folder of a job, or enters it again; gives its empty `LINES`.
+
+    Raises:
+      UserError: when it cannot be written, holds anything else (names what differs), or
+        another process is at work in it.
+    """
+    check_output(job.output)
+    file, new = job.folder / JOB, _identity(job)
+    with contextlib.ExitStack() as stack:
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            names = [name for name in os.listdir(job.folder) if name[0] != "."]
+            is_new = all(name.endswith(TEMPORARY) for name in names)
+            if is_new:
+                devices = [str(device) for device in jax.devices()]
+                whole = {"asked": new, "jax": jax.__version__, "devices": devices}
+                write_text(file, json.dumps(whole, indent=1) + "\n")
+            _check_same(job, new)
+            lines = stack.enter_context(open(job.folder / LINES, "ab", buffering=0))
+            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lines.truncate(0)
+        except BlockingIOError:
+            raise UserError(
+                f"another process samples to --output={job.output}: wait for its end"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"--output={job.output} cannot be written: {error.strerror}"
+            ) from None
+        yield lines
+
+
+def _check_same(job: Job, new: dict[str, Any]) -> None:
+    """Raises `UserError` unless the folder is that of a job of this identity."""
+    file = job.folder / JOB
+    if not file.exists():
+        raise UserError(
+            f"--output={job.output} holds files, and no {JOB} of `sample`: give a new "
+            "folder"
+        )
+    old = read_json(file, "what a job of `sample` was asked for", _JOB_BYTES)
+    differs = list(itertools.islice(_differences(old.get("asked"), new, ""), 4))
+    if differs:
+        more = "; and more" if len(differs) > 3 else ""
+        raise UserError(
+            f"--output={job.output} holds another job ({'; '.join(differs[:3])}{more}):"
+            " give another folder, or remove it"
+        )
+
+
+def _save(job: Job, number: int, stage: int, picture: np.ndarray, estimates) -> None:
+    """Writes a picture, whole or not at all, and before it its estimates."""
+    if job.recorded_steps:
+        labels = [f"step {step}" for step in job.recorded_steps]
+        path = job.path(number, stage, "_estimates")
+        columns = min(8, len(labels))
+        images.save_sheet(path, estimates, columns, labels, _caption(job, number))
+    with appearing(job.path(number, stage)) as partial:
+        images.save(partial, picture)
+
+
+def _caption(job: Job, number: int, label: bool = True) -> str:
+    prompt, seed, cell = job.asked(number)
+    parts = [prompt, f"seed {seed}", cell.label if label else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _tell(job: Job, lines: IO[bytes], told: int) -> int:
+    """Adds the lines of finished pictures after the first `told`; returns how many."""
+    while told < job.count and job.path(told).exists():
+        # In one piece, so that a line is there or not.
+        lines.write((json.dumps(_line(job, told)) + "\n").encode())
+        told += 1
+    return told
+
+
+def _inputs(
+    job: Job, texts: Texts, stage: int, values: Settings, numbers: np.ndarray
+) -> Inputs:
+    rows, cells = np.divmod(numbers, len(job.cells))
+    lowres = None
+    if stage:
+        lowres = np.stack([images.read(job.path(n, stage - 1)) for n in numbers])
+    elif job.lowres:
+        lowres = np.stack([job.read_lowres(job.start(n)) for n in numbers])
+    text, mask = texts([job.asked(number)[0] for number in numbers])
+    seeds = (job.seed + rows).astype(np.uint32)
+    return Inputs(seeds, text, mask, *(each[cells] for each in values), lowres)
+
+
+def make(
+    job: Job, mesh: Mesh, encoder_weights: str = "", show_steps: bool = False
+) -> None:
+    """Makes what is missing of a job, stage by stage, one of them in memory at a time.
+
+    However many pictures there are, a batch of them is in memory. `show_steps` has the
+    progress bar count the steps of a batch too.
+
+    Raises:
+      UserError: when a stage does not take what the one before it makes, or the folder
+        is another job's or cannot be written.
+    """
+    configs = [one.cfg for one in job.trained]
+    check_order(configs, made=configs[0].lowres_size if job.lowres else 0)
+    with _entered(job) as lines:
+        todo = [job.missing(stage) for stage in range(len(configs))]
+        told = _tell(job, lines, 0)
+        if told < job.count:
+            prompts = [job.asked(number)[0] for number in todo[-1]]
+            text = configs[0].text
+            encoder = load_encoder(text.encoder, encoder_weights)
+            texts = Texts(encoder, text.length, prompts, job.folder)
+            del encoder
+        total = sum(map(len, todo))
+        with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
+            tell = (lambda i: bar.set_postfix(step=int(i) + 1)) if show_steps else None
+            for stage, numbers in enumerate(todo):
+                if not len(numbers):
+                    continue
+                values = settings([cell.configs[stage] for cell in job.cells], 1)
+                inputs = functools.partial(_inputs, job, texts, stage, values)
+                for made in sample_stage(
+                    load(job.trained[stage], mesh),
+                    numbers,
+                    job.count,
+                    inputs,
+                    values,
+                    mesh,
+                    job.recorded_steps,
+                    tell,
+                ):
+                    for number, picture, estimates in zip(*made):
+                        _save(job, number, stage, picture, estimates)
+                        told = _tell(job, lines, told)
+                    bar.update(len(made[0]))
+    _show(job)
+
+
+def write(job: Job, samples: Sequence[np.ndarray]) -> None:
+    """Writes what `sample_prompts` returned: of each stage `[N, H, W, 3]` uint8."""
+    with _entered(job) as lines:
+        for stage, pictures in enumerate(samples):
+            for number, picture in enumerate(pictures):
+                _save(job, number, stage, picture, ())
+        _tell(job, lines, 0)
+    _show(job)
+
+
+def _sheets(job: Job) -> Iterator[tuple[str, Sequence[int], int, list[str], str, int]]:
+    """Name, numbers, columns, captions, title and largest pictures of every sheet."""
+    each = len(job.cells)
+    columns = len({str(_values(cell)["guidance"]) for cell in job.cells})
+    labels = [cell.label for cell in job.cells]
+    for first in range(0, job.count if each > 1 else 0, each):
+        title = _caption(job, first, label=False)
+        name, numbers = f"sheet_{first // each:04d}.png", range(first, first + each)
+        yield name, numbers, columns, labels, title, 0
+    for first in range(0, job.count, _GRID):
+        name = f"grid_{first:04d}.png" if first else "grid.png"
+        numbers = range(first, min(first + _GRID, job.count))
+        captions = [_caption(job, number) for number in numbers]
+        yield name, numbers, min(8, len(numbers)), captions, "", _GRID_SIDE
+
+
+def _show(job: Job) -> None:
+    """Draws grids, and of several cells a sheet for each prompt and seed."""
+    for name, numbers, columns, captions, title, side in _sheets(job):
+        if not (job.folder / name).exists():
+            shown = np.stack([images.read(job.path(n), side) for n in numbers])
+            with appearing(job.folder / name) as partial:
+                images.save_sheet(partial, shown, columns, captions, title)
+    for path in job.folder.glob(f"*{TEMPORARY}"):
+        path.unlink(missing_ok=True)

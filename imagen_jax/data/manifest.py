@@ -14,6 +14,7 @@ from etils import epath
 from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
 from imagen_jax.files import is_file_name, parse_json, read_arrays, read_json
+from imagen_jax.stores import check_store
 from imagen_jax.text import embeddings
 
 FILE_NAME = "manifest.json"
@@ -60,6 +61,10 @@ class Manifest:
     skipped: int = 0  # examples of the source that are not in the records
     # The first of them as {"file", "reason"}; QUARANTINE_FILE has all.
     skipped_files: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    # Files, members or rows of the source, and what became of them: "used",
+    # "quarantined", and those passed over by kind, as ".ogg". 0 where nobody counted.
+    holds: int = 0
+    account: dict[str, int] = dataclasses.field(default_factory=dict)
     # {"file", "examples", "sha256", "sides"} for each file of records, or for the one
     # .npz file: "sides" counts images by their shorter side in pixels. Files of records
     # also have "bytes" and "head_sha256". Releases up to 0.2 wrote "lengths", too.
@@ -172,6 +177,7 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
     Raises:
       UserError: when there is none, or files that it names are missing.
     """
+    check_store(os.fspath(records))
     path = epath.Path(records)
     if not str(records) or not path.exists():
         raise UserError(

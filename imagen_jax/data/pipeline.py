@@ -32,7 +32,9 @@ def read_sources(records: str) -> list[Source]:
     One folder or .npz file, "tfds:NAME", or a mixture of folders and data sets with
     weights: "DIR:WEIGHT,DIR:WEIGHT,...".
     """
-    if "," not in records or epath.Path(records).exists():
+    # A folder may have a comma in its name.
+    is_one = "," not in records
+    if is_one or "://" not in records and epath.Path(records).exists():
         return [Source(records, 1.0, _read_manifest(records))]
     named = [_split(word.strip()) for word in records.split(",")]
     sources = [Source(path, weight, _read_manifest(path)) for path, weight in named]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -44,6 +44,17 @@ class Settings(NamedTuple):
             guidance=np.tile(guidance_weights(sampler), (count, 1)),
             aug_level=np.full(count, sampler.aug_level, np.float32),
         )
+
+
+class Inputs(NamedTuple):
+    """What N images of a stage are made from."""
+
+    seeds: np.ndarray  # [N] uint32
+    text: np.ndarray  # [N, L, D]
+    mask: np.ndarray  # [N, L] bool
+    guidance: np.ndarray  # this and the next as in `Settings`
+    aug_level: np.ndarray
+    lowres: np.ndarray | None  # [N, h, w, 3] uint8; None for a base stage
 
 
 @functools.cache
@@ -123,6 +134,59 @@ def _images(side: int) -> str:
     return f"{side} pixel images" if side else "no images"
 
 
+def _rows(batch_size: int, count: int, mesh: Mesh) -> int:
+    """Rows of the program for `count` images in all, a multiple of the mesh's shards.
+
+    Some alone take less time than a batch that is filled up: on two CPU cores, of the
+    demo's cascade, a row in a batch takes half as long as one by itself.
+    """
+    shards = row_shards(mesh)
+    rows = 1 if count == 1 or 8 * count <= batch_size else batch_size
+    return -(-rows // shards) * shards
+
+
+def sample_stage(
+    stage: Stage,
+    numbers: np.ndarray,
+    count: int,
+    inputs: Callable[[np.ndarray], Inputs],
+    settings: Settings,
+    mesh: Mesh,
+    recorded_steps: tuple[int, ...] = (),
+    on_step: Callable[[jax.Array], None] | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Makes images of one stage, batch by batch.
+
+    A batch has the stage's `sampler.batch_size` rows, or one row where there are few
+    images; the last one is filled up and cut. So two programs serve any number.
+
+    Args:
+      stage: with its parameters on the mesh.
+      numbers: of the images to make, `[M]`, among `count`, on which alone it depends
+        which program makes them.
+      inputs: `[N]` of the numbers to what these images are made from.
+      settings: those of all `count` images, each at least once.
+      mesh: rows of a batch are split over its data and fsdp axes.
+      recorded_steps, on_step: as in `sample_cascade`.
+
+    Yields:
+      the numbers of a batch `[N]`, its images `[N, H, W, 3]` and their estimates at the
+      K recorded steps `[N, K, H, W, 3]`, uint8.
+    """
+    size = _rows(stage.cfg.sampler.batch_size, count, mesh)
+    cfg = _program(stage.cfg, settings)
+    run = compile_sampler(stage.apply, cfg, mesh, recorded_steps, on_step)
+    place = functools.partial(jax.device_put, device=batch_sharding(mesh))
+    for start in range(0, len(numbers), size):
+        own = numbers[start : start + size]
+        take = np.arange(size) % len(own)
+        batch = jax.tree.map(lambda a, take=take: place(a[take]), inputs(own))
+        out = run(stage.params, *batch)
+        out = multihost_utils.process_allgather(out, tiled=True)
+        images, estimates = (a[: len(own)] for a in out)
+        yield own, images, estimates
+
+
 def sample_cascade(
     stages: Iterable[Stage],
     text: np.ndarray,
@@ -135,10 +199,7 @@ def sample_cascade(
     report: Callable[[int], None] = lambda images: None,
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Runs text through all stages.
-
-    Every batch has the stage's `sampler.batch_size` rows (the last one is filled up
-    and cut), so one program serves any number of images.
+    """Runs text through all stages, in the batches of `sample_stage`.
 
     Args:
       stages: base first, in an order that `check_order` accepts. A lazy iterator keeps
@@ -157,27 +218,28 @@ def sample_cascade(
       For each stage its images, `[N, H, W, 3]` uint8, and for each stage the estimates
       at the recorded steps, `[N, K, H, W, 3]` uint8.
     """
-    count, rows = len(seeds), row_shards(mesh)
-    place = functools.partial(jax.device_put, device=batch_sharding(mesh))
+    everyone = np.arange(len(seeds))
     images: list[np.ndarray] = []
     estimates: list[np.ndarray] = []
     before = lowres
     # Not `enumerate`, which would hold a stage while the next one is made.
     for stage in stages:
-        i = len(images)
-        own = settings[i] if settings else Settings.of(stage.cfg.sampler, count)
-        size = -(-stage.cfg.sampler.batch_size // rows) * rows
-        cfg = _program(stage.cfg, own)
-        run = compile_sampler(stage.apply, cfg, mesh, recorded_steps, on_step)
-        inputs = (seeds.astype(np.uint32), text, mask, *own, before)
+        i, sampler = len(images), stage.cfg.sampler
+        own = settings[i] if settings else Settings.of(sampler, len(seeds))
+        given = Inputs(seeds.astype(np.uint32), text, mask, *own, before)
         made = []
-        for start in range(0, count, size):
-            take = np.arange(start, start + size) % count
-            batch = jax.tree.map(lambda a, take=take: place(a[take]), inputs)
-            out = run(stage.params, *batch)
-            out = multihost_utils.process_allgather(out, tiled=True)
-            made.append(jax.tree.map(lambda a, n=count - start: a[:n], out))
-            report(len(made[-1][0]))
+        for numbers, *out in sample_stage(
+            stage,
+            everyone,
+            len(seeds),
+            lambda rows, given=given: jax.tree.map(lambda a: a[rows], given),
+            own,
+            mesh,
+            recorded_steps,
+            on_step,
+        ):
+            made.append(out)
+            report(len(numbers))
         del stage
         before, recorded = (np.concatenate(parts) for parts in zip(*made, strict=True))
         images.append(before)

@@ -1,45 +1,220 @@
-"""Images in a folder, captioned by a metadata.jsonl or by NAME.txt beside NAME.png."""
+"""Images in a folder, captioned by a table or by texts beside them; COCO's captions."""
 
+import csv
+import dataclasses
 import json
 import os
 import pathlib
+import posixpath
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from imagen_jax.errors import UserError
-from imagen_jax.preparing.sources import Problem, Source, make_example, sha256_of
+from imagen_jax.files import read_json, read_lines
+from imagen_jax.preparing import names
+from imagen_jax.preparing.sources import (
+    CAPTIONS,
+    USUAL,
+    Conventions,
+    Problem,
+    Rest,
+    Source,
+    caption_in,
+    first_lines,
+    make_example,
+    sha256_of,
+)
 
-_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-_METADATA = "metadata.jsonl"
+# Of two in a folder the first is read.
+_TABLES = ("metadata.jsonl", "metadata.csv")
+_TEXTS = (".txt", ".caption")
+_COLUMNS = ("text", *CAPTIONS)
+_TAKES = (
+    f"taken are pictures ({', '.join(names.IMAGES)}) with NAME.txt or NAME.caption "
+    "beside NAME.png, or in a metadata.jsonl or .csv (file_name; text, caption, prompt "
+    "or --caption_column); or pictures alone, with --no_captions"
+)
+# Five captions of each of COCO's 118,287 pictures take 88 MiB.
+_COCO_BYTES = 2**30
 
 
-def open_folder(folder: str, seed: int, size: int) -> Source:
+def open_folder(folder: str, seed: int, size: int, how: Conventions = USUAL) -> Source:
     """The images of a folder and its subfolders, shuffled; `size` make a shard.
 
-    With a metadata.jsonl (one object a line, `file_name` and `text`) the captions are
-    those of its lines, else those of the .txt files beside the images.
+    Where a folder or one above it has a metadata.jsonl or .csv, the captions are those
+    of its rows, else those of the .txt or .caption files beside the images.
     """
     root = pathlib.Path(folder)
     if not root.is_dir():
         raise UserError(f"there is no folder {folder!r}")
-    files = {p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()}
-    images = {name for name in files if name.lower().endswith(_IMAGES)}
-    if _METADATA in files:
-        captions = _read_metadata(root / _METADATA)
-        images |= files & set(captions)  # whatever their names end in
-        no_caption = f"not in {_METADATA}"
-    else:
-        captions = _read_text_files(root, files, images)
-        no_caption = "has no .txt file beside it"
-    examples = []
-    problems = [Problem(name, no_caption) for name in images - set(captions)]
-    for name, caption in sorted(captions.items()):
-        if name not in images:
-            item = Problem(name, "has a caption, but there is no such picture")
+    files, problems, counts = names.list_files(root)
+    holds = len(files) + len(problems) + counts.total()
+    tables, captions = {}, {}
+    if not how.no_captions:
+        for table in reversed(_TABLES):
+            own = [name for name in files if posixpath.basename(name) == table]
+            tables |= {posixpath.dirname(name): name for name in own}
+    for place in sorted(tables):  # the nearest to an image comes last
+        found, faults = _read_table(root, tables[place], how)
+        captions |= found
+        problems += faults
+    entries, loose, there = [], [], set(files)
+    for name in files:
+        if name in captions:
+            entries.append((name, captions[name], 1))
+        elif not (table := _table_above(name, tables)):
+            loose.append(name)
+        elif name == table:
+            counts["used"] += 1
+        elif names.ending(name) in names.IMAGES:
+            problems.append(Problem(name, f"not in {table}"))
         else:
-            read = (root / name).read_bytes
-            item = make_example(len(examples), name, caption, read)
-        (problems if isinstance(item, Problem) else examples).append(item)
+            counts[names.kind_of(name)] += 1
+    for name in captions.keys() - there:
+        problems.append(Problem(name, "has a caption, but there is no such picture", 0))
+    pairs, alone, others = names.sort_out(loose, () if how.no_captions else _TEXTS)
+    problems += alone
+    for image, text, parts in pairs:
+        try:
+            caption = first_lines((root / text).read_bytes(), how) if text else None
+            entries.append((image, caption, parts))
+        except OSError as error:
+            reason = f"{text} cannot be read: {error.strerror}"
+            problems.append(Problem(image, reason, parts))
+    rest = Rest(holds, +(counts + others))
+    source = _source(root, entries, problems, rest, seed, size, how)
+    return dataclasses.replace(source, takes=_TAKES)
+
+
+def _table_above(name: str, tables: dict[str, str]) -> str:
+    """The table of the nearest folder around a file that has one, or ""."""
+    while name:
+        name = posixpath.dirname(name)
+        if name in tables:
+            return tables[name]
+    return ""
+
+
+def _read_table(
+    root: pathlib.Path, table: str, how: Conventions
+) -> tuple[dict[str, list], list[Problem]]:
+    """The captions by the names of images below `root`; rows that name no image."""
+    captions, problems, keys = {}, [], {}
+    for number, row in _rows(root / table):
+        keys |= dict.fromkeys(filter(None, row))
+        file, caption = row.get("file_name"), caption_in(row, how, _COLUMNS)
+        reason = "" if isinstance(file, str) and file else "has no file_name"
+        if None in row:  # `csv` has there what is too much
+            reason = "has more values than columns: quote texts that have commas"
+        if reason:
+            problems.append(Problem(f"{table} line {number}", reason, 0))
+            continue
+        name = posixpath.normpath(posixpath.join(posixpath.dirname(table), file))
+        more = caption if isinstance(caption, list) else [caption]
+        captions.setdefault(name, []).extend(more)
+    asked = [how.caption_column] if how.caption_column else _COLUMNS
+    if keys and not ("file_name" in keys and keys.keys() & set(asked)):
+        raise UserError(
+            f"{str(root / table)!r} has {', '.join(keys)}; it needs file_name and "
+            f"{' or '.join(asked)} (or name another with --caption_column)"
+        )
+    return captions, problems
+
+
+def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+    """The rows of a table, with the numbers of their last lines."""
+    lines, kind, number = read_lines(path, "captions"), path.suffix[1:], 0
+
+    def taken():
+        nonlocal number
+        for line in lines:
+            number += 1
+            yield f"{line}\n"
+
+    rows = (json.loads(line) for line in taken() if line.strip())
+    if kind == "csv":
+        csv.field_size_limit(2**31 - 1)
+        rows = csv.DictReader(taken(), strict=True)
+    try:
+        for row in rows:
+            if not isinstance(row, dict):
+                raise ValueError("it is no object")
+            yield number, row
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise UserError(f"{path} line {number} is no {kind}: {error}") from None
+
+
+def open_coco(file: str, seed: int, size: int, how: Conventions = USUAL) -> Source:
+    """The images that COCO's captions_SPLIT.json lists, shuffled; `size` make a shard.
+
+    They lie in SPLIT, images/SPLIT or images, or beside the file; or in these beside
+    the folder of the file.
+    """
+    path, what = pathlib.Path(file), "captions as COCO has them"
+    values = read_json(path, what, _COCO_BYTES)
+    try:
+        images = [(row["id"], row["file_name"]) for row in values["images"]]
+        captions = {id: [] for id, _ in images}
+        rows = [(row["image_id"], row) for row in values["annotations"]]
+        unlisted = {id for id, _ in rows} - captions.keys()
+        if not all(isinstance(name, str) for _, name in images):
+            raise TypeError("a file_name is no text")
+        found = [caption_in(row, how) for _, row in rows]
+        if rows and not (how.no_captions or any(found)):
+            raise KeyError("caption")
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{file!r} is not {what}: it needs images (id, file_name) and annotations "
+            f"(image_id, caption or --caption_column), but has {', '.join(values)} "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    root = _coco_folder(path, [name for _, name in images])
+    entries, problems = [], []
+    for (id, _), caption in zip(rows, found):
+        if id not in unlisted:
+            captions[id].append(caption)
+    for id in unlisted:
+        problems.append(Problem(f"image {id}", "has a caption, but is not listed", 0))
+    for id, name in images:
+        if (root / name).is_file():
+            entries.append((name, captions[id], 1))
+        else:
+            problems.append(Problem(name, f"is not in {root}"))
+    return _source(root, entries, problems, Rest(len(images)), seed, size, how)
+
+
+def _coco_folder(path: pathlib.Path, files: list[str]) -> pathlib.Path:
+    """The folder of the images: the first that has one of the first of them."""
+    split = path.stem.removeprefix("captions_")
+    folders = [
+        base / inner
+        for base in (path.parent, path.parent.parent)
+        for inner in (split, f"images/{split}", "images", "")
+    ]
+    for folder in folders:
+        if any((folder / name).is_file() for name in files[:100]):
+            return folder
+    tried = ", ".join(str(folder) for folder in folders)
+    raise UserError(f"the pictures of {str(path)!r} are not beside it, in {tried}")
+
+
+def _source(
+    root: pathlib.Path,
+    entries: list[tuple[str, Any, int]],
+    problems: list[Problem],
+    rest: Rest,
+    seed: int,
+    size: int,
+    how: Conventions,
+) -> Source:
+    """A source of (name, caption, parts) below `root`."""
+    examples, bad = [], list(problems)
+    for name, caption, parts in sorted(entries, key=lambda entry: entry[0]):
+        read = (root / name).read_bytes
+        item = make_example(len(examples), name, caption, read, parts, how)
+        (bad if isinstance(item, Problem) else examples).append(item)
     # Neighbours in a folder are alike, and the shuffle buffer of a training may be too
     # small to part them.
     order = np.random.default_rng(seed).permutation(len(examples))
@@ -49,36 +224,8 @@ def open_folder(folder: str, seed: int, size: int) -> Source:
         -(-len(examples) // size),
         lambda shard: (examples[i] for i in order[shard * size : (shard + 1) * size]),
         len(examples),
-        sorted(problems),
+        sorted(bad),
         sha256_of(sizes),
         [stat.st_mtime_ns for stat in stats],
+        rest,
     )
-
-
-def _read_metadata(path: pathlib.Path) -> dict[str, str]:
-    """The captions by the names of the images."""
-    captions = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{str(path)!r} line {number}"
-        try:
-            row = json.loads(line)
-            name = pathlib.PurePosixPath(row["file_name"]).as_posix()
-            caption = row["text"].strip()
-        except (ValueError, KeyError, TypeError, AttributeError):
-            form = '{"file_name": "...", "text": "..."} in UTF-8'
-            raise UserError(f"{where} must be {form}") from None
-        if name in captions:
-            raise UserError(f"{where} captions {name!r} a second time: keep one line")
-        captions[name] = caption
-    return captions
-
-
-def _read_text_files(root, files, images) -> dict[str, bytes]:
-    """The captions by the names of the images, or of files that have no image."""
-    texts = {name[:-4]: name for name in files if name.lower().endswith(".txt")}
-    stems = {name: name.rpartition(".")[0] for name in images}
-    files_of = {name: texts[stem] for name, stem in stems.items() if stem in texts}
-    files_of |= {text: text for text in set(texts.values()) - set(files_of.values())}
-    return {name: (root / text).read_bytes() for name, text in files_of.items()}

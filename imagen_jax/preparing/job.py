@@ -9,24 +9,24 @@ started again, with any number of processes.
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
 import pathlib
-import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from imagen_jax.data import manifest as manifests
 from imagen_jax.data import memory, start_tensorflow
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.errors import UserError, needing_room
 from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
-from imagen_jax.preparing import folder, parquet, sources, webdataset
+from imagen_jax.preparing import folder, huggingface, parquet, sources, webdataset
 from imagen_jax.preparing.images import StoredImage, middle_square
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
-from imagen_jax.preparing.stats import Stats, total
+from imagen_jax.preparing.stats import Stats, in_words, total
 from imagen_jax.text import embeddings
 from imagen_jax.text.embeddings import Embedded, Embedder
 
@@ -36,6 +36,8 @@ _LEAST_EXAMPLES = 1000
 _CHUNK = 256
 # Skipped examples named in the manifest; the quarantine names all.
 _NAMED_SKIPS = 100
+# The null text has no tokens (`batch.Cond`).
+_NULL_TEXT = Embedded(b"", 0, False, np.zeros(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Job:
         """The folder or file that is written."""
         return pathlib.Path(self.settings.output)
 
-    def items(self) -> Iterator[sources.Example | sources.Problem]:
+    def items(self) -> Iterator[sources.Example | sources.Problem | sources.Rest]:
         """The source, shard by shard."""
         shards = map(self.source.read, range(self.source.shards))
         return itertools.chain.from_iterable(shards)
@@ -89,14 +91,18 @@ class Job:
 def open_source(settings: Settings) -> sources.Source:
     """Opens the source of a job, without opening an image."""
     kind, _, argument = settings.source.partition(":")
-    size = settings.shard_examples
+    size, how = settings.shard_examples, settings.conventions
     match kind if argument else "":
         case "folder":
-            return folder.open_folder(argument, settings.seed, size)
+            return folder.open_folder(argument, settings.seed, size, how)
+        case "coco":
+            return folder.open_coco(argument, settings.seed, size, how)
         case "webdataset":
-            return webdataset.open_tars(argument)
+            return webdataset.open_tars(argument, how)
         case "parquet":
-            return parquet.open_parquet(argument, size)
+            return parquet.open_parquet(argument, size, how)
+        case "hf":
+            return huggingface.open_huggingface(argument, size, how)
         case "shapes":
             image_size, seed = settings.image_size, settings.seed
             return sources.open_shapes(argument, image_size, seed, size)
@@ -104,7 +110,7 @@ def open_source(settings: Settings) -> sources.Source:
             start_tensorflow()
             from imagen_jax.preparing import tfds
 
-            return tfds.open_tfds(argument, size)
+            return tfds.open_tfds(argument, size, how)
     raise UserError(f"--source is {settings.source!r}; it is {sources.FORMS}")
 
 
@@ -207,10 +213,10 @@ def _check_unchanged(job: Job) -> None:
 
 
 def _finish(job: Job, reports: list[dict[str, Any]]) -> Manifest:
-    summary = total(reports, job.source.problems)
+    summary = total(reports, job.source.problems, job.source.rest)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in summary["skipped"])
     write_text(job.output / manifests.QUARANTINE_FILE, "".join(lines))
-    _check_share(job, summary["examples"], summary["skipped"])
+    _check_share(job, summary["examples"], summary["skipped"], summary["account"])
     manifest = _make_manifest(job, summary)
     if job.embedder:
         from imagen_jax.preparing import tfds
@@ -242,8 +248,8 @@ def _write_npz(job: Job) -> Manifest:
     for example, image, text in usable(job, job.items(), stats):
         pixels = middle_square(image.data, size)
         rows.append((example.id, example.caption, pixels, text.data))
-    summary = total([stats.report("arrays")], job.source.problems)
-    _check_share(job, summary["examples"], summary["skipped"])
+    summary = total([stats.report("arrays")], job.source.problems, job.source.rest)
+    _check_share(job, summary["examples"], summary["skipped"], summary["account"])
     _check_unchanged(job)
     ids, captions, images, text = zip(*rows)
     row_bytes = embeddings.row_bytes(embedder.encoder.dim, embedder.dtype)
@@ -278,9 +284,9 @@ def usable(
 ) -> Iterator[tuple[sources.Example, StoredImage, Embedded | None]]:
     """The examples among `items` that can be used, with their images and embeddings.
 
-    All are counted in `stats`.
+    All are counted in `stats`, and so is the rest.
     """
-    rules = job.settings.rules
+    rules, no_captions = job.settings.rules, job.settings.no_captions
     # Pictures without embeddings are read, and so verified, once more. Drawn scenes in
     # a .npz file need no TensorFlow.
     drawn = job.settings.is_npz and job.settings.source.startswith("shapes:")
@@ -291,17 +297,22 @@ def usable(
         rules["sides"] = preprocess.sides
     verified = sources.verify_images(items, **rules)
     while chunk := list(itertools.islice(verified, _CHUNK)):
-        job.progress(len(chunk))
         good = []
         for item in chunk:
+            if isinstance(item, sources.Rest):
+                stats.pass_over(item)
+                continue
+            job.progress(1)
             if isinstance(item, sources.Problem):
                 stats.skip(item)
             else:
                 good.append(item)
         captions = [example.caption for example, _ in good]
-        texts = job.embedder.embed(captions) if job.embedder else [None] * len(good)
+        texts = [_NULL_TEXT if job.embedder else None] * len(good)
+        if job.embedder and not no_captions:
+            texts = job.embedder.embed(captions)
         for (example, image), text in zip(good, texts):
-            stats.add(image, text)
+            stats.add(example, image, text)
             yield example, image, text
 
 
@@ -323,59 +334,29 @@ def _write_records(path: pathlib.Path, rows: Iterable) -> None:
     records.write_shard(path, fields)
 
 
-def _check_share(job: Job, used: int, skipped: list[dict], least: int = 0) -> None:
+def _check_share(
+    job: Job,
+    used: int,
+    skipped: list[dict],
+    account: Mapping[str, int] | None = None,
+    least: int = 0,
+) -> None:
     """Raises `UserError` when too many of at least `least` examples cannot be used."""
     source, limit = job.settings.source, job.settings.max_bad_share
     seen = used + len(skipped)
+    # What is taken, for those who have something else.
+    takes = "" if used or not job.source.takes else f"; {job.source.takes}"
     if not (seen or least):
-        raise UserError(f"{source!r} has no examples")
+        there = in_words(account or {}) or "nothing else"
+        raise UserError(f"{source!r} has no examples, but {there}{takes}")
     if len(skipped) > limit * max(seen, least) or not (used or least):
         _check_unchanged(job)
         first = "first {file!r}: {reason}".format(**skipped[0])
         raise UserError(
             f"{len(skipped)} of {seen} examples of {source!r} cannot be used "
-            f"(--max_bad_share={limit:g}), {first}"
+            f"(--max_bad_share={limit:g}), {first}{takes}"
         )
 
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
-
-
-def write_shards_with_beam(job: Job) -> None:
-    """Writes the unfinished shards of a job of pictures as an Apache Beam pipeline.
-
-    The workers open the source anew.
-    """
-    try:
-        import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError:
-        raise UserError(
-            "--runner needs Apache Beam: pip install 'imagen-jax[prepare]'"
-        ) from None
-    settings = job.settings
-    words = shlex.split(settings.runner_options)
-    try:
-        options = PipelineOptions(words, save_main_session=False)
-        pipeline = beam.Pipeline(settings.runner, options)
-    except ValueError as error:
-        raise UserError(f"--runner is {settings.runner!r}: {error}") from None
-    todo = [n for n in range(job.source.shards) if not job.report(n)]
-    with pipeline:
-        # Without a reshuffle Beam would fuse the list into one bundle.
-        (
-            pipeline
-            | beam.Create(todo)
-            | beam.Reshuffle()
-            | beam.Map(_write_numbered, settings)
-        )
-
-
-def _write_numbered(number: int, settings: Settings) -> None:
-    write_shard(_job(settings), number)
-
-
-@functools.cache
-def _job(settings: Settings) -> Job:
-    return Job(settings, open_source(settings), embedder=None)

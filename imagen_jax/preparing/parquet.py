@@ -1,26 +1,45 @@
 """Parquet files with the bytes of images and their captions."""
 
 import os
+import pathlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources
-from imagen_jax.preparing.sources import Example, Problem, Source
+from imagen_jax.preparing.sources import (
+    CAPTIONS,
+    USUAL,
+    Conventions,
+    Example,
+    Problem,
+    Rest,
+    Source,
+)
 
 # The columns of Hugging Face's `datasets` and img2dataset, then what others use.
 _IMAGES = ("image", "jpg", "png", "webp", "image_bytes", "img")
-_CAPTIONS = ("caption", "text", "TEXT", "captions", "txt", "prompt")
+
+
+def _maybe_dictionary(kind: str) -> str:
+    return rf"({kind}|dictionary<values={kind}, indices=\w+, ordered=\d>)"
+
+
 # Arrow's names of their types.
-_IS_IMAGE = r"(large_)?binary|struct<.*\bbytes: (large_)?binary\b.*>"
-_IS_CAPTION = r"(large_)?string|(large_)?list<\w+: (large_)?string( not null)?>"
+_BYTES = _maybe_dictionary(r"(large_)?binary(_view)?")
+_TEXT = _maybe_dictionary(r"(large_)?string(_view)?")
+_IS_IMAGE = rf"{_BYTES}|struct<.*\bbytes: {_BYTES}.*>"
+_IS_CAPTION = (
+    rf"{_TEXT}|(large_|fixed_size_)?list(_view)?<\w+: {_TEXT}( not null)?>(\[\d+\])?"
+)
 # Rows in memory at a time.
-_ROWS = 64
+ROWS = 64
 
 
-def open_parquet(pattern: str, size: int) -> Source:
+def open_parquet(pattern: str, size: int, how: Conventions = USUAL) -> Source:
     """The rows of the files that match `pattern`; `size` rows of a file make a shard.
 
     An image is a binary column or a struct with `bytes`, a caption a string or a list
@@ -30,7 +49,7 @@ def open_parquet(pattern: str, size: int) -> Source:
     import pyarrow.parquet as pq
 
     problems, shards, count, lengths, times = [], [], 0, [], []
-    for file in sources.matching_files(pattern, "Parquet file"):
+    for file in sources.matching_files(pattern, "Parquet file", "*.parquet"):
         name = os.path.basename(file)
         try:
             stat = os.stat(file)
@@ -40,37 +59,51 @@ def open_parquet(pattern: str, size: int) -> Source:
         except (pa.ArrowException, OSError) as error:
             problems.append(Problem(name, _brief(error)))
             continue
-        columns = [
-            _column(schema, file, "column of pictures", _IMAGES, _IS_IMAGE),
-            _column(schema, file, "column of captions", _CAPTIONS, _IS_CAPTION),
-        ]
+        columns = find_columns(schema, file, how)
         for start in range(0, rows, size):
             stop = min(start + size, rows)
-            shards.append((file, columns, start, stop, count + start))
+            shards.append((file, columns, start, stop, count + start, how))
         lengths.append((name, stat.st_size, rows))
         count += rows
     sha256 = sources.sha256_of(lengths)
     read = lambda i: _read(*shards[i])  # noqa: E731
-    return Source(len(shards), read, count, problems, sha256, times)
+    # Nobody knows how many rows a file has that cannot be opened.
+    rest = Rest(count + len(problems))
+    return Source(len(shards), read, count, problems, sha256, times, rest)
 
 
-def _column(schema, file: str, what: str, names: tuple[str, ...], kind: str) -> str:
+def find_columns(schema: Any, where: str, how: Conventions) -> list[str]:
+    """The column of images and, unless there are no captions, that of captions."""
+    images = (how.image_column,) if how.image_column else _IMAGES
+    captions = (how.caption_column,) if how.caption_column else CAPTIONS
+    columns = [_column(schema, where, "pictures", "image", images, _IS_IMAGE)]
+    if not how.no_captions:
+        columns += [
+            _column(schema, where, "captions", "caption", captions, _IS_CAPTION)
+        ]
+    return columns
+
+
+def _column(schema, where: str, what: str, flag: str, names: tuple, kind: str) -> str:
     """The first of `names` whose column has a type that matches `kind`."""
     types = {name: str(type_) for name, type_ in zip(schema.names, schema.types)}
     for name in names:
         if re.fullmatch(kind, types.get(name, "")):
             return name
     there = ", ".join(f"{name} ({type_})" for name, type_ in types.items())
-    raise UserError(f"{file!r} has no {what} ({', '.join(names)}), but {there}")
+    raise UserError(
+        f"{where!r} has no column of {what} ({', '.join(names)}), but {there}: name it "
+        f"with --{flag}_column"
+    )
 
 
-def _read(file, columns, start, stop, first_id) -> Iterator[Example | Problem]:
+def _read(file, columns, start, stop, first_id, how) -> Iterator[Example | Problem]:
     """Rows [start, stop) of a file; `first_id` is the id of row `start`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     file_name = os.path.basename(file)
-    row = start
+    row, reason = start, "the file ends before it"
     try:
         with pq.ParquetFile(file) as parquet:
             groups = range(parquet.num_row_groups)
@@ -78,34 +111,58 @@ def _read(file, columns, start, stop, first_id) -> Iterator[Example | Problem]:
             ends = np.cumsum(lengths)
             first, last = np.searchsorted(ends, [start, stop - 1], side="right")
             row = int(ends[first]) - lengths[first]
-            for batch in parquet.iter_batches(_ROWS, groups[first : last + 1], columns):
-                for image, caption in zip(*map(batch.column, columns)):
+            for batch in parquet.iter_batches(ROWS, groups[first : last + 1], columns):
+                for values in zip(*map(batch.column, columns)):
                     if start <= row < stop:
                         id = first_id + row - start
-                        yield _example(id, f"{file_name}/{row}", image, caption)
+                        yield make_row(id, f"{file_name}/{row}", values, how)
                     row += 1
                 if row >= stop:
                     return
     except (pa.ArrowException, OSError) as error:
-        row = max(row, start)
-        reason = f"{_brief(error)}; rows {row} to {stop - 1} are lost"
-        yield Problem(f"{file_name}/{row}", reason)
+        reason = _brief(error)
+    row = max(row, start)
+    reason = f"{reason}; rows {row} to {stop - 1} are lost"
+    yield Problem(f"{file_name}/{row}", reason, stop - row)
 
 
-def _example(id: int, name: str, image, caption) -> Example | Problem:
+def make_row(
+    id: int, name: str, values: tuple, how: Conventions, follow_paths: bool = False
+) -> Example | Problem:
+    """The example of a row: an image, and a caption unless there are none.
+
+    With `follow_paths` an image may also be a struct with the `path` of its file.
+    """
+    data, *captions = map(_value, values)
+    path = ""
+    if not data and follow_paths and values[0].is_valid:
+        path = values[0].as_py().get("path") or ""
+        if path and not os.path.isfile(path):
+            return Problem(name, f"its picture {path!r} is no file")
+    if not (data or path):
+        return Problem(name, "has no picture")
+    read = pathlib.Path(path).read_bytes if path else lambda: data
+    return sources.make_example(
+        id, name, captions[0] if captions else "", read, how=how
+    )
+
+
+def _value(scalar: Any) -> bytes | list | None:
+    """The bytes of a scalar, of the struct of an image, or of each in a list.
+
+    Of strings as well: Arrow does not check that they are UTF-8.
+    """
     import pyarrow as pa
 
-    if pa.types.is_struct(image.type) and image.is_valid:
-        image = image["bytes"]
-    data = image.as_py()
-    if not data:
-        return Problem(name, "has no picture")
-    if isinstance(caption, pa.ListScalar):
-        captions = list(caption.values or [])
-        caption = captions[id % len(captions)] if captions else None
-    # As bytes: Arrow does not check that a string is UTF-8.
-    text = caption.as_buffer().to_pybytes() if caption and caption.is_valid else b""
-    return sources.make_example(id, name, text, lambda: data)
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, pa.DictionaryScalar):
+        return _value(scalar.value)
+    if isinstance(scalar, pa.StructScalar):
+        return _value(scalar["bytes"])
+    if isinstance(scalar, pa.ListScalar):
+        return [_value(own) for own in scalar.values]
+    return scalar.as_buffer().to_pybytes()
 
 
 def _brief(error: Exception) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 
 from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.preparing.images import MAX_PIXELS
-from imagen_jax.preparing.sources import FORMS
+from imagen_jax.preparing.sources import FORMS, Conventions
+from imagen_jax.stores import check_disk
 from imagen_jax.text.embeddings import DTYPES
 
 # In place of an encoder: tars of images, whose captions are embedded later.
@@ -14,7 +15,14 @@ NO_ENCODER = "none"
 # Those that the written examples depend on, and no other field of the manifest says.
 _RECORDED = ("source", "text_length", "image_size", "shard_examples", "seed")
 _RULES = ("min_side", "max_aspect", "stored_size", "max_pixels")
-_RECORDED += _RULES
+_CONVENTIONS = tuple(field.name for field in dataclasses.fields(Conventions))
+_RECORDED += _RULES + _CONVENTIONS
+# The kinds of source that these apply to.
+_APPLIES = {
+    "caption_column": ("folder", "webdataset", "parquet", "coco", "hf"),
+    "image_column": ("parquet", "hf"),
+    "caption_lines": ("folder", "webdataset"),
+}
 
 
 def _setting(help: str, default=dataclasses.MISSING, least: int | None = None) -> Any:
@@ -47,6 +55,10 @@ class Settings:
     max_bad_share: float = _setting("share of examples that may be bad", 0.5, least=0)
     process_index: int | None = _setting("number of this process; default: JAX's", None)
     process_count: int | None = _setting("processes that share the work", None, least=1)
+    caption_column: str = _setting("column, or key of JSON, of captions", "")
+    image_column: str = _setting("column of pictures", "")
+    caption_lines: int = _setting("first lines of a .txt; 0: all", 0, least=0)
+    no_captions: bool = _setting("pictures alone: train without text", False)
     runner: str = _setting("a runner of Apache Beam, with --encoder=none", "")
     runner_options: str = _setting("its options: '--project=... --region=...'", "")
 
@@ -63,6 +75,11 @@ class Settings:
             rules["min_side"] = max(self.min_side, self.image_size)
         return rules
 
+    @property
+    def conventions(self) -> Conventions:
+        """Where images and captions stand in the source."""
+        return Conventions(*(getattr(self, name) for name in _CONVENTIONS))
+
     def recorded(self) -> dict[str, Any]:
         """The part of the settings that the manifest holds."""
         return {name: getattr(self, name) for name in _RECORDED}
@@ -73,6 +90,12 @@ class Settings:
             value, least = getattr(self, field.name), field.metadata["least"]
             if None not in (value, least) and not least <= value < math.inf:
                 raise UserError(f"--{field.name} is {value}; give at least {least}")
+        kind = self.source.partition(":")[0]
+        for name, kinds in _APPLIES.items():
+            if getattr(self, name) and kind not in kinds:
+                raise UserError(f"--{name} is for sources of {', '.join(kinds)}")
+        if self.no_captions and (self.caption_column or self.caption_lines):
+            raise UserError("--no_captions leaves no --caption_column, --caption_lines")
         if self.embedding_dtype not in DTYPES:
             hint = did_you_mean(self.embedding_dtype, DTYPES)
             raise UserError(
@@ -83,10 +106,10 @@ class Settings:
         alone, embeds = count in (None, 1), self.encoder != NO_ENCODER
         if (index is None) != (count is None) or (count and not 0 <= index < count):
             raise UserError("give --process_index=I and --process_count=N with I < N")
-        if not self.output or "://" in self.output:
-            raise UserError(
-                f"--output={self.output!r} is no folder or FILE.npz: mount a bucket"
-            )
+        if not self.output:
+            raise UserError("--output='' is no folder or FILE.npz: give one")
+        check_disk(self.source.partition(":")[2])
+        check_disk(self.output)
         if self.is_npz and not (alone and embeds):
             raise UserError("a .npz file needs one process and an --encoder")
         if self.is_npz and 0 < self.stored_size < self.image_size:

@@ -7,16 +7,39 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import split_lines
 from imagen_jax.preparing import images
 from imagen_jax.shapes import scenes as shapes
 
-FORMS = "folder:DIR, webdataset:GLOB, parquet:GLOB, tfds:NAME or shapes:N"
+FORMS = (
+    "folder:DIR, webdataset:GLOB, parquet:GLOB_OR_DIR, coco:FILE.json, "
+    "hf:NAME_OR_PATH, tfds:NAME or shapes:N"
+)
+# Columns of captions: those of img2dataset and Hugging Face, then what others use.
+CAPTIONS = ("caption", "text", "TEXT", "captions", "txt", "prompt")
 # Images that are decoded ahead of the one whose turn it is.
 _READ_AHEAD = 64
+# {FIRST..LAST} and {A,B} in the names of files, and for how many names they may stand.
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_MOST_NAMES = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+    """Where images and captions stand, as flags of `prepare` say."""
+
+    caption_column: str = ""  # column, or key, of captions; "": one of the usual
+    image_column: str = ""
+    caption_lines: int = 0  # first lines of a text file that are taken; 0: all
+    no_captions: bool = False  # images alone: every caption is the null text
+
+
+USUAL = Conventions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +48,9 @@ class Example:
 
     id: int  # unique in the source
     name: str  # for messages
-    caption: str  # stripped, not empty
+    caption: str  # stripped; empty for the null text only
     read: Callable[[], bytes]  # the image's file
+    parts: int = 1  # files, members or rows of the source that it is made of
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -35,6 +59,17 @@ class Problem:
 
     name: str
     reason: str
+    # Files, members or rows of the source that are lost with it.
+    parts: int = dataclasses.field(default=1, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """What a source or a shard holds beside its examples and problems."""
+
+    holds: int  # files, members or rows, those of examples and problems too
+    # Those of no example and no problem, by kind; "used" are tables of captions.
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +77,14 @@ class Source:
     """Captioned images, in shards that any process can read and finds the same."""
 
     shards: int  # number of shards
-    read: Callable[[int], Iterator[Example | Problem]]  # a shard, given its number
+    # A shard, given its number; with the rest, where only its reader can tell.
+    read: Callable[[int], Iterator[Example | Problem | Rest]]
     count: int | None  # examples in all shards; None if unknown
     problems: list[Problem]  # those that belong to no shard
     sha256: str  # changes when names, captions or lengths of files do
     times: Sequence[float] = ()  # when its files were last changed
+    rest: Rest = Rest(0)
+    takes: str = ""  # what can be used, for messages
 
 
 def open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
@@ -64,15 +102,53 @@ def open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
             caption = shapes.caption(scenes[i])
             yield Example(i, f"scene {i}", caption, lambda i=i: draw(i))
 
-    return Source(-(-count // size), read, count, [], sha256_of(map(repr, scenes)))
+    sha256 = sha256_of(map(repr, scenes))
+    return Source(-(-count // size), read, count, [], sha256, rest=Rest(count))
 
 
-def matching_files(pattern: str, what: str) -> list[str]:
-    """The files that match a glob, sorted; `UserError` if none does."""
-    files = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-    if not files:
-        raise UserError(f"no {what} matches {pattern!r} (quote it for your shell)")
-    return files
+def matching_files(pattern: str, what: str, inside: str) -> list[str]:
+    """The files that match a glob with braces, sorted; in a folder, those of `inside`.
+
+    Raises:
+      UserError: if none matches, or none what the braces stand for.
+    """
+    pattern = os.path.expanduser(pattern)
+    if os.path.isdir(pattern):
+        pattern = os.path.join(glob.escape(pattern), "**", inside)
+    elif os.path.exists(pattern):
+        return [pattern]
+    files = set()
+    for own in expand_braces(pattern):
+        found = glob.glob(own, recursive=True)
+        if not found:
+            raise UserError(f"no {what} matches {own!r} (quote it for your shell)")
+        files.update(found)
+    return sorted(files)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """What {FIRST..LAST} and {A,B} in a pattern stand for, as in a shell; sorted.
+
+    Numbers are filled up with zeros if an end of their range is.
+    """
+    done, todo = set(), [pattern]
+    while todo:
+        own = todo.pop()
+        if not (match := _BRACES.search(own)):
+            done.add(own)
+            continue
+        *ends, words = match.groups()
+        if words is None:
+            first, last = sorted(map(int, ends))
+            digits = max(map(len, ends)) if any(e[0] == "0" for e in ends) else 1
+            inner = (f"{n:0{digits}}" for n in range(first, last + 1))
+        else:
+            inner = words.split(",")
+        for word in inner:
+            todo.append(own[: match.start()] + word + own[match.end() :])
+            if len(todo) + len(done) > _MOST_NAMES:
+                raise UserError(f"{pattern!r} stands for over {_MOST_NAMES:,} files")
+    return sorted(done)
 
 
 def sha256_of(rows: Iterable) -> str:
@@ -83,35 +159,66 @@ def sha256_of(rows: Iterable) -> str:
     return digest.hexdigest()
 
 
+def caption_in(row: Any, how: Conventions, columns: Sequence[str] = CAPTIONS) -> Any:
+    """What a row, or an object of JSON, has in the first of the columns of captions."""
+    if not isinstance(row, dict):
+        return None
+    asked = [how.caption_column] if how.caption_column else columns
+    return next((row[name] for name in asked if row.get(name) is not None), None)
+
+
+def first_lines(text: bytes, how: Conventions) -> bytes:
+    """What of a text file is the caption."""
+    count = how.caption_lines
+    return b"\n".join(split_lines(text)[:count]) if count else text
+
+
 def make_example(
-    id: int, name: str, caption: str | bytes, read: Callable[[], bytes]
+    id: int,
+    name: str,
+    caption: Any,
+    read: Callable[[], bytes],
+    parts: int = 1,
+    how: Conventions = USUAL,
 ) -> Example | Problem:
-    """The example, or the problem with its caption."""
+    """The example, or the problem with its caption.
+
+    `caption` is text, bytes of UTF-8, or a list, of which number `id % length` counts.
+    """
+    if how.no_captions:
+        return Example(id, name, "", read, parts)
+    if isinstance(caption, list):
+        captions = [own for own in caption if own is not None]
+        caption = captions[id % len(captions)] if captions else None
+    caption = "" if caption is None else caption
+    if not isinstance(caption, str | bytes):
+        return Problem(name, "the caption is no text", parts)
     try:
         # A byte order mark is no text.
         text = caption if isinstance(caption, str) else caption.decode("utf-8-sig")
         text.encode()  # JSON can hold halves of characters
     except UnicodeError:
-        return Problem(name, "the caption is not UTF-8 text")
+        return Problem(name, "the caption is not UTF-8 text", parts)
     if not text.strip():
-        return Problem(name, "the caption is empty")
-    return Example(id, name, text.strip(), read)
+        return Problem(name, "the caption is empty", parts)
+    return Example(id, name, text.strip(), read, parts)
 
 
 def verify_images(
-    items: Iterable[Example | Problem], **rules: Any
-) -> Iterator[tuple[Example, images.StoredImage] | Problem]:
+    items: Iterable[Example | Problem | Rest], **rules: Any
+) -> Iterator[tuple[Example, images.StoredImage] | Problem | Rest]:
     """Decodes the images of `items` by `images.verify`, several at a time, in order."""
 
     def verified(item):
-        if isinstance(item, Problem):
+        if not isinstance(item, Example):
             return item
         try:
             return item, images.verify(item.read(), **rules)
         except images.Unusable as error:
-            return Problem(item.name, str(error))
+            return Problem(item.name, str(error), item.parts)
         except OSError as error:
-            return Problem(item.name, f"cannot be read: {error.strerror or error}")
+            reason = f"cannot be read: {error.strerror or error}"
+            return Problem(item.name, reason, item.parts)
 
     images.give_memory_back()
     # Executor.map would read all items ahead.

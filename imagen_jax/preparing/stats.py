@@ -1,10 +1,11 @@
 """What became of the examples: counted shard by shard, and summed up."""
 
 import collections
+from collections.abc import Mapping
 from typing import Any
 
 from imagen_jax.preparing.images import StoredImage
-from imagen_jax.preparing.sources import Problem
+from imagen_jax.preparing.sources import Example, Problem, Rest
 from imagen_jax.text.embeddings import Embedded
 
 _SUMS = ("reencoded", "image_bytes", "cut_captions", "text_bytes")
@@ -19,14 +20,22 @@ class Stats:
         self._skipped = []
         self._sides, self._lengths = collections.Counter(), collections.Counter()
         self._sums = dict.fromkeys(_SUMS, 0) | {"error_sum": 0.0, "error_worst": 0.0}
+        self._holds, self._account = 0, collections.Counter()
 
     def skip(self, problem: Problem) -> None:
         """Counts what cannot be used."""
         self._skipped.append({"file": problem.name, "reason": problem.reason})
+        self._account["quarantined"] += problem.parts
 
-    def add(self, image: StoredImage, text: Embedded | None) -> None:
+    def pass_over(self, rest: Rest) -> None:
+        """Counts what is neither an example nor a problem."""
+        self._holds += rest.holds
+        self._account.update(rest.counts)
+
+    def add(self, example: Example, image: StoredImage, text: Embedded | None) -> None:
         """Counts an example that is stored."""
         sums = self._sums
+        self._account["used"] += example.parts
         self._sides[image.side] += 1
         sums["reencoded"] += image.reencoded
         sums["image_bytes"] += len(image.data)
@@ -35,7 +44,9 @@ class Stats:
             sums["cut_captions"] += text.cut
             sums["text_bytes"] += len(text.data)
             sums["error_sum"] += float(text.errors.sum())
-            sums["error_worst"] = max(sums["error_worst"], float(text.errors.max()))
+            sums["error_worst"] = max(
+                sums["error_worst"], float(text.errors.max(initial=0))
+            )
 
     def report(self, file: str) -> dict[str, Any]:
         """What happened in the shard that is written to `file`, as JSON values."""
@@ -45,11 +56,37 @@ class Stats:
             "sides": {str(side): n for side, n in sorted(self._sides.items())},
             "lengths": {str(n): count for n, count in sorted(self._lengths.items())},
             "skipped": self._skipped,
+            "holds": self._holds,
+            "account": self._account,
         } | self._sums
 
 
-def total(reports: list[dict[str, Any]], problems: list[Problem]) -> dict[str, Any]:
-    """Sums up all reports, and the problems of no shard, under a manifest's names."""
+def in_words(account: Mapping[str, int]) -> str:
+    """The kinds in an account that are not used, as "2 .ogg, 1 hidden"."""
+    kinds = sorted(account.keys() - {"used", "quarantined"})
+    return ", ".join(f"{account[kind]:,} {kind}" for kind in kinds)
+
+
+def _account(
+    reports: list[dict[str, Any]], problems: list[Problem], rest: Rest
+) -> dict[str, Any]:
+    """What the source holds, and what became of it; adds up to it."""
+    # A job that an older version began, which did not count.
+    if not all("account" in report for report in reports):
+        return {"holds": 0, "account": {}}
+    holds = rest.holds + sum(report["holds"] for report in reports)
+    account = collections.Counter({"used": 0, "quarantined": 0, **rest.counts})
+    account["quarantined"] += sum(problem.parts for problem in problems)
+    for report in reports:
+        account.update(report["account"])
+    assert account.total() == holds, f"{account} are not {holds}"
+    return {"holds": holds, "account": dict(sorted(account.items()))}
+
+
+def total(
+    reports: list[dict[str, Any]], problems: list[Problem], rest: Rest
+) -> dict[str, Any]:
+    """Sums up all reports, and what is in no shard, under a manifest's names."""
     skipped = [{"file": problem.name, "reason": problem.reason} for problem in problems]
     for report in reports:
         skipped += report["skipped"]
@@ -61,11 +98,19 @@ def total(reports: list[dict[str, Any]], problems: list[Problem]) -> dict[str, A
     mean = sum(report["error_sum"] for report in reports) / max(tokens, 1)
     worst = max((report["error_worst"] for report in reports), default=0)
     files = [report for report in reports if report["examples"]]
-    return sums | {
-        "tokens_max": max((int(n) for n, _ in lengths), default=0),
-        "tokens_mean": round(tokens / max(sums["examples"], 1), 2),
-        # Seven digits are more than a cosine of bfloat16 rows has.
-        "cosine_error": {"mean": float(f"{mean:.7g}"), "worst": float(f"{worst:.7g}")},
-        "skipped": skipped,
-        "shards": [{n: file[n] for n in _SHARD if n in file} for file in files],
-    }
+    account = _account(reports, problems, rest)
+    return (
+        sums
+        | account
+        | {
+            "tokens_max": max((int(n) for n, _ in lengths), default=0),
+            "tokens_mean": round(tokens / max(sums["examples"], 1), 2),
+            # Seven digits are more than a cosine of bfloat16 rows has.
+            "cosine_error": {
+                "mean": float(f"{mean:.7g}"),
+                "worst": float(f"{worst:.7g}"),
+            },
+            "skipped": skipped,
+            "shards": [{n: file[n] for n in _SHARD if n in file} for file in files],
+        }
+    )

@@ -1,26 +1,43 @@
 """Tars of captioned images, as img2dataset and webdataset write them.
 
-KEY.jpg, KEY.png or KEY.webp stands beside KEY.txt, or beside KEY.json with a
-"caption"; the key is the path up to the first dot of its last part.
+KEY.jpg, KEY.png or KEY.webp stands next to KEY.txt, KEY.caption, or KEY.json with a
+"caption". The members of a key follow each other.
 """
 
+import collections
 import io
 import json
 import lzma
 import os
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import sources
-from imagen_jax.preparing.sources import Example, Problem, Source
+from imagen_jax.preparing import names, sources
+from imagen_jax.preparing.sources import (
+    USUAL,
+    Conventions,
+    Example,
+    Problem,
+    Rest,
+    Source,
+)
 
-_IMAGES = {"bmp", "gif", "jpeg", "jpg", "png", "webp"}
-_TEXTS = {"txt", "json"}
+# Of several beside an image the first one is read.
+_TEXTS = (".txt", ".caption", ".json")
+# Members of one key are few. As many are held that differ behind a later dot.
+_MOST_HELD = 64
 # What tarfile and the decompressors raise on damaged files. A file that cannot be read
 # is an OSError as well, but one with a number.
 _CUT = (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error)
+_TAKES = (
+    f"taken are KEY{', KEY'.join(names.IMAGES)} with KEY{' or KEY'.join(_TEXTS)} next "
+    "to it (a key of the .json: caption, text or --caption_column); or pictures alone, "
+    "with --no_captions"
+)
 
 
 class _TarInfo(tarfile.TarInfo):
@@ -35,69 +52,142 @@ class _TarInfo(tarfile.TarInfo):
             raise
 
 
-def open_tars(pattern: str) -> Source:
-    """The examples of the tars that match `pattern`; each tar is a shard."""
-    files = sources.matching_files(pattern, "tar")
+class _Group:
+    """Images and texts that follow each other and have the same name up to a dot."""
 
-    def read(shard: int) -> Iterator[Example | Problem]:
+    def __init__(self):
+        self._data: dict[str, bytes] = {}
+        self._twice: list[str] = []
+
+    def ends_before(self, name: str) -> bool:
+        """Whether a member is of another key, or begins a key once more."""
+        if not self._data:
+            return False
+        first, last = next(iter(self._data)), next(reversed(self._data))
+        is_full = len(self._data) >= _MOST_HELD and _stem(name) != _stem(last)
+        return name == first or is_full or _key(name) != _key(first)
+
+    def add(self, name: str, data: bytes) -> None:
+        """Takes one more member."""
+        if name in self._data:
+            self._twice.append(name)
+        else:
+            self._data[name] = data
+
+    def items(
+        self, tar: str, ids: Iterator[int], how: Conventions, rest: collections.Counter
+    ) -> Iterator[Example | Problem]:
+        """Its examples and problems; what else it has is counted in `rest`."""
+        if self._twice:
+            reason = f"{self._twice[0]} is there twice: which belong together?"
+            for name in [*self._data, *self._twice]:
+                yield Problem(f"{tar}/{name}", reason)
+            return
+        pairs, problems, others = names.sort_out(self._data, _texts(how))
+        rest.update(others)
+        same = collections.Counter(_stem(image) for image, _, _ in pairs)
+        for image, text, parts in pairs:
+            name = _stem(image) if same[_stem(image)] == 1 else image
+            data, caption = self._data[image], None
+            if text:
+                caption = _caption(text, self._data[text], how)
+            yield sources.make_example(
+                next(ids), f"{tar}/{name}", caption, lambda data=data: data, parts, how
+            )
+        for problem in problems:
+            name = f"{tar}/{_stem(problem.name)}"
+            yield Problem(name, problem.reason, problem.parts)
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _key(name: str) -> str:
+    folder, last = posixpath.split(name)
+    return posixpath.join(folder, last.partition(".")[0])
+
+
+def _texts(how: Conventions) -> tuple[str, ...]:
+    if how.no_captions:
+        return ()
+    return (".json",) if how.caption_column else _TEXTS
+
+
+def _caption(name: str, data: bytes, how: Conventions) -> Any:
+    if names.ending(name) != ".json":
+        return sources.first_lines(data, how)
+    try:
+        return sources.caption_in(json.loads(data), how)
+    except UnicodeDecodeError:
+        return data  # `make_example` says that it is not UTF-8
+    except (ValueError, RecursionError):
+        return None
+
+
+def open_tars(pattern: str, how: Conventions = USUAL) -> Source:
+    """The examples of the tars that match `pattern`; each tar is a shard."""
+    files = sources.matching_files(pattern, "tar", "*.tar")
+
+    def read(shard: int) -> Iterator[Example | Problem | Rest]:
         # Interleaved ids: how many examples the other tars have is not known.
-        return _read_tar(files[shard], iter(range(shard, 2**63, len(files))))
+        return _read_tar(files[shard], iter(range(shard, 2**63, len(files))), how)
 
     stats = [os.stat(file) for file in files]
     sizes = ((os.path.basename(f), s.st_size) for f, s in zip(files, stats))
     times = [stat.st_mtime_ns for stat in stats]
-    return Source(len(files), read, None, [], sources.sha256_of(sizes), times)
+    sha256 = sources.sha256_of(sizes)
+    return Source(len(files), read, None, [], sha256, times, takes=_TAKES)
 
 
-def _read_tar(file: str, ids: Iterator[int]) -> Iterator[Example | Problem]:
-    tar_name = os.path.basename(file)
-    key, members, count = "", {}, 0
+def _read_tar(
+    file: str, ids: Iterator[int], how: Conventions
+) -> Iterator[Example | Problem | Rest]:
+    tar_name, rest = os.path.basename(file), collections.Counter()
+    group, holds, count, is_whole = _Group(), 0, 0, False
     reason = "it does not end as a tar does: cut or damaged"
     try:
         with tarfile.open(file, "r|*", tarinfo=_TarInfo) as tar:
             for member in tar:
-                folder, name = os.path.split(member.name)
-                stem, _, extension = name.partition(".")
-                extension = extension.lower()
-                if not member.isfile() or extension not in _IMAGES | _TEXTS:
-                    continue
-                if members and os.path.join(folder, stem) != key:
-                    yield _example(f"{tar_name}/{key}", members, next(ids))
-                    members, count = {}, count + 1
-                key = os.path.join(folder, stem)
-                members[extension] = tar.extractfile(member).read()
+                if kind := _passed_over(member, how):
+                    rest[kind] += 1
+                elif not member.isfile():
+                    why = "is a link, or no file: pack the file itself (tar -h --hard-"
+                    yield Problem(f"{tar_name}/{member.name}", f"{why}dereference)")
+                else:
+                    if group.ends_before(member.name):
+                        for item in group.items(tar_name, ids, how, rest):
+                            count += isinstance(item, Example)
+                            yield item
+                        group = _Group()
+                    group.add(member.name, tar.extractfile(member).read())
+                holds += 1
             is_whole = getattr(tar, "is_whole", False)
     except _CUT as error:
         if getattr(error, "errno", None):
             raise UserError(f"{file!r} cannot be read: {error.strerror}") from None
-        is_whole, reason = False, f"{type(error).__name__}: {error}"
-    # The last members before a cut may lack their image or their caption.
-    complete = bool(_TEXTS & members.keys() and _IMAGES & members.keys())
-    if members and (is_whole or complete):
-        yield _example(f"{tar_name}/{key}", members, next(ids))
-        count += 1
+        reason = f"{type(error).__name__}: {error}"
+    lost = 0
+    for item in group.items(tar_name, ids, how, rest):
+        # The last members before a cut may lack their image or their caption.
+        if isinstance(item, Problem) and not is_whole:
+            lost += item.parts
+        else:
+            count += isinstance(item, Example)
+            yield item
     if not is_whole:
-        yield Problem(tar_name, f"{reason}; after {count} examples")
+        yield Problem(tar_name, f"{reason}; after {count} examples", lost)
+    yield Rest(holds, rest)
 
 
-def _example(name: str, members: dict[str, bytes], id: int) -> Example | Problem:
-    images = sorted(_IMAGES & members.keys())
-    if not images:
-        return Problem(name, "has a caption, but no picture")
-    if "txt" in members:
-        caption = members["txt"]
-    elif "json" in members:
-        try:
-            caption = json.loads(members["json"])["caption"]
-            caption = caption if isinstance(caption, str) else ""
-        except UnicodeDecodeError:
-            caption = members["json"]  # `make_example` says that it is not UTF-8
-        except (ValueError, KeyError, TypeError):
-            caption = ""
-    else:
-        return Problem(name, "has no .txt or .json beside it")
-    image = members[images[0]]
-    return sources.make_example(id, name, caption, lambda: image)
+def _passed_over(member: tarfile.TarInfo, how: Conventions) -> str:
+    """As what a member is counted that is neither an image nor a text."""
+    if names.is_hidden(member.name):
+        return names.HIDDEN
+    if member.isdir():
+        return names.FOLDERS
+    is_wanted = names.ending(member.name) in names.IMAGES + _texts(how)
+    return "" if is_wanted else names.kind_of(member.name)
 
 
 def write_tar(path: os.PathLike, rows: Iterable[tuple]) -> None:

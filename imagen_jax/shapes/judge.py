@@ -47,8 +47,8 @@ class Verdict:
     colour: bool
     shape: bool
     count: bool
-    size: bool
-    relation: bool
+    size: bool | None  # None where the caption asks for none
+    relation: bool | None
 
 
 def judge(picture: np.ndarray, caption: str) -> Verdict:
@@ -64,7 +64,8 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     - `relation`: from one partner to the other it is further in the asked direction
       than across it.
 
-    What a caption does not ask is True. Touching objects of one colour count as one.
+    What a caption does not ask is None. Size and relation are not met by a partner of
+    another colour and another shape. Touching objects of one colour count as one.
 
     Args:
       picture: `[H, W, 3]` uint8, H == W.
@@ -75,13 +76,14 @@ def judge(picture: np.ndarray, caption: str) -> Verdict:
     pairs = _pair(wanted, seen)
     colours = {colour for _, colour, _ in wanted.things}
     forms = {shape for _, _, shape in wanted.things}
+    sizes = [_size_fits(*pair) for pair in pairs if pair[0][0]]
     return Verdict(
         colour=colours == {o.colour for o in seen}
         and all(thing[1] == o.colour for thing, o in pairs if o),
         shape=forms == {o.shape for o in seen}
         and all(thing[2] == o.shape for thing, o in pairs if o),
         count=len(seen) == len(wanted.things),
-        size=all(_size_fits(thing, o) for thing, o in pairs),
+        size=all(sizes) if sizes else None,
         relation=_relation_holds(wanted.relation, pairs),
     )
 
@@ -96,27 +98,32 @@ def _pair(wanted: scenes.Request, seen: list[Object]):
         colours = [thing[1] == o.colour for thing, o in real]
         forms = [thing[2] == o.shape for thing, o in real]
         both = [c and f for c, f in zip(colours, forms, strict=True)]
-        sizes = [_size_fits(thing, o) for thing, o in real]
+        sizes = [bool(_size_fits(thing, o)) for thing, o in real]
         counts = [sum(both), sum(colours), sum(forms), len(real), sum(sizes)]
-        return *counts, _relation_holds(wanted.relation, pairs)
+        return *counts, bool(_relation_holds(wanted.relation, pairs))
 
     choices = itertools.permutations(pool, len(things))
     return max((list(zip(things, c, strict=True)) for c in choices), key=score)
 
 
-def _size_fits(thing, found: Object | None) -> bool:
-    size = thing[0]
-    if not size or found is None:
-        return not size
-    return (found.radius < scenes.SIZE_BORDER) == (size == "small")
+def _is_alike(thing, found: Object | None) -> bool:
+    """Whether an object can be taken for a thing at all."""
+    return bool(found) and (found.colour == thing[1] or found.shape == thing[2])
 
 
-def _relation_holds(relation: str, pairs) -> bool:
+def _size_fits(thing, found: Object | None) -> bool | None:
+    if not thing[0]:
+        return None
+    is_small = thing[0] == "small"
+    return _is_alike(thing, found) and (found.radius < scenes.SIZE_BORDER) == is_small
+
+
+def _relation_holds(relation: str, pairs) -> bool | None:
     if not relation:
-        return True
-    first, second = (found for _, found in pairs)
-    if first is None or second is None:
+        return None
+    if not all(_is_alike(*pair) for pair in pairs):
         return False
+    first, second = (found for _, found in pairs)
     if relation in ("below", "right of"):
         first, second = second, first
     along, across = second.y - first.y, second.x - first.x

@@ -7,6 +7,7 @@ import numpy as np
 
 from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.models.t5 import SIZES
+from imagen_jax.stores import check_disk
 from imagen_jax.text.t5 import PretrainedT5
 from imagen_jax.text.tiny import TinyEncoder
 
@@ -47,6 +48,7 @@ def load_encoder(name: str, weights: str = "", dtype: str = "") -> TextEncoder:
       dtype: compute type of a T5, "bfloat16" (default) or "float32". An identity
         brings its own.
     """
+    check_disk(weights)
     match = _IDENTITY.fullmatch(name)
     asked, version = match.groups() if match else (name, "")
     kind, _, argument = asked.partition(":")

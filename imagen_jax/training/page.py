@@ -19,7 +19,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 1em auto
   padding: 0 12px; }
 h1 { font-size: 22px; margin: 0; } h2 { font-size: 17px; margin: 1.2em 0 .3em; }
 .curves { display: flex; flex-wrap: wrap; gap: 12px; }
-svg { flex: 1 1 300px; max-width: 450px; height: auto; }
+svg { flex: 1 1 300px; max-width: 460px; height: auto; }
 figure { margin: 0 0 1em; } figure, pre { overflow-x: auto; } pre { font-size: 12px; }
 td { padding-right: 1.5em; }
 td + td { text-align: right; font-variant-numeric: tabular-nums; }

@@ -32,6 +32,7 @@ from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.errors import UserError, printable
 from imagen_jax.files import read_arrays, read_json
 from imagen_jax.models import network
+from imagen_jax.stores import check_store
 from imagen_jax.training.bad_updates import after_rollback, before_the_last_skip
 from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.metrics import MetricWriter
@@ -249,6 +250,7 @@ def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: for a folder that is no bundle, or a damaged one.
     """
+    check_store(bundle)
     folder = epath.Path(bundle)
     record = _read_record(folder / "bundle.json")
     with contextlib.closing(Checkpointer(bundle)) as checkpointer:
@@ -285,8 +287,8 @@ def _read_record(path: epath.Path) -> dict[str, Any]:
 
 
 def _read_batch(path: epath.Path, cfg: StageConfig) -> Batch:
-    spec = vars(batch_spec(cfg))
-    expected = {name: (x.dtype.str, x.shape) for name, x in spec.items() if x}
+    spec = {name: x for name, x in vars(batch_spec(cfg)).items() if x is not None}
+    expected = {name: (x.dtype.str, x.shape) for name, x in spec.items()}
     expected[_TEXT_BITS] = "<u2", expected.pop("text")[1]
     arrays = read_arrays(path, "the batch of a bundle", expected)
     return Batch(text=arrays.pop(_TEXT_BITS).view(jnp.bfloat16), **arrays)

@@ -15,6 +15,7 @@ from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
 from imagen_jax.files import find_tensors, open_tensors, read_index, read_json
 from imagen_jax.models import network
+from imagen_jax.stores import check_store
 from imagen_jax.training.checkpoint import SAMPLED, Checkpointer, described_stage
 
 SINGLE = "model.safetensors"
@@ -76,6 +77,7 @@ def open_weights(path: str) -> Weights:
     Raises:
       UserError: when `path` is none of them, or damaged.
     """
+    check_store(path)
     folder = epath.Path(path)
     if path.endswith(".safetensors"):
         return Weights(path, None, None, *find_tensors([folder]))

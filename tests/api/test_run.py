@@ -95,3 +95,13 @@ def test_a_rate_of_0_on_purpose_is_told(values, monkeypatch, capsys, end, told):
         in capsys.readouterr().out
     )
     assert said == told
+
+
+def test_a_gpu_that_jax_does_not_use_comes_before_the_devices(
+    values, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "train", lambda *args: None)
+    monkeypatch.setattr(run, "unused_gpu", lambda: "warning: there is a GPU")
+    run.train_stage(run.resolve(values), "workdir")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "warning: there is a GPU" and second.startswith("training base on")

@@ -92,9 +92,56 @@ def test_shapes_and_report(inputs, pictures):
 @pytest.mark.parametrize("row", range(PICTURES))
 def test_a_picture_alone_is_the_same(inputs, pictures, row):
     """By its seed and text, in the program of the same batch size: to the bit."""
+    batch = _sample([BASE, SR], **_take(inputs, [row, row]))
     one = _sample([BASE, SR], **_take(inputs, [row]))
-    for alone, among in zip(one, pictures):
-        np.testing.assert_array_equal(alone[0], among[row])
+    for twice, alone, among in zip(batch, one, pictures):
+        np.testing.assert_array_equal(twice[0], among[row])
+        np.testing.assert_array_equal(twice[1], among[row])
+        # The program of one row: a value between two levels may fall to either.
+        assert np.abs(alone[0].astype(int) - among[row]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "want"),
+    [(1, 1, 1), (2, 1, 1), (3, 1, 16), (5, 1, 16), (1, 8, 8), (3, 8, 16)],
+)
+def test_programs_have_one_row_or_a_batch(inputs, count, devices, want):
+    """Of few pictures each is made alone; one row for every shard of the mesh."""
+    seen = set()
+
+    def look(cfg, params, z, logsnr, cond):
+        seen.add(len(z))
+        return z
+
+    cfg = _cfg(4, batch_size=16, guidance=1.0)
+    stage, rows = cascade.Stage({}, cfg, look), np.arange(count)
+    made = _sample([stage], _mesh(devices), **_take(inputs, rows))
+    assert made[0].shape == (count, 4, 4, 3) and seen == {want}
+    # One alone always is.
+    assert cascade._rows(2, 1, _mesh()) == 1 and cascade._rows(2, 2, _mesh()) == 2
+
+
+def test_some_of_the_pictures_are_made_by_the_program_of_all(inputs, pictures):
+    """In batches of two of the five: as after a kill."""
+    given = cascade.Inputs(
+        inputs["seeds"].astype(np.uint32),
+        inputs["text"],
+        inputs["mask"],
+        *(own := cascade.Settings.of(BASE.cfg.sampler, PICTURES)),
+        None,
+    )
+    asked, before = [], cascade.compile_sampler.cache_info().currsize
+
+    def give(numbers):
+        asked.append(numbers.tolist())
+        return jax.tree.map(lambda a: a[numbers], given)
+
+    left = np.array([1, 3, 4])
+    batches = cascade.sample_stage(BASE, left, PICTURES, give, own, _mesh())
+    for numbers, made, _ in batches:
+        np.testing.assert_array_equal(made, pictures[0][numbers])
+    assert asked == [[1, 3], [4]]
+    assert cascade.compile_sampler.cache_info().currsize == before
 
 
 def test_seed_and_text_matter(inputs, pictures):

@@ -67,7 +67,7 @@ def test_the_sum_is_of_captions_and_lengths(tmp_path):
 
 def test_no_files(tmp_path):
     with pytest.raises(UserError, match=r"no tar matches '.*\*.tar' .quote it"):
-        sources.matching_files(str(tmp_path / "*.tar"), "tar")
+        sources.matching_files(str(tmp_path / "*.tar"), "tar", "*.tar")
 
 
 def test_order_and_problems_are_kept():

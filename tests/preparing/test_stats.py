@@ -1,9 +1,10 @@
 import json
 
 import numpy as np
+import pytest
 
 from imagen_jax.preparing.images import StoredImage
-from imagen_jax.preparing.sources import Problem
+from imagen_jax.preparing.sources import Example, Problem, Rest
 from imagen_jax.preparing.stats import Stats, total
 from imagen_jax.text.embeddings import Embedded
 
@@ -16,14 +17,19 @@ def test_totals():
         Embedded(b"12", 1, True, np.array([0.5])),
     ]
     full, empty = Stats(), Stats()
-    for image, text in zip(images, texts):
-        full.add(image, text)
-    empty.skip(Problem("a", "why"))
+    for image, text, parts in zip(images, texts, (2, 1)):
+        full.add(Example(0, "", "", bytes, parts), image, text)
+    empty.skip(Problem("a", "why", 3))
+    full.pass_over(Rest(3))
+    empty.pass_over(Rest(7, {".ogg": 4}))
     reports = [full.report("0") | {"sha256": "x"}, empty.report("1")]
     assert json.loads(json.dumps(reports)) == reports
-    done = total(reports, [Problem("b", "other")])
+    rest = Rest(1, {})
+    done = total(reports, [Problem("b", "other")], rest)
     assert done == {
         "examples": 2,
+        "holds": 11,
+        "account": {".ogg": 4, "quarantined": 4, "used": 3},
         "reencoded": 1,
         "image_bytes": 7,
         "text_bytes": 6,
@@ -44,3 +50,14 @@ def test_totals():
             }
         ],
     }
+
+
+def test_an_account_that_does_not_add_up():
+    stats = Stats()
+    stats.pass_over(Rest(2, {"hidden": 1}))
+    with pytest.raises(AssertionError, match="are not 2"):
+        total([stats.report("0")], [], Rest(0))
+    # Reports of a version that did not count.
+    old = {k: v for k, v in stats.report("0").items() if k not in ("holds", "account")}
+    done = total([old, stats.report("1")], [], Rest(0))
+    assert (done["holds"], done["account"]) == (0, {})

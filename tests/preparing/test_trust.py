@@ -15,6 +15,7 @@ from imagen_jax.data.manifest import read_manifest
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import job, settings
 from tests import tars
+from tests.npz import captions
 
 COUNT = 12
 
@@ -77,7 +78,7 @@ def test_a_damaged_picture_in_a_npz(pictures, tmp_path):
     (pictures / "03.png").write_bytes(rest)
     _prepare(f"folder:{pictures}", tmp_path / "out.npz", image_size=20)
     with np.load(tmp_path / "out.npz") as file:
-        place = file["caption"].tolist().index("noise 03")
+        place = captions(tmp_path / "out.npz").index("noise 03")
         np.testing.assert_array_equal(file["image"][place], whole[:, 5:25])
 
 
@@ -274,7 +275,7 @@ def test_names_are_escaped_on_the_terminal(pictures, tmp_path, ending):
     assert done.returncode == 0, done.stderr
     assert "6 skipped" in done.stdout and not _unprintable(done.stdout + done.stderr)
     lines = done.stdout.splitlines()
-    assert sum(line.startswith("  ") for line in lines) == 5 and len(lines) == 7
+    assert sum(line.startswith("  ") for line in lines) == 5 and len(lines) == 8
     if not ending:
         rows = (output / "quarantine.jsonl").read_text().splitlines()
         names = {os.fsencode(json.loads(row)["file"]) for row in rows}

@@ -11,7 +11,7 @@ from PIL import Image
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import webdataset
 from imagen_jax.preparing.images import StoredImage
-from imagen_jax.preparing.sources import Example, Problem
+from imagen_jax.preparing.sources import Example, Problem, Rest
 from tests import tars
 
 
@@ -33,7 +33,8 @@ def _members(count, captions="txt"):
 
 def _read(pattern):
     opened = webdataset.open_tars(str(pattern))
-    return [item for k in range(opened.shards) for item in opened.read(k)]
+    items = [item for k in range(opened.shards) for item in opened.read(k)]
+    return [item for item in items if not isinstance(item, Rest)]
 
 
 @pytest.mark.parametrize("captions", ["txt", "json", "both"])
@@ -51,7 +52,7 @@ def test_tars_of_img2dataset(tmp_path, captions):
 def test_names_and_extensions(tmp_path):
     path = tmp_path / "a.tar"
     members = [
-        ("dir.d/x.1.PNG", b"1"),  # the key is dir.d/x, this is no picture's extension
+        ("dir.d/x.1.PNG", b"1"),
         ("dir.d/x.JPG", b"2"),
         ("dir.d/x.txt", b"\xef\xbb\xbf one \n"),
         ("dir.d/x.cls", b"3"),
@@ -69,9 +70,10 @@ def test_names_and_extensions(tmp_path):
     assert isinstance(items[0], Example) and items[0].caption == "one"
     assert items[0].read() == b"2"
     assert items[1:] == [
+        Problem("a.tar/dir.d/x.1", "has no .txt or .caption or .json file beside it"),
         Problem("a.tar/y", "the caption is empty"),
-        Problem("a.tar/z", "has a caption, but no picture"),
-        Problem("a.tar/w", "has no .txt or .json beside it"),
+        Problem("a.tar/z", "has a caption, but there is no such picture"),
+        Problem("a.tar/w", "has no .txt or .caption or .json file beside it"),
         Problem("a.tar/v", "the caption is not UTF-8 text"),
         Problem("a.tar/u", "the caption is empty"),
     ]

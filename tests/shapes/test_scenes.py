@@ -24,9 +24,14 @@ def one(shape, colour="blue", radius=0.3, x=0.5, y=0.5):
     return shapes.Scene((shapes.Item(shape, colour, "", x, y, radius),))
 
 
+def is_right(verdict):
+    """Whether all that is asked is met."""
+    return False not in dataclasses.astuple(verdict)
+
+
 def meets(picture, caption):
     """Whether the judge finds all that a caption demands."""
-    return all(dataclasses.astuple(judge(picture, caption)))
+    return is_right(judge(picture, caption))
 
 
 def spoil(picture, blur, sigma, seed):
@@ -259,14 +264,64 @@ def test_judge_separates_touching_objects_of_two_colours():
         assert meets(picture, "a red square left of a yellow square")
 
 
-def test_judge_sees_nothing_in_an_empty_or_a_noisy_picture():
-    text = "a red circle"
-    blank = np.full((32, 32, 3), 255, np.uint8)
-    assert look(blank) == []
-    verdict = judge(blank, text)
-    assert not (verdict.colour or verdict.shape or verdict.count)
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    assert not meets(noise, text)
+def near_blank(seed, side=32):
+    """White with noise of a few levels, and three specks of a pixel or two."""
+    rng = np.random.default_rng(seed)
+    picture = 255 - np.abs(rng.normal(0, 6, (side, side, 3)))
+    for row, column in rng.integers(0, side - 1, (3, 2)):
+        picture[row, column : column + 2] = rng.integers(0, 256, 3)
+    return picture.astype(np.uint8)
+
+
+PICTURES = {
+    "blank": lambda seed: np.full((32, 32, 3), 255, np.uint8),
+    "near blank": near_blank,
+    "noise": lambda seed: np.random.default_rng(seed).integers(
+        0, 256, (32, 32, 3), np.uint8
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_judge_gives_no_credit_where_there_is_nothing_to_judge(name):
+    """Neither for what is not seen nor for what is not asked."""
+    for seed, scene in enumerate([*SCENES[:60], *shapes.heldout(20, seed=3)]):
+        verdict = judge(PICTURES[name](seed), shapes.caption(scene))
+        if name != "noise":
+            assert look(PICTURES[name](seed)) == []
+            assert True not in dataclasses.astuple(verdict)
+        assert not is_right(verdict)
+        asks_size = any(item.size for item in scene.items)
+        assert (verdict.size is None) == (not asks_size)
+        assert (verdict.relation is None) == (not scene.relation)
+
+
+def test_judge_gives_a_missing_object_no_size_and_no_relation():
+    """One of two is drawn: the other, or the relation to it, is not there."""
+    asked = 0
+    for scene in SCENES:
+        if len(scene.items) < 2:
+            continue
+        for shown in scene.items[:2]:
+            picture = shapes.draw(shapes.Scene((shown,)), 32)
+            verdict = judge(picture, shapes.caption(scene))
+            assert not (verdict.count or verdict.size or verdict.relation)
+            assert not is_right(verdict)
+            asked += 1
+    assert asked > 300
+
+
+def test_judge_gives_another_object_no_size_and_no_relation():
+    """Of neither the colour nor the shape that were asked for."""
+    items = [
+        shapes.Item("ring", "black", "", 0.25, 0.5, 0.16),
+        shapes.Item("cross", "cyan", "", 0.75, 0.5, 0.16),
+    ]
+    picture = shapes.draw(shapes.Scene(tuple(items)), 32)
+    verdict = judge(picture, "a small red circle left of a small blue square")
+    assert verdict.count and not (verdict.size or verdict.relation)
+    verdict = judge(picture, "a small black circle left of a small blue cross")
+    assert verdict.size and verdict.relation and not is_right(verdict)
 
 
 def test_judge_ignores_strays():

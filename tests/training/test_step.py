@@ -40,12 +40,7 @@ def run(cfg, mesh_cfg, devices, steps=3):
         # Adafactor's factored moments have fewer axes than their parameter.
         (
             tiny.stage(
-                model={
-                    "channels": (128,),
-                    "num_res_blocks": (1,),
-                    "self_attention": (True,),
-                    "text_attention": (True,),
-                },
+                model=tiny.ONE_LEVEL | {"channels": (128,)},
                 optimizer={"name": "adafactor"},
             ),
             {"data": 2, "fsdp": 2, "tensor": 2},
@@ -82,7 +77,8 @@ def test_weights_come_to_the_rows_and_once(make):
 
     Wider networks then hold activations of the whole batch.
     """
-    cfg = make(training={"batch_size": 8 * 13}, model={"channels": (64, 128)})
+    wider = {"channels": (64, 128), "self_attention": (False, False)}
+    cfg = make(training={"batch_size": 8 * 13}, model=wider)
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(mesh)),

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import re
 import shutil
 
 import jax
@@ -73,7 +76,7 @@ def test_the_card_and_the_config_say_what_it_is(made):
         "7 steps of 8 images",
         "`fake@1`, 4 tokens of width 8",
         "8 x 8 pixels from a caption",
-        f"--stage={made}/one",
+        "--stage=one",
         "License: none is stated",
     ):
         assert words in card, words
@@ -81,6 +84,41 @@ def test_the_card_and_the_config_say_what_it_is(made):
     (stage,) = open_stages([str(made / "one")])
     assert stage.step == 7 and stage.cfg.model == CFG.model
     assert stage.cfg.text.encoder == "fake@1" and stage.cfg.data.records == ""
+
+
+def test_no_text_of_an_export_names_a_place_of_its_publisher(made, monkeypatch):
+    """Whatever it was exported from and to, and given as."""
+    monkeypatch.chdir(made)
+    export("run", "./relative", 10**9)
+    own = (
+        str(made),
+        str(pathlib.Path.home()),
+        "secret",
+        str(made / "run"),
+        "relative/",
+    )
+    for folder in ("many", "one", "relative"):
+        texts = [p for p in (made / folder).iterdir() if p.suffix != ".safetensors"]
+        assert len(texts) >= 2
+        for path in texts:
+            text = path.read_text()
+            assert not [place for place in own if place in text], path
+            # No absolute path at all, but in addresses.
+            assert not re.search(r"(?<![\w:/.])/\w", text), path
+        assert f"--stage={folder} " in (made / folder / "README.md").read_text()
+    shutil.rmtree(made / "relative")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_exported_files_have_the_mode_of_the_umask(made, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        export(str(made / "run"), str(tmp_path / "out"), 8_000)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert len(modes) > 4 and set(modes.values()) == {0o666 & ~umask}
 
 
 def test_nothing_is_overwritten(made, tmp_path):
