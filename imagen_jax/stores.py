@@ -24,7 +24,7 @@ _SECONDS = 20.0
 _GOOGLE = "https://storage.googleapis.com"
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):/+", re.I)
 # In what clients of buckets raise, whose own types nothing here knows.
-_OF_A_BUCKET = re.compile(r"\bgs://|googleapis|libcurl|CURL error")
+_OF_A_BUCKET = re.compile(r"\bgs://|storage\.googleapis|libcurl|CURL error")
 
 
 def check_disk(path: str, instead: str = "a path of this machine") -> None:

@@ -203,3 +203,6 @@ def test_what_a_client_says_later_is_one_line(monkeypatch):
     said = error(call("goodput", "--workdir=x"))
     assert "Error 403 when reading gs://b" in said and "rights" in said
     assert stores.told(TypeError("gs://b")) == stores.told(OSError("a disk")) == ""
+    # As of a process that is lost.
+    lost = "UNAVAILABLE: type.googleapis.com/tensorflow.DerivedStatus"
+    assert stores.told(RuntimeError(lost)) == ""
