@@ -116,5 +116,5 @@ def test_figures_are_read_by_people():
         ["mesh"],
         ["fsdp", "8"],
         ["share", "0.25"],
-        ["days", "None"],
+        ["days", "-"],
     ]
