@@ -198,9 +198,10 @@ def _brief(error: Exception) -> str:
 
 
 def _quiet_libraries() -> None:
-    """They tell what is news to a user, and what our own line does not tell.
+    """Silences what libraries say that is no news to a user.
 
-    Of a full disk it does: not each thread of Orbax and TensorStore.
+    These are `_NO_NEWS` and, as our own line tells of a full disk, what each thread of
+    Orbax and TensorStore says of it.
     """
 
     def is_known(error: BaseException | None) -> bool:

@@ -32,6 +32,7 @@ from imagen_jax.diffusion.cascade import (
 )
 from imagen_jax.errors import UserError
 from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
+from imagen_jax.stores import check_disk
 from imagen_jax.text.encoders import load_encoder
 from imagen_jax.training.weights import Weights
 
@@ -44,8 +45,7 @@ _GRID, _GRID_SIDE = 64, 256
 
 def check_output(output: str) -> None:
     """Raises `UserError` unless there is a folder for pictures or one can be made."""
-    if "://" in output:
-        raise UserError(f"--output={output}: sample to a disk, then copy the folder")
+    check_disk(output)
     place = pathlib.Path(output).absolute()
     while not os.path.exists(place):
         place = place.parent

@@ -137,8 +137,7 @@ def _images(side: int) -> str:
 def _rows(batch_size: int, count: int, mesh: Mesh) -> int:
     """Rows of the program for `count` images in all, a multiple of the mesh's shards.
 
-    Some alone take less time than a batch that is filled up: on two CPU cores, of the
-    demo's cascade, a row in a batch takes half as long as one by itself.
+    A few images take less time one by one than in a batch that is filled up.
     """
     shards = row_shards(mesh)
     rows = 1 if count == 1 or 8 * count <= batch_size else batch_size
