@@ -162,7 +162,9 @@ def test_files_that_are_no_picture_to_start_from(tmp_path, data, message):
 
 
 def test_folders_that_cannot_hold_pictures(tmp_path):
-    with pytest.raises(UserError, match="'gs://b/x' is in a store that is not used here .gs://"):
+    with pytest.raises(
+        UserError, match="'gs://b/x' is in a store that is not used here .gs://"
+    ):
         check_output("gs://b/x")
     (tmp_path / "file").touch()
     for name in ("file", "file/x"):
