@@ -1,7 +1,6 @@
 """Images in a folder, captioned by a table or by texts beside them; COCO's captions."""
 
 import csv
-import dataclasses
 import json
 import os
 import pathlib
@@ -14,16 +13,16 @@ import numpy as np
 from imagen_jax.errors import UserError
 from imagen_jax.files import read_json, read_lines
 from imagen_jax.preparing import names
+from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import (
     CAPTIONS,
-    USUAL,
-    Conventions,
     Problem,
     Rest,
     Source,
     caption_in,
     first_lines,
     make_example,
+    numbered,
     sha256_of,
 )
 
@@ -40,8 +39,8 @@ _TAKES = (
 _COCO_BYTES = 2**30
 
 
-def open_folder(folder: str, seed: int, size: int, how: Conventions = USUAL) -> Source:
-    """The images of a folder and its subfolders, shuffled; `size` make a shard.
+def open_folder(folder: str, settings: Settings) -> Source:
+    """The images of a folder and its subfolders, shuffled.
 
     Where a folder or one above it has a metadata.jsonl or .csv, the captions are those
     of its rows, else those of the .txt or .caption files beside the images.
@@ -52,15 +51,14 @@ def open_folder(folder: str, seed: int, size: int, how: Conventions = USUAL) -> 
     files, problems, counts = names.list_files(root)
     holds = len(files) + len(problems) + counts.total()
     tables, captions = {}, {}
-    if not how.no_captions:
-        for table in reversed(_TABLES):
-            own = [name for name in files if posixpath.basename(name) == table]
-            tables |= {posixpath.dirname(name): name for name in own}
+    for table in () if settings.no_captions else reversed(_TABLES):
+        own = [name for name in files if posixpath.basename(name) == table]
+        tables |= {posixpath.dirname(name): name for name in own}
     for place in sorted(tables):  # the nearest to an image comes last
-        found, faults = _read_table(root, tables[place], how)
+        found, faults = _read_table(root, tables[place], settings)
         captions |= found
         problems += faults
-    entries, loose, there = [], [], set(files)
+    entries, loose = [], []
     for name in files:
         if name in captions:
             entries.append((name, captions[name], 1))
@@ -72,20 +70,20 @@ def open_folder(folder: str, seed: int, size: int, how: Conventions = USUAL) -> 
             problems.append(Problem(name, f"not in {table}"))
         else:
             counts[names.kind_of(name)] += 1
-    for name in captions.keys() - there:
+    for name in captions.keys() - set(files):
         problems.append(Problem(name, "has a caption, but there is no such picture", 0))
-    pairs, alone, others = names.sort_out(loose, () if how.no_captions else _TEXTS)
+    texts = () if settings.no_captions else _TEXTS
+    pairs, alone, others = names.sort_out(loose, texts)
     problems += alone
     for image, text, parts in pairs:
         try:
-            caption = first_lines((root / text).read_bytes(), how) if text else None
+            caption = text and first_lines((root / text).read_bytes(), settings)
             entries.append((image, caption, parts))
         except OSError as error:
             reason = f"{text} cannot be read: {error.strerror}"
             problems.append(Problem(image, reason, parts))
     rest = Rest(holds, +(counts + others))
-    source = _source(root, entries, problems, rest, seed, size, how)
-    return dataclasses.replace(source, takes=_TAKES)
+    return _source(settings, root, entries, problems, rest, _TAKES)
 
 
 def _table_above(name: str, tables: dict[str, str]) -> str:
@@ -98,13 +96,14 @@ def _table_above(name: str, tables: dict[str, str]) -> str:
 
 
 def _read_table(
-    root: pathlib.Path, table: str, how: Conventions
+    root: pathlib.Path, table: str, settings: Settings
 ) -> tuple[dict[str, list], list[Problem]]:
     """The captions by the names of images below `root`; rows that name no image."""
+    asked = [settings.caption_column] if settings.caption_column else _COLUMNS
     captions, problems, keys = {}, [], {}
     for number, row in _rows(root / table):
         keys |= dict.fromkeys(filter(None, row))
-        file, caption = row.get("file_name"), caption_in(row, how, _COLUMNS)
+        file, caption = row.get("file_name"), caption_in(row, settings, _COLUMNS)
         reason = "" if isinstance(file, str) and file else "has no file_name"
         if None in row:  # `csv` has there what is too much
             reason = "has more values than columns: quote texts that have commas"
@@ -114,7 +113,6 @@ def _read_table(
         name = posixpath.normpath(posixpath.join(posixpath.dirname(table), file))
         more = caption if isinstance(caption, list) else [caption]
         captions.setdefault(name, []).extend(more)
-    asked = [how.caption_column] if how.caption_column else _COLUMNS
     if keys and not ("file_name" in keys and keys.keys() & set(asked)):
         raise UserError(
             f"{str(root / table)!r} has {', '.join(keys)}; it needs file_name and "
@@ -146,8 +144,8 @@ def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
         raise UserError(f"{path} line {number} is no {kind}: {error}") from None
 
 
-def open_coco(file: str, seed: int, size: int, how: Conventions = USUAL) -> Source:
-    """The images that COCO's captions_SPLIT.json lists, shuffled; `size` make a shard.
+def open_coco(file: str, settings: Settings) -> Source:
+    """The images that COCO's captions_SPLIT.json lists, shuffled.
 
     They lie in SPLIT, images/SPLIT or images, or beside the file; or in these beside
     the folder of the file.
@@ -157,12 +155,12 @@ def open_coco(file: str, seed: int, size: int, how: Conventions = USUAL) -> Sour
     try:
         images = [(row["id"], row["file_name"]) for row in values["images"]]
         captions = {id: [] for id, _ in images}
-        rows = [(row["image_id"], row) for row in values["annotations"]]
-        unlisted = {id for id, _ in rows} - captions.keys()
+        rows = values["annotations"]
+        found = [(row["image_id"], caption_in(row, settings)) for row in rows]
+        unlisted = {id for id, _ in found} - captions.keys()
         if not all(isinstance(name, str) for _, name in images):
             raise TypeError("a file_name is no text")
-        found = [caption_in(row, how) for _, row in rows]
-        if rows and not (how.no_captions or any(found)):
+        if found and not (settings.no_captions or any(text for _, text in found)):
             raise KeyError("caption")
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -171,18 +169,17 @@ def open_coco(file: str, seed: int, size: int, how: Conventions = USUAL) -> Sour
             f"({type(error).__name__}: {error})"
         ) from None
     root = _coco_folder(path, [name for _, name in images])
-    entries, problems = [], []
-    for (id, _), caption in zip(rows, found):
+    for id, caption in found:
         if id not in unlisted:
             captions[id].append(caption)
-    for id in unlisted:
-        problems.append(Problem(f"image {id}", "has a caption, but is not listed", 0))
+    reason, entries = "has a caption, but is not listed", []
+    problems = [Problem(f"image {id}", reason, 0) for id in unlisted]
     for id, name in images:
         if (root / name).is_file():
             entries.append((name, captions[id], 1))
         else:
             problems.append(Problem(name, f"is not in {root}"))
-    return _source(root, entries, problems, Rest(len(images)), seed, size, how)
+    return _source(settings, root, entries, problems, Rest(len(images)))
 
 
 def _coco_folder(path: pathlib.Path, files: list[str]) -> pathlib.Path:
@@ -201,31 +198,31 @@ def _coco_folder(path: pathlib.Path, files: list[str]) -> pathlib.Path:
 
 
 def _source(
+    settings: Settings,
     root: pathlib.Path,
     entries: list[tuple[str, Any, int]],
     problems: list[Problem],
     rest: Rest,
-    seed: int,
-    size: int,
-    how: Conventions,
+    takes: str = "",
 ) -> Source:
-    """A source of (name, caption, parts) below `root`."""
-    examples, bad = [], list(problems)
+    """A source of (name, caption, parts) below `root`, in the order of the seed."""
+    examples, problems = [], list(problems)
     for name, caption, parts in sorted(entries, key=lambda entry: entry[0]):
         read = (root / name).read_bytes
-        item = make_example(len(examples), name, caption, read, parts, how)
-        (bad if isinstance(item, Problem) else examples).append(item)
+        item = make_example(settings, len(examples), name, caption, read, parts)
+        (problems if isinstance(item, Problem) else examples).append(item)
     # Neighbours in a folder are alike, and the shuffle buffer of a training may be too
     # small to part them.
-    order = np.random.default_rng(seed).permutation(len(examples))
+    order = np.random.default_rng(settings.seed).permutation(len(examples))
     stats = [os.stat(root / e.name) for e in examples]
     sizes = ((e.name, e.caption, s.st_size) for e, s in zip(examples, stats))
-    return Source(
-        -(-len(examples) // size),
-        lambda shard: (examples[i] for i in order[shard * size : (shard + 1) * size]),
+    return numbered(
         len(examples),
-        sorted(bad),
+        settings,
+        lambda rows: (examples[order[i]] for i in rows),
         sha256_of(sizes),
-        [stat.st_mtime_ns for stat in stats],
         rest,
+        times=[stat.st_mtime_ns for stat in stats],
+        problems=sorted(problems),
+        takes=takes,
     )

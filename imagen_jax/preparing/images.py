@@ -172,8 +172,3 @@ def middle_square(data: bytes, size: int) -> np.ndarray:
     from imagen_jax.data import preprocess
 
     return preprocess.picture(data, size).numpy()
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """`[H, W, 3]` uint8 to a PNG file."""
-    return _encode(Image.fromarray(pixels), lossy=False)

@@ -23,9 +23,9 @@ from imagen_jax.data import memory, start_tensorflow
 from imagen_jax.data.manifest import Manifest
 from imagen_jax.errors import UserError, needing_room
 from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
-from imagen_jax.preparing import folder, huggingface, parquet, sources, webdataset
+from imagen_jax.preparing import folder, parquet, sources, webdataset
 from imagen_jax.preparing.images import StoredImage, middle_square
-from imagen_jax.preparing.settings import NO_ENCODER, Settings
+from imagen_jax.preparing.settings import FORMS, NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats, in_words, total
 from imagen_jax.text import embeddings
 from imagen_jax.text.embeddings import Embedded, Embedder
@@ -91,27 +91,27 @@ class Job:
 def open_source(settings: Settings) -> sources.Source:
     """Opens the source of a job, without opening an image."""
     kind, _, argument = settings.source.partition(":")
-    size, how = settings.shard_examples, settings.conventions
-    match kind if argument else "":
-        case "folder":
-            return folder.open_folder(argument, settings.seed, size, how)
-        case "coco":
-            return folder.open_coco(argument, settings.seed, size, how)
-        case "webdataset":
-            return webdataset.open_tars(argument, how)
-        case "parquet":
-            return parquet.open_parquet(argument, size, how)
-        case "hf":
-            return huggingface.open_huggingface(argument, size, how)
-        case "shapes":
-            image_size, seed = settings.image_size, settings.seed
-            return sources.open_shapes(argument, image_size, seed, size)
-        case "tfds":
-            start_tensorflow()
-            from imagen_jax.preparing import tfds
+    if not argument or kind not in _OPENERS:
+        raise UserError(f"--source is {settings.source!r}; it is {FORMS}")
+    return _OPENERS[kind](argument, settings)
 
-            return tfds.open_tfds(argument, size, how)
-    raise UserError(f"--source is {settings.source!r}; it is {sources.FORMS}")
+
+def _open_tfds(argument: str, settings: Settings) -> sources.Source:
+    start_tensorflow()
+    from imagen_jax.preparing import tfds
+
+    return tfds.open_tfds(argument, settings)
+
+
+_OPENERS = {
+    "folder": folder.open_folder,
+    "coco": folder.open_coco,
+    "webdataset": webdataset.open_tars,
+    "parquet": parquet.open_parquet,
+    "hf": parquet.open_huggingface,
+    "tfds": _open_tfds,
+    "shapes": sources.open_shapes,
+}
 
 
 def start(job: Job) -> Manifest | None:

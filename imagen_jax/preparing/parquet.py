@@ -1,4 +1,4 @@
-"""Parquet files with the bytes of images and their captions."""
+"""Tables with images and captions: Parquet files, data sets of Hugging Face."""
 
 import os
 import pathlib
@@ -10,15 +10,8 @@ import numpy as np
 
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources
-from imagen_jax.preparing.sources import (
-    CAPTIONS,
-    USUAL,
-    Conventions,
-    Example,
-    Problem,
-    Rest,
-    Source,
-)
+from imagen_jax.preparing.settings import Settings
+from imagen_jax.preparing.sources import CAPTIONS, Example, Problem, Rest, Source
 
 # The columns of Hugging Face's `datasets` and img2dataset, then what others use.
 _IMAGES = ("image", "jpg", "png", "webp", "image_bytes", "img")
@@ -36,11 +29,11 @@ _IS_CAPTION = (
     rf"{_TEXT}|(large_|fixed_size_)?list(_view)?<\w+: {_TEXT}( not null)?>(\[\d+\])?"
 )
 # Rows in memory at a time.
-ROWS = 64
+_ROWS = 64
 
 
-def open_parquet(pattern: str, size: int, how: Conventions = USUAL) -> Source:
-    """The rows of the files that match `pattern`; `size` rows of a file make a shard.
+def open_parquet(pattern: str, settings: Settings) -> Source:
+    """The rows of the files that match `pattern`; no shard has rows of two files.
 
     An image is a binary column or a struct with `bytes`, a caption a string or a list
     of n strings, of which number `id % n` is taken.
@@ -59,50 +52,93 @@ def open_parquet(pattern: str, size: int, how: Conventions = USUAL) -> Source:
         except (pa.ArrowException, OSError) as error:
             problems.append(Problem(name, _brief(error)))
             continue
-        columns = find_columns(schema, file, how)
-        for start in range(0, rows, size):
-            stop = min(start + size, rows)
-            shards.append((file, columns, start, stop, count + start, how))
+        columns = _columns(schema, file, settings)
+        for start in range(0, rows, settings.shard_examples):
+            stop = min(start + settings.shard_examples, rows)
+            shards.append((settings, file, columns, start, stop, count + start))
         lengths.append((name, stat.st_size, rows))
         count += rows
     sha256 = sources.sha256_of(lengths)
     read = lambda i: _read(*shards[i])  # noqa: E731
     # Nobody knows how many rows a file has that cannot be opened.
     rest = Rest(count + len(problems))
-    return Source(len(shards), read, count, problems, sha256, times, rest)
+    return Source(len(shards), read, count, sha256, times, rest, problems)
 
 
-def find_columns(schema: Any, where: str, how: Conventions) -> list[str]:
+def open_huggingface(argument: str, settings: Settings) -> Source:
+    """The rows of "PATH_OR_NAME" or "PATH_OR_NAME@SPLIT", with the same columns.
+
+    A path is what `save_to_disk` wrote, or any other folder that `load_dataset` reads;
+    only a name may be downloaded. An image may also have the `path` of its file.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "--source=hf: needs Hugging Face's datasets: pip install "
+            "'imagen-jax[prepare]'"
+        ) from None
+    name, split = argument, ""
+    if "@" in argument and not os.path.exists(argument):
+        name, _, split = argument.rpartition("@")
+    saved = ("state.json", "dataset_dict.json")
+    is_saved = any(os.path.exists(os.path.join(name, file)) for file in saved)
+    try:
+        opened = (datasets.load_from_disk if is_saved else datasets.load_dataset)(name)
+    # It raises errors of many kinds, and those of what it loads with.
+    except Exception as error:
+        brief = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"hf:{name} cannot be opened: {brief}") from None
+    split = split or "train"
+    if isinstance(opened, datasets.Dataset):
+        opened = {split: opened}
+    if split not in opened:
+        found = ", ".join(opened)
+        raise UserError(f"hf:{name} has no split {split!r}, but {found}: add @SPLIT")
+    rows = opened[split].with_format("arrow")
+    columns = _columns(rows.features.arrow_schema, f"hf:{name}", settings)
+
+    def read(shard: range) -> Iterator[Example | Problem]:
+        for start in shard[::_ROWS]:
+            table = rows[start : min(start + _ROWS, shard.stop)]
+            for id, values in enumerate(zip(*map(table.column, columns)), start):
+                place = f"{split}[{id}]"
+                yield _example(settings, id, place, values, follow_paths=True)
+
+    sha256 = sources.sha256_of([opened[split]._fingerprint, split, len(rows)])
+    times = [os.stat(file["filename"]).st_mtime_ns for file in rows.cache_files]
+    return sources.numbered(len(rows), settings, read, sha256, times=times)
+
+
+def _columns(schema: Any, where: str, settings: Settings) -> list[str]:
     """The column of images and, unless there are no captions, that of captions."""
-    images = (how.image_column,) if how.image_column else _IMAGES
-    captions = (how.caption_column,) if how.caption_column else CAPTIONS
-    columns = [_column(schema, where, "pictures", "image", images, _IS_IMAGE)]
-    if not how.no_captions:
-        columns += [
-            _column(schema, where, "captions", "caption", captions, _IS_CAPTION)
-        ]
+    wanted = [("pictures", "image_column", _IMAGES, _IS_IMAGE)]
+    if not settings.no_captions:
+        wanted.append(("captions", "caption_column", CAPTIONS, _IS_CAPTION))
+    types = {name: str(type_) for name, type_ in zip(schema.names, schema.types)}
+    columns = []
+    for what, flag, usual, kind in wanted:
+        asked = getattr(settings, flag)
+        names = [asked] if asked else usual
+        fits = [name for name in names if re.fullmatch(kind, types.get(name, ""))]
+        if not fits:
+            there = ", ".join(f"{name} ({type_})" for name, type_ in types.items())
+            raise UserError(
+                f"{where!r} has no column of {what} ({', '.join(names)}), but {there}: "
+                f"name it with --{flag}"
+            )
+        columns.append(fits[0])
     return columns
 
 
-def _column(schema, where: str, what: str, flag: str, names: tuple, kind: str) -> str:
-    """The first of `names` whose column has a type that matches `kind`."""
-    types = {name: str(type_) for name, type_ in zip(schema.names, schema.types)}
-    for name in names:
-        if re.fullmatch(kind, types.get(name, "")):
-            return name
-    there = ", ".join(f"{name} ({type_})" for name, type_ in types.items())
-    raise UserError(
-        f"{where!r} has no column of {what} ({', '.join(names)}), but {there}: name it "
-        f"with --{flag}_column"
-    )
-
-
-def _read(file, columns, start, stop, first_id, how) -> Iterator[Example | Problem]:
-    """Rows [start, stop) of a file; `first_id` is the id of row `start`."""
+def _read(
+    settings: Settings, file: str, columns: list[str], start: int, stop: int, id: int
+) -> Iterator[Example | Problem]:
+    """Rows [start, stop) of a file; `id` is that of row `start`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file_name = os.path.basename(file)
+    name = os.path.basename(file)
     row, reason = start, "the file ends before it"
     try:
         with pq.ParquetFile(file) as parquet:
@@ -111,11 +147,11 @@ def _read(file, columns, start, stop, first_id, how) -> Iterator[Example | Probl
             ends = np.cumsum(lengths)
             first, last = np.searchsorted(ends, [start, stop - 1], side="right")
             row = int(ends[first]) - lengths[first]
-            for batch in parquet.iter_batches(ROWS, groups[first : last + 1], columns):
+            for batch in parquet.iter_batches(_ROWS, groups[first : last + 1], columns):
                 for values in zip(*map(batch.column, columns)):
                     if start <= row < stop:
-                        id = first_id + row - start
-                        yield make_row(id, f"{file_name}/{row}", values, how)
+                        own = id + row - start
+                        yield _example(settings, own, f"{name}/{row}", values)
                     row += 1
                 if row >= stop:
                     return
@@ -123,28 +159,24 @@ def _read(file, columns, start, stop, first_id, how) -> Iterator[Example | Probl
         reason = _brief(error)
     row = max(row, start)
     reason = f"{reason}; rows {row} to {stop - 1} are lost"
-    yield Problem(f"{file_name}/{row}", reason, stop - row)
+    yield Problem(f"{name}/{row}", reason, stop - row)
 
 
-def make_row(
-    id: int, name: str, values: tuple, how: Conventions, follow_paths: bool = False
+def _example(
+    settings: Settings, id: int, name: str, values: tuple, follow_paths: bool = False
 ) -> Example | Problem:
-    """The example of a row: an image, and a caption unless there are none.
-
-    With `follow_paths` an image may also be a struct with the `path` of its file.
-    """
+    """The example of a row: an image, and a caption unless there are none."""
     data, *captions = map(_value, values)
     path = ""
-    if not data and follow_paths and values[0].is_valid:
-        path = values[0].as_py().get("path") or ""
-        if path and not os.path.isfile(path):
-            return Problem(name, f"its picture {path!r} is no file")
+    if follow_paths and not data:
+        path = (values[0].as_py() or {}).get("path")
+    if path and not os.path.isfile(path):
+        return Problem(name, f"its picture {path!r} is no file")
     if not (data or path):
         return Problem(name, "has no picture")
     read = pathlib.Path(path).read_bytes if path else lambda: data
-    return sources.make_example(
-        id, name, captions[0] if captions else "", read, how=how
-    )
+    caption = captions[0] if captions else None
+    return sources.make_example(settings, id, name, caption, read)
 
 
 def _value(scalar: Any) -> bytes | list | None:

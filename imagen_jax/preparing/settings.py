@@ -6,17 +6,20 @@ from typing import Any
 
 from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.preparing.images import MAX_PIXELS
-from imagen_jax.preparing.sources import FORMS, Conventions
 from imagen_jax.stores import check_disk
 from imagen_jax.text.embeddings import DTYPES
 
+FORMS = (
+    "folder:DIR, webdataset:GLOB, parquet:GLOB_OR_DIR, coco:FILE.json, "
+    "hf:NAME_OR_PATH, tfds:NAME or shapes:N"
+)
 # In place of an encoder: tars of images, whose captions are embedded later.
 NO_ENCODER = "none"
 # Those that the written examples depend on, and no other field of the manifest says.
 _RECORDED = ("source", "text_length", "image_size", "shard_examples", "seed")
 _RULES = ("min_side", "max_aspect", "stored_size", "max_pixels")
-_CONVENTIONS = tuple(field.name for field in dataclasses.fields(Conventions))
-_RECORDED += _RULES + _CONVENTIONS
+_RECORDED += _RULES
+_RECORDED += ("caption_column", "image_column", "caption_lines", "no_captions")
 # The kinds of source that these apply to.
 _APPLIES = {
     "caption_column": ("folder", "webdataset", "parquet", "coco", "hf"),
@@ -74,11 +77,6 @@ class Settings:
         if self.is_npz:
             rules["min_side"] = max(self.min_side, self.image_size)
         return rules
-
-    @property
-    def conventions(self) -> Conventions:
-        """Where images and captions stand in the source."""
-        return Conventions(*(getattr(self, name) for name in _CONVENTIONS))
 
     def recorded(self) -> dict[str, Any]:
         """The part of the settings that the manifest holds."""

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -13,13 +14,11 @@ from typing import Any
 
 from imagen_jax.errors import UserError
 from imagen_jax.files import split_lines
+from imagen_jax.images import png
 from imagen_jax.preparing import images
+from imagen_jax.preparing.settings import Settings
 from imagen_jax.shapes import scenes as shapes
 
-FORMS = (
-    "folder:DIR, webdataset:GLOB, parquet:GLOB_OR_DIR, coco:FILE.json, "
-    "hf:NAME_OR_PATH, tfds:NAME or shapes:N"
-)
 # Columns of captions: those of img2dataset and Hugging Face, then what others use.
 CAPTIONS = ("caption", "text", "TEXT", "captions", "txt", "prompt")
 # Images that are decoded ahead of the one whose turn it is.
@@ -27,19 +26,6 @@ _READ_AHEAD = 64
 # {FIRST..LAST} and {A,B} in the names of files, and for how many names they may stand.
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MOST_NAMES = 1_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Conventions:
-    """Where images and captions stand, as flags of `prepare` say."""
-
-    caption_column: str = ""  # column, or key, of captions; "": one of the usual
-    image_column: str = ""
-    caption_lines: int = 0  # first lines of a text file that are taken; 0: all
-    no_captions: bool = False  # images alone: every caption is the null text
-
-
-USUAL = Conventions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,39 +64,54 @@ class Source:
 
     shards: int  # number of shards
     # A shard, given its number; with the rest, where only its reader can tell.
-    read: Callable[[int], Iterator[Example | Problem | Rest]]
+    read: Callable[[int], Iterable[Example | Problem | Rest]]
     count: int | None  # examples in all shards; None if unknown
-    problems: list[Problem]  # those that belong to no shard
     sha256: str  # changes when names, captions or lengths of files do
     times: Sequence[float] = ()  # when its files were last changed
     rest: Rest = Rest(0)
+    problems: Sequence[Problem] = ()  # those that belong to no shard
     takes: str = ""  # what can be used, for messages
 
 
-def open_shapes(argument: str, image_size: int, seed: int, size: int) -> Source:
-    """The drawn scenes of "shapes:N"; `size` make a shard."""
+def numbered(
+    count: int,
+    settings: Settings,
+    read: Callable[[range], Iterable[Example | Problem]],
+    sha256: str,
+    rest: Rest | None = None,
+    **more: Any,
+) -> Source:
+    """A source of `count` examples, of which `read` yields those of a range."""
+    size, rest = settings.shard_examples, rest or Rest(count)
+
+    def read_shard(number: int) -> Iterable[Example | Problem]:
+        return read(range(count)[number * size : (number + 1) * size])
+
+    return Source(-(-count // size), read_shard, count, sha256, rest=rest, **more)
+
+
+def open_shapes(argument: str, settings: Settings) -> Source:
+    """The drawn scenes of "shapes:N"."""
     if not argument.isdecimal() or int(argument) < 1:
         raise UserError(f"--source is 'shapes:{argument}'; give a number above zero")
     count = int(argument)
-    scenes = list(shapes.generate(count, seed))
+    scenes = list(shapes.generate(count, settings.seed))
 
     def draw(i: int) -> bytes:
-        return images.encode_png(shapes.draw(scenes[i], image_size))
+        return png(shapes.draw(scenes[i], settings.image_size))
 
-    def read(shard: int) -> Iterator[Example]:
-        for i in range(count)[shard * size : (shard + 1) * size]:
+    def read(rows: range) -> Iterator[Example]:
+        for i in rows:
             caption = shapes.caption(scenes[i])
-            yield Example(i, f"scene {i}", caption, lambda i=i: draw(i))
+            yield Example(i, f"scene {i}", caption, functools.partial(draw, i))
 
-    sha256 = sha256_of(map(repr, scenes))
-    return Source(-(-count // size), read, count, [], sha256, rest=Rest(count))
+    return numbered(count, settings, read, sha256_of(map(repr, scenes)))
 
 
 def matching_files(pattern: str, what: str, inside: str) -> list[str]:
     """The files that match a glob with braces, sorted; in a folder, those of `inside`.
 
-    Raises:
-      UserError: if none matches, or none what the braces stand for.
+    `UserError` if none matches, or none what the braces stand for.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.isdir(pattern):
@@ -159,33 +160,33 @@ def sha256_of(rows: Iterable) -> str:
     return digest.hexdigest()
 
 
-def caption_in(row: Any, how: Conventions, columns: Sequence[str] = CAPTIONS) -> Any:
+def caption_in(row: Any, settings: Settings, usual: Sequence[str] = CAPTIONS) -> Any:
     """What a row, or an object of JSON, has in the first of the columns of captions."""
     if not isinstance(row, dict):
         return None
-    asked = [how.caption_column] if how.caption_column else columns
-    return next((row[name] for name in asked if row.get(name) is not None), None)
+    columns = [settings.caption_column] if settings.caption_column else usual
+    return next((row[name] for name in columns if row.get(name) is not None), None)
 
 
-def first_lines(text: bytes, how: Conventions) -> bytes:
+def first_lines(text: bytes, settings: Settings) -> bytes:
     """What of a text file is the caption."""
-    count = how.caption_lines
+    count = settings.caption_lines
     return b"\n".join(split_lines(text)[:count]) if count else text
 
 
 def make_example(
+    settings: Settings,
     id: int,
     name: str,
     caption: Any,
     read: Callable[[], bytes],
     parts: int = 1,
-    how: Conventions = USUAL,
 ) -> Example | Problem:
     """The example, or the problem with its caption.
 
     `caption` is text, bytes of UTF-8, or a list, of which number `id % length` counts.
     """
-    if how.no_captions:
+    if settings.no_captions:
         return Example(id, name, "", read, parts)
     if isinstance(caption, list):
         captions = [own for own in caption if own is not None]

@@ -1,5 +1,6 @@
 """TensorFlow Datasets: captioned images from one, and records as one."""
 
+import functools
 import pathlib
 from collections.abc import Iterator
 
@@ -12,60 +13,48 @@ from imagen_jax.data.manifest import Manifest
 from imagen_jax.data.tfds import open_builder
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import sources
-from imagen_jax.preparing.sources import (
-    USUAL,
-    Conventions,
-    Example,
-    Problem,
-    Rest,
-    Source,
-)
+from imagen_jax.preparing.settings import Settings
+from imagen_jax.preparing.sources import Example, Problem, Source
 from imagen_jax.text import embeddings
 
 _CAPTIONS = ("captions", "caption", "text")
 
 
-def open_tfds(name: str, size: int, how: Conventions = USUAL) -> Source:
-    """The images of a data set of tfds, as they are stored; `size` make a shard."""
+def open_tfds(name: str, settings: Settings) -> Source:
+    """The images of a data set of tfds, as they are stored."""
     builder, split = open_builder(name)
     features = dict(builder.info.features.items())
     captions = [feature for feature in _CAPTIONS if feature in features]
-    if not (captions or how.no_captions) or "image" not in features:
+    if not (captions or settings.no_captions) or "image" not in features:
         needed = f"image and one of {', '.join(_CAPTIONS)}"
         raise UserError(f"tfds:{name} needs {needed}, but has {', '.join(features)}")
     count = builder.info.splits[split].num_examples
 
-    def read(shard: int) -> Iterator[Example | Problem]:
-        start, stop = shard * size, min((shard + 1) * size, count)
-        rows = builder.as_dataset(
-            split=f"{split}[{start}:{stop}]",
+    def read(rows: range) -> Iterator[Example | Problem]:
+        data = builder.as_dataset(
+            split=f"{split}[{rows.start}:{rows.stop}]",
             shuffle_files=False,
             decoders={"image": tfds.decode.SkipDecoding()},
             # One file after the other, so that ids do not depend on the shards.
             read_config=tfds.ReadConfig(interleave_cycle_length=1),
         )
-        id = start - 1
-        for id, row in zip(range(start, stop), rows.as_numpy_iterator()):
-            text = None if how.no_captions else row[captions[0]]
-            yield _example(id, f"{split}[{id}]", row["image"], text, how)
-        if id + 1 < stop:
+        id = rows.start - 1
+        for id, row in zip(rows, data.as_numpy_iterator()):
+            text = None if settings.no_captions else row[captions[0]]
+            # coco_captions: a sequence of {"id", "text"}.
+            text = text["text"] if isinstance(text, dict) else text
+            text = list(text) if isinstance(text, np.ndarray) else text
+            read_image = functools.partial(row.get, "image")
+            place = f"{split}[{id}]"
+            yield sources.make_example(settings, id, place, text, read_image)
+        if id + 1 < rows.stop:
             reason = "the data set ends before it"
-            yield Problem(f"{split}[{id + 1}]", reason, stop - id - 1)
+            yield Problem(f"{split}[{id + 1}]", reason, rows.stop - id - 1)
 
     sha256 = sources.sha256_of([builder.info.full_name, split, count])
     files = sorted(epath.Path(builder.data_dir).iterdir())
     times = [file.stat().mtime for file in files]
-    rest = Rest(count)
-    return Source(-(-count // size), read, count, [], sha256, times, rest)
-
-
-def _example(
-    id: int, name: str, image: bytes, captions, how: Conventions
-) -> Example | Problem:
-    # coco_captions: a sequence of {"id", "text"}.
-    captions = captions["text"] if isinstance(captions, dict) else captions
-    captions = list(captions) if isinstance(captions, np.ndarray) else captions
-    return sources.make_example(id, name, captions, lambda: image, how=how)
+    return sources.numbered(count, settings, read, sha256, times=times)
 
 
 def write_info(folder: pathlib.Path, manifest: Manifest, examples: list[int]) -> None:

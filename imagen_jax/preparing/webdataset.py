@@ -5,6 +5,7 @@ KEY.jpg, KEY.png or KEY.webp stands next to KEY.txt, KEY.caption, or KEY.json wi
 """
 
 import collections
+import functools
 import io
 import json
 import lzma
@@ -17,14 +18,8 @@ from typing import Any
 
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import names, sources
-from imagen_jax.preparing.sources import (
-    USUAL,
-    Conventions,
-    Example,
-    Problem,
-    Rest,
-    Source,
-)
+from imagen_jax.preparing.settings import Settings
+from imagen_jax.preparing.sources import Example, Problem, Rest, Source
 
 # Of several beside an image the first one is read.
 _TEXTS = (".txt", ".caption", ".json")
@@ -52,115 +47,41 @@ class _TarInfo(tarfile.TarInfo):
             raise
 
 
-class _Group:
-    """Images and texts that follow each other and have the same name up to a dot."""
-
-    def __init__(self):
-        self._data: dict[str, bytes] = {}
-        self._twice: list[str] = []
-
-    def ends_before(self, name: str) -> bool:
-        """Whether a member is of another key, or begins a key once more."""
-        if not self._data:
-            return False
-        first, last = next(iter(self._data)), next(reversed(self._data))
-        is_full = len(self._data) >= _MOST_HELD and _stem(name) != _stem(last)
-        return name == first or is_full or _key(name) != _key(first)
-
-    def add(self, name: str, data: bytes) -> None:
-        """Takes one more member."""
-        if name in self._data:
-            self._twice.append(name)
-        else:
-            self._data[name] = data
-
-    def items(
-        self, tar: str, ids: Iterator[int], how: Conventions, rest: collections.Counter
-    ) -> Iterator[Example | Problem]:
-        """Its examples and problems; what else it has is counted in `rest`."""
-        if self._twice:
-            reason = f"{self._twice[0]} is there twice: which belong together?"
-            for name in [*self._data, *self._twice]:
-                yield Problem(f"{tar}/{name}", reason)
-            return
-        pairs, problems, others = names.sort_out(self._data, _texts(how))
-        rest.update(others)
-        same = collections.Counter(_stem(image) for image, _, _ in pairs)
-        for image, text, parts in pairs:
-            name = _stem(image) if same[_stem(image)] == 1 else image
-            data, caption = self._data[image], None
-            if text:
-                caption = _caption(text, self._data[text], how)
-            yield sources.make_example(
-                next(ids), f"{tar}/{name}", caption, lambda data=data: data, parts, how
-            )
-        for problem in problems:
-            name = f"{tar}/{_stem(problem.name)}"
-            yield Problem(name, problem.reason, problem.parts)
-
-
-def _stem(name: str) -> str:
-    return posixpath.splitext(name)[0]
-
-
-def _key(name: str) -> str:
-    folder, last = posixpath.split(name)
-    return posixpath.join(folder, last.partition(".")[0])
-
-
-def _texts(how: Conventions) -> tuple[str, ...]:
-    if how.no_captions:
-        return ()
-    return (".json",) if how.caption_column else _TEXTS
-
-
-def _caption(name: str, data: bytes, how: Conventions) -> Any:
-    if names.ending(name) != ".json":
-        return sources.first_lines(data, how)
-    try:
-        return sources.caption_in(json.loads(data), how)
-    except UnicodeDecodeError:
-        return data  # `make_example` says that it is not UTF-8
-    except (ValueError, RecursionError):
-        return None
-
-
-def open_tars(pattern: str, how: Conventions = USUAL) -> Source:
+def open_tars(pattern: str, settings: Settings) -> Source:
     """The examples of the tars that match `pattern`; each tar is a shard."""
     files = sources.matching_files(pattern, "tar", "*.tar")
 
     def read(shard: int) -> Iterator[Example | Problem | Rest]:
         # Interleaved ids: how many examples the other tars have is not known.
-        return _read_tar(files[shard], iter(range(shard, 2**63, len(files))), how)
+        return _read_tar(settings, files[shard], iter(range(shard, 2**63, len(files))))
 
     stats = [os.stat(file) for file in files]
     sizes = ((os.path.basename(f), s.st_size) for f, s in zip(files, stats))
     times = [stat.st_mtime_ns for stat in stats]
-    sha256 = sources.sha256_of(sizes)
-    return Source(len(files), read, None, [], sha256, times, takes=_TAKES)
+    return Source(len(files), read, None, sources.sha256_of(sizes), times, takes=_TAKES)
 
 
 def _read_tar(
-    file: str, ids: Iterator[int], how: Conventions
+    settings: Settings, file: str, ids: Iterator[int]
 ) -> Iterator[Example | Problem | Rest]:
     tar_name, rest = os.path.basename(file), collections.Counter()
-    group, holds, count, is_whole = _Group(), 0, 0, False
+    group, holds, count, is_whole = [], 0, 0, False
     reason = "it does not end as a tar does: cut or damaged"
     try:
         with tarfile.open(file, "r|*", tarinfo=_TarInfo) as tar:
             for member in tar:
-                if kind := _passed_over(member, how):
+                if kind := _passed_over(settings, member):
                     rest[kind] += 1
                 elif not member.isfile():
                     why = "is a link, or no file: pack the file itself (tar -h --hard-"
                     yield Problem(f"{tar_name}/{member.name}", f"{why}dereference)")
                 else:
-                    if group.ends_before(member.name):
-                        for item in group.items(tar_name, ids, how, rest):
+                    if group and _ends_before(group, member.name):
+                        for item in _items(settings, tar_name, group, ids, rest):
                             count += isinstance(item, Example)
                             yield item
-                        group = _Group()
-                    group.add(member.name, tar.extractfile(member).read())
+                        group = []
+                    group.append((member.name, tar.extractfile(member).read()))
                 holds += 1
             is_whole = getattr(tar, "is_whole", False)
     except _CUT as error:
@@ -168,7 +89,7 @@ def _read_tar(
             raise UserError(f"{file!r} cannot be read: {error.strerror}") from None
         reason = f"{type(error).__name__}: {error}"
     lost = 0
-    for item in group.items(tar_name, ids, how, rest):
+    for item in _items(settings, tar_name, group, ids, rest):
         # The last members before a cut may lack their image or their caption.
         if isinstance(item, Problem) and not is_whole:
             lost += item.parts
@@ -180,14 +101,74 @@ def _read_tar(
     yield Rest(holds, rest)
 
 
-def _passed_over(member: tarfile.TarInfo, how: Conventions) -> str:
+def _passed_over(settings: Settings, member: tarfile.TarInfo) -> str:
     """As what a member is counted that is neither an image nor a text."""
     if names.is_hidden(member.name):
         return names.HIDDEN
     if member.isdir():
         return names.FOLDERS
-    is_wanted = names.ending(member.name) in names.IMAGES + _texts(how)
+    is_wanted = names.ending(member.name) in names.IMAGES + _texts(settings)
     return "" if is_wanted else names.kind_of(member.name)
+
+
+def _texts(settings: Settings) -> tuple[str, ...]:
+    if settings.no_captions:
+        return ()
+    return (".json",) if settings.caption_column else _TEXTS
+
+
+def _ends_before(group: list[tuple[str, bytes]], name: str) -> bool:
+    """Whether a member is of another key, or begins a key once more."""
+    first, last = group[0][0], group[-1][0]
+    is_full = len(group) >= _MOST_HELD and _stem(name) != _stem(last)
+    return name == first or is_full or _key(name) != _key(first)
+
+
+def _stem(name: str) -> str:
+    return posixpath.splitext(name)[0]
+
+
+def _key(name: str) -> str:
+    folder, last = posixpath.split(name)
+    return posixpath.join(folder, last.partition(".")[0])
+
+
+def _items(
+    settings: Settings,
+    tar: str,
+    group: list[tuple[str, bytes]],
+    ids: Iterator[int],
+    rest: collections.Counter,
+) -> Iterator[Example | Problem]:
+    """What images and texts of one key are; others are counted in `rest`."""
+    files, counts = dict(group), collections.Counter(name for name, _ in group)
+    if twice := [name for name in files if counts[name] > 1]:
+        reason = f"{twice[0]} is there twice: which belong together?"
+        for name, _ in group:
+            yield Problem(f"{tar}/{name}", reason)
+        return
+    pairs, problems, others = names.sort_out(files, _texts(settings))
+    rest.update(others)
+    same = collections.Counter(_stem(image) for image, _, _ in pairs)
+    for image, text, parts in pairs:
+        name = f"{tar}/{_stem(image) if same[_stem(image)] == 1 else image}"
+        caption = _caption(settings, text, files[text]) if text else None
+        read = functools.partial(files.get, image)
+        yield sources.make_example(settings, next(ids), name, caption, read, parts)
+    for problem in problems:
+        name = f"{tar}/{_stem(problem.name)}"
+        yield Problem(name, problem.reason, problem.parts)
+
+
+def _caption(settings: Settings, name: str, data: bytes) -> Any:
+    if names.ending(name) != ".json":
+        return sources.first_lines(data, settings)
+    try:
+        return sources.caption_in(json.loads(data), settings)
+    except UnicodeDecodeError:
+        return data  # `make_example` says that it is not UTF-8
+    except (ValueError, RecursionError):
+        return None
 
 
 def write_tar(path: os.PathLike, rows: Iterable[tuple]) -> None:

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import folder
+from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import Problem
 
 
@@ -26,7 +27,7 @@ def _write(root, metadata=None, **files):
 
 def _list(path):
     """(name, caption) of each image, sorted, and the problems."""
-    source = folder.open_folder(path, seed=0, size=100)
+    source = open_source(Settings(f"folder:{path}", ""))
     examples = [e for k in range(source.shards) for e in source.read(k)]
     assert sorted(e.id for e in examples) == list(range(len(examples)))
     return sorted((e.name, e.caption) for e in examples), source.problems

@@ -6,7 +6,8 @@ from PIL import Image
 
 from imagen_jax import prepare
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import parquet
+from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import Example, Problem
 
 pa = pytest.importorskip("pyarrow")
@@ -42,8 +43,12 @@ def _write(path, columns, **options):
     return str(path)
 
 
+def _open(pattern, size=100):
+    return open_source(Settings(f"parquet:{pattern}", "", shard_examples=size))
+
+
 def _read(pattern, size=100):
-    opened = parquet.open_parquet(str(pattern), size)
+    opened = _open(pattern, size)
     return [item for k in range(opened.shards) for item in opened.read(k)]
 
 
@@ -69,7 +74,7 @@ def test_shards_and_row_groups(tmp_path, group, size):
     for name, rows in (("a", 10), ("b", 5)):
         columns = {"image": PICTURES[:rows], "text": CAPTIONS[:rows]}
         _write(tmp_path / f"{name}.parquet", columns, row_group_size=group)
-    opened = parquet.open_parquet(str(tmp_path / "*.parquet"), size)
+    opened = _open(tmp_path / "*.parquet", size)
     assert opened.count == 15 and opened.shards == -(-10 // size) + -(-5 // size)
     shards = [list(opened.read(k)) for k in range(opened.shards)]
     assert all(len(shard) <= size for shard in shards)
@@ -118,7 +123,7 @@ def test_damaged_files(tmp_path):
     # The second row group's pages: their headers make no sense any more.
     start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     path.write_bytes(whole[:start] + b"\xff" * 64 + whole[start + 64 :])
-    opened = parquet.open_parquet(str(tmp_path / "*.parquet"), 100)
+    opened = _open(tmp_path / "*.parquet")
     (cut,) = opened.problems
     assert cut.name == "a.parquet" and "Arrow" in cut.reason
     *good, bad = opened.read(0)

@@ -10,7 +10,8 @@ from imagen_jax.data import start_tensorflow
 start_tensorflow()
 import tensorflow_datasets as tfds  # noqa: E402
 
-from imagen_jax.preparing import tfds as tfds_source  # noqa: E402
+from imagen_jax.preparing.job import open_source  # noqa: E402
+from imagen_jax.preparing.settings import Settings  # noqa: E402
 
 COUNT = 6
 
@@ -52,7 +53,7 @@ def test_a_data_set_on_the_disk(tmp_path, monkeypatch):
     assert len(builder.info.splits["train"].filenames) == 3
     monkeypatch.setattr(tfds, "builder", lambda name: builder)
     for size in (2, 4, 100):
-        opened = tfds_source.open_tfds("noted@test", size)
+        opened = open_source(Settings("tfds:noted@test", "", shard_examples=size))
         assert opened.count == COUNT and opened.shards == -(-COUNT // size)
         items = [item for k in range(opened.shards) for item in opened.read(k)]
         names = [f"test[{i}]" for i in range(COUNT)]

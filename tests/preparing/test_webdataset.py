@@ -11,6 +11,8 @@ from PIL import Image
 from imagen_jax.errors import UserError
 from imagen_jax.preparing import webdataset
 from imagen_jax.preparing.images import StoredImage
+from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import Example, Problem, Rest
 from tests import tars
 
@@ -32,7 +34,7 @@ def _members(count, captions="txt"):
 
 
 def _read(pattern):
-    opened = webdataset.open_tars(str(pattern))
+    opened = open_source(Settings(f"webdataset:{pattern}", ""))
     items = [item for k in range(opened.shards) for item in opened.read(k)]
     return [item for item in items if not isinstance(item, Rest)]
 
@@ -139,7 +141,8 @@ def test_the_sum_is_of_names_and_lengths(tmp_path):
         folder = tmp_path / f"{count}{name}"
         folder.mkdir()
         tars.write(folder / name, _members(count))
-        sums.add(webdataset.open_tars(str(folder / "*.tar")).sha256)
+        settings = Settings(f"webdataset:{folder}/*.tar", "")
+        sums.add(open_source(settings).sha256)
     assert len(sums) == 3
 
 

@@ -14,7 +14,8 @@ import pytest
 from imagen_jax import prepare
 from imagen_jax.data import start_tensorflow
 from imagen_jax.errors import UserError
-from imagen_jax.preparing import webdataset
+from imagen_jax.preparing.job import open_source
+from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import Example, Problem, Rest, expand_braces
 from tests.people import JPEG, PNG, outcome, png, tar, tree
 
@@ -142,7 +143,7 @@ def test_members_in_any_order(tmp_path):
         if cut:
             with open(tmp_path / "a.tar", "r+b") as file:
                 file.truncate(len(members) * 1024)
-        opened = webdataset.open_tars(str(tmp_path / "a.tar"))
+        opened = open_source(Settings(f"webdataset:{tmp_path}/a.tar", ""))
         *items, rest = opened.read(0)
         parts = [i.parts for i in items if isinstance(i, Example | Problem)]
         assert isinstance(rest, Rest) and rest.holds == len(members)
