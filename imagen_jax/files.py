@@ -28,12 +28,7 @@ _JSON_LEVELS = 16
 # 1,029th, of scenes that are drawn at 1,024 pixels a 269th.
 _UNPACKED_BYTES = 2**28
 _UNPACKED_RATIO = 500
-_BLOCK_BYTES = 2**20
-# What numpy's `savez` writes before an array. Its own parser evaluates what it reads.
-_HEADER = re.compile(
-    r"\x93NUMPY\x01\0[^{]{2}\{'descr': '(\S+)', 'fortran_order': (True|False), "
-    r"'shape': (\(.*\)), \} *\n"
-)
+_DIRECTORY_BYTES = 2**20
 # How the names of files end that are not whole yet.
 TEMPORARY = ".tmp"
 
@@ -121,11 +116,7 @@ def read_index(path: os.PathLike, what: str) -> list[str]:
 
 
 def open_tensors(path: os.PathLike) -> Any:
-    """An open safetensors file, to be closed by `with`.
-
-    Raises:
-      UserError: when it is missing or damaged.
-    """
+    """An open safetensors file, to be closed by `with`; `UserError` without one."""
     import safetensors
 
     try:
@@ -157,55 +148,43 @@ def read_arrays(
     """Arrays of a .npz file whose types and shapes are known.
 
     `expected` has each one's type, as "|u1", and shape. Type "<U" is text of any width.
-
-    Raises:
-      UserError: when the file, called `what`, is missing, damaged or another one, or
-        there is no room for its arrays.
+    `UserError` when the file, called `what`, is missing, damaged or another one, or
+    there is no room for its arrays.
     """
     with _unzipped(path, what) as archive:
-        arrays, total = {}, 0
-        for name, (dtype, shape) in expected.items():
-            arrays[name] = _open_array(archive, name, dtype, shape)
-            total += math.prod(shape) * arrays[name][1].itemsize
+        total = sum(_check(archive, name, *own) for name, own in expected.items())
         archive.fp.seek(0, os.SEEK_END)
         most = max(_UNPACKED_BYTES, _UNPACKED_RATIO * archive.fp.tell())
         most = min(most, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         if total > most:
             raise ValueError(f"it unpacks to {total:,} bytes, more than {most:,}")
-        for name, (member, own, order) in arrays.items():
-            arrays[name] = array = np.empty(expected[name][1], own, order)
-            data = array.ravel("K").view(np.uint8)
-            for start in range(0, len(data), _BLOCK_BYTES):
-                block = data[start : start + _BLOCK_BYTES]
-                if member.readinto(block) != len(block):
-                    raise ValueError(f"{name} ends early")
-            if own.kind == "b" and data.max(initial=0) > 1:
+        arrays = {}
+        for name in expected:
+            with archive.open(f"{name}.npy") as member:
+                array = np.lib.format.read_array(member, allow_pickle=False)
+            if array.dtype == bool and array.view(np.uint8).max(initial=0) > 1:
                 raise ValueError(f"{name} is not of truth values")
+            arrays[name] = array
         return arrays
 
 
-def _open_array(
-    archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple
-) -> tuple[IO[bytes], np.dtype, str]:
-    """The file of an array, read up to its elements; its type; and "C" or "F".
-
-    `ValueError` unless it is an array of `dtype` and `shape`.
-    """
-    member, info = archive.open(f"{name}.npy"), archive.getinfo(f"{name}.npy")
-    start = member.read(10)
-    start += member.read(int.from_bytes(start[8:], "little"))
-    header = _HEADER.fullmatch(start.decode("latin1"))
-    is_known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    if not (header and is_known):
-        raise ValueError(f"{name} is not as numpy writes arrays")
-    own, is_fortran, own_shape = header.groups()
-    is_text = dtype == "<U" and re.fullmatch("<U[0-9]{1,8}", own)
-    if own_shape != str(shape) or not (is_text or own == dtype):
-        raise ValueError(f"{name} is {own} {own_shape}, not {dtype} {shape}")
-    found = np.dtype(own)
-    if info.file_size != len(start) + math.prod(shape) * found.itemsize:
+def _check(archive: zipfile.ZipFile, name: str, dtype: str, shape: tuple) -> int:
+    """The bytes of an array; `ValueError` unless it is of `dtype` and `shape`."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        is_known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if not is_known or version != (1, 0):
+            raise ValueError(f"{name} is not as numpy writes arrays")
+        own_shape, _, own = np.lib.format.read_array_header_1_0(member)
+        start = member.tell()
+    is_text = dtype == "<U" == own.str[:2]
+    if own_shape != shape or not (is_text or own.str == dtype):
+        raise ValueError(f"{name} is {own.str} {own_shape}, not {dtype} {shape}")
+    size = math.prod(shape) * own.itemsize
+    if info.file_size != start + size:
         raise ValueError(f"{name} has {info.file_size:,} bytes, too few or too many")
-    return member, found, "F" if is_fortran == "True" else "C"
+    return size
 
 
 class _Reader:
@@ -218,7 +197,7 @@ class _Reader:
         return getattr(self._file, name)
 
     def read(self, size: int = -1) -> bytes:
-        if size > _BLOCK_BYTES:
+        if size > _DIRECTORY_BYTES:
             raise ValueError("it holds too many files")
         return self._file.read(size)
 
@@ -266,8 +245,10 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with needing_room(path.parent):
+            partial.touch()
+            mode = partial.stat().st_mode
             yield partial
-            if partial.stat().st_mode != (mode := _new_mode(partial)):
+            if partial.stat().st_mode != mode:
                 partial.chmod(mode)
             with open(partial, "rb") as file:
                 os.fsync(file.fileno())
@@ -278,16 +259,6 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             raise
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _new_mode(path: pathlib.Path) -> int:
-    """The mode that a file made beside `path` has."""
-    other = path.with_name(f"mode-{path.name}")
-    try:
-        with open(other, "x") as file:
-            return os.fstat(file.fileno()).st_mode
-    finally:
-        other.unlink(missing_ok=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

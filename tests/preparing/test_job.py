@@ -201,6 +201,7 @@ def test_a_full_disk(source, whole, tmp_path, monkeypatch):
     def full_at_the_third(path):
         with appearing(path) as partial:
             if path.name == "records-00002.tfrecord":
+                partial.unlink()
                 partial.symlink_to("/dev/full")
             yield partial
 
