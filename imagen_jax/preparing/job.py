@@ -213,10 +213,7 @@ def _check_unchanged(job: Job) -> None:
 
 
 def _finish(job: Job, reports: list[dict[str, Any]]) -> Manifest:
-    summary = total(reports, job.source.problems, job.source.rest)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in summary["skipped"])
-    write_text(job.output / manifests.QUARANTINE_FILE, "".join(lines))
-    _check_share(job, summary["examples"], summary["skipped"], summary["account"])
+    summary = _sum_up(job, reports)
     manifest = _make_manifest(job, summary)
     if job.embedder:
         from imagen_jax.preparing import tfds
@@ -230,6 +227,21 @@ def _finish(job: Job, reports: list[dict[str, Any]]) -> Manifest:
     for path in job.output.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)
     return manifest
+
+
+def _sum_up(job: Job, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums up the reports, and what is in no shard; `UserError` if too much is bad."""
+    beside = Stats()
+    for problem in job.source.problems:
+        beside.skip(problem)
+    beside.pass_over(job.source.rest)
+    summary = total([beside.report(""), *reports])
+    if not job.settings.is_npz:
+        rows = (json.dumps(row, ensure_ascii=False) for row in summary["skipped"])
+        quarantine = job.output / manifests.QUARANTINE_FILE
+        write_text(quarantine, "".join(f"{row}\n" for row in rows))
+    _check_share(job, summary["examples"], summary["skipped"], summary["account"])
+    return summary
 
 
 def _make_manifest(job: Job, summary: dict[str, Any]) -> Manifest:
@@ -248,8 +260,7 @@ def _write_npz(job: Job) -> Manifest:
     for example, image, text in usable(job, job.items(), stats):
         pixels = middle_square(image.data, size)
         rows.append((example.id, example.caption, pixels, text.data))
-    summary = total([stats.report("arrays")], job.source.problems, job.source.rest)
-    _check_share(job, summary["examples"], summary["skipped"], summary["account"])
+    summary = _sum_up(job, [stats.report("arrays")])
     _check_unchanged(job)
     ids, captions, images, text = zip(*rows)
     row_bytes = embeddings.row_bytes(embedder.encoder.dim, embedder.dtype)

@@ -1,6 +1,7 @@
 """What files are by their names: listed, sorted by kind, put together by name."""
 
 import collections
+import heapq
 import os
 import posixpath
 import re
@@ -40,40 +41,34 @@ def list_files(
     files are counted, and so are those of hidden folders.
     """
     files, problems, hidden = [], [], 0
-    top, waiting, seen = os.path.realpath(root), [""], set()
-
-    def fail(error: OSError) -> None:
-        name = os.path.relpath(error.filename, root)
-        problems.append(Problem(name, f"cannot be read: {error.strerror}"))
-
-    while waiting:
+    top, seen = os.path.realpath(root), set()
+    own, links = [""], []
+    while own or links:
         # Links come when all that lies below has been read under its own name.
-        waiting.sort(reverse=True)
-        for place, folders, others in os.walk(
-            os.path.join(root, waiting.pop()), onerror=fail
-        ):
-            below, real = os.path.relpath(place, root), os.path.realpath(place)
-            if real in seen or f"{top}/".startswith(f"{real.rstrip('/')}/") and seen:
-                problems.append(
-                    Problem(below, f"leads to {real}, which is read anyway")
-                )
-                folders.clear()
-                continue
-            seen |= set() if is_hidden(below) else {real}
-            for name in [*folders, *others]:
-                path = os.path.normpath(os.path.join(below, name))
-                full = os.path.join(place, name)
-                is_folder = os.path.isdir(full)
-                if is_folder and not os.path.islink(full):
-                    continue
-                if is_hidden(path):
-                    hidden += 1
-                elif is_folder:
-                    waiting.append(path)
-                elif os.path.isfile(full):
-                    files.append(path)
-                else:
-                    problems.append(Problem(path, "is no file, nor a link to one"))
+        below = own.pop() if own else heapq.heappop(links)
+        real = os.path.realpath(os.path.join(root, below))
+        if real in seen or f"{top}/".startswith(f"{real.rstrip('/')}/") and seen:
+            problems.append(Problem(below, f"leads to {real}, which is read anyway"))
+            continue
+        seen |= set() if is_hidden(below) else {real}
+        try:
+            inside = os.listdir(real)
+        except OSError as error:
+            problems.append(Problem(below, f"cannot be read: {error.strerror}"))
+            continue
+        for path in (os.path.join(below, name) for name in inside):
+            full = os.path.join(root, path)
+            is_folder = os.path.isdir(full)
+            if is_folder and not os.path.islink(full):
+                own.append(path)
+            elif is_hidden(path):
+                hidden += 1
+            elif is_folder:
+                heapq.heappush(links, path)
+            elif os.path.isfile(full):
+                files.append(path)
+            else:
+                problems.append(Problem(path, "is no file, nor a link to one"))
     return sorted(files), problems, collections.Counter({HIDDEN: hidden})
 
 

@@ -17,10 +17,10 @@ class Stats:
     """Counts what happens in one shard."""
 
     def __init__(self):
-        self._skipped = []
+        self._skipped, self._holds = [], 0
+        self._account = collections.Counter()
         self._sides, self._lengths = collections.Counter(), collections.Counter()
         self._sums = dict.fromkeys(_SUMS, 0) | {"error_sum": 0.0, "error_worst": 0.0}
-        self._holds, self._account = 0, collections.Counter()
 
     def skip(self, problem: Problem) -> None:
         """Counts what cannot be used."""
@@ -44,9 +44,8 @@ class Stats:
             sums["cut_captions"] += text.cut
             sums["text_bytes"] += len(text.data)
             sums["error_sum"] += float(text.errors.sum())
-            sums["error_worst"] = max(
-                sums["error_worst"], float(text.errors.max(initial=0))
-            )
+            worst = float(text.errors.max(initial=sums["error_worst"]))
+            sums["error_worst"] = worst
 
     def report(self, file: str) -> dict[str, Any]:
         """What happened in the shard that is written to `file`, as JSON values."""
@@ -67,50 +66,30 @@ def in_words(account: Mapping[str, int]) -> str:
     return ", ".join(f"{account[kind]:,} {kind}" for kind in kinds)
 
 
-def _account(
-    reports: list[dict[str, Any]], problems: list[Problem], rest: Rest
-) -> dict[str, Any]:
-    """What the source holds, and what became of it; adds up to it."""
-    # A job that an older version began, which did not count.
-    if not all("account" in report for report in reports):
-        return {"holds": 0, "account": {}}
-    holds = rest.holds + sum(report["holds"] for report in reports)
-    account = collections.Counter({"used": 0, "quarantined": 0, **rest.counts})
-    account["quarantined"] += sum(problem.parts for problem in problems)
-    for report in reports:
-        account.update(report["account"])
-    assert account.total() == holds, f"{account} are not {holds}"
-    return {"holds": holds, "account": dict(sorted(account.items()))}
-
-
-def total(
-    reports: list[dict[str, Any]], problems: list[Problem], rest: Rest
-) -> dict[str, Any]:
-    """Sums up all reports, and what is in no shard, under a manifest's names."""
-    skipped = [{"file": problem.name, "reason": problem.reason} for problem in problems]
-    for report in reports:
-        skipped += report["skipped"]
-    sums = {
-        name: sum(report[name] for report in reports) for name in ("examples", *_SUMS)
-    }
+def total(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sums up all reports under a manifest's names."""
+    names = ("examples", *_SUMS)
+    sums = {name: sum(report[name] for report in reports) for name in names}
     lengths = [item for report in reports for item in report["lengths"].items()]
     tokens = sum(int(n) * count for n, count in lengths)
     mean = sum(report["error_sum"] for report in reports) / max(tokens, 1)
-    worst = max((report["error_worst"] for report in reports), default=0)
+    worst = max(report["error_worst"] for report in reports)
+    holds = sum(report.get("holds", 0) for report in reports)
+    account = collections.Counter({"used": 0, "quarantined": 0})
+    for report in reports:
+        account.update(report.get("account", {}))
+    # Of a job that began before there were accounts nobody knows.
+    if not all("account" in report for report in reports):
+        holds, account = 0, collections.Counter()
+    assert account.total() == holds, f"{account} are not {holds}"
     files = [report for report in reports if report["examples"]]
-    account = _account(reports, problems, rest)
-    return (
-        sums
-        | account
-        | {
-            "tokens_max": max((int(n) for n, _ in lengths), default=0),
-            "tokens_mean": round(tokens / max(sums["examples"], 1), 2),
-            # Seven digits are more than a cosine of bfloat16 rows has.
-            "cosine_error": {
-                "mean": float(f"{mean:.7g}"),
-                "worst": float(f"{worst:.7g}"),
-            },
-            "skipped": skipped,
-            "shards": [{n: file[n] for n in _SHARD if n in file} for file in files],
-        }
-    )
+    return sums | {
+        "holds": holds,
+        "account": dict(sorted(account.items())),
+        "tokens_max": max((int(n) for n, _ in lengths), default=0),
+        "tokens_mean": round(tokens / max(sums["examples"], 1), 2),
+        # Seven digits are more than a cosine of bfloat16 rows has.
+        "cosine_error": {"mean": float(f"{mean:.7g}"), "worst": float(f"{worst:.7g}")},
+        "skipped": [row for report in reports for row in report["skipped"]],
+        "shards": [{n: file[n] for n in _SHARD if n in file} for file in files],
+    }
