@@ -15,11 +15,11 @@ FORMS = (
 )
 # In place of an encoder: tars of images, whose captions are embedded later.
 NO_ENCODER = "none"
+_RULES = ("min_side", "max_aspect", "stored_size", "max_pixels")
+_CONVENTIONS = ("caption_column", "image_column", "caption_lines", "no_captions")
 # Those that the written examples depend on, and no other field of the manifest says.
 _RECORDED = ("source", "text_length", "image_size", "shard_examples", "seed")
-_RULES = ("min_side", "max_aspect", "stored_size", "max_pixels")
-_RECORDED += _RULES
-_RECORDED += ("caption_column", "image_column", "caption_lines", "no_captions")
+_RECORDED += _RULES + _CONVENTIONS
 # The kinds of source that these apply to.
 _APPLIES = {
     "caption_column": ("folder", "webdataset", "parquet", "coco", "hf"),
