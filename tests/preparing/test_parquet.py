@@ -6,6 +6,7 @@ from PIL import Image
 
 from imagen_jax import prepare
 from imagen_jax.errors import UserError
+from imagen_jax.preparing import parquet
 from imagen_jax.preparing.job import open_source
 from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import Example, Problem
@@ -110,6 +111,16 @@ def test_rows_that_cannot_be_used(tmp_path):
         )
     )
     assert [item.reason for item in items] == ["has no picture"] * 2
+
+
+@pytest.mark.parametrize("image", [b"", None, {"path": None}, {"path": ""}])
+def test_rows_of_hugging_face_without_a_picture(image):
+    row = (pa.scalar(image), pa.scalar("one"))
+    if isinstance(image, dict):
+        kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        row = (pa.scalar(image, kind), row[1])
+    found = parquet._example(Settings("hf:x", ""), 0, "x", row, follow_paths=True)
+    assert found == Problem("x", "has no picture")
 
 
 def test_damaged_files(tmp_path):
