@@ -117,7 +117,7 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     folder.mkdir(parents=True)
     marker.write_text("This folder is replaced by the next demo.\n")
 
-    records = folder / "records"
+    records = folder / "records.npz"  # in memory: no TensorFlow to start
     scale = seconds / _SECONDS
     # A shorter training sees each picture as often.
     count = max(_LEAST_EXAMPLES, round(min(1.0, scale) * _EXAMPLES))
