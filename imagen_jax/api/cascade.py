@@ -29,16 +29,14 @@ def open_stages(workdirs: Sequence[str]) -> list[Weights]:
     Raises:
       UserError: for any other folder, or stages trained on different text encoders.
     """
-    trained = []
-    for workdir in workdirs:
-        weights = open_weights(workdir)
-        if weights.cfg is None:
+    trained = [open_weights(workdir) for workdir in workdirs]
+    for one in trained:
+        if one.cfg is None:
             raise UserError(
-                f"--stage={workdir} is one file, which does not say what its stage is: "
-                "give the folder that `export` wrote"
+                f"--stage={one.path} is one file, which does not say what its stage "
+                "is: give the folder that `export` wrote"
             )
-        weights.check_fit(weights.cfg, "--stage")
-        trained.append(weights)
+        one.check_fit(one.cfg, "--stage")
     texts = {one.cfg.text: one.path for one in trained}
     if len(texts) > 1:
         found = "; ".join(
@@ -148,10 +146,8 @@ def _choices(
 
 def settings(configs: Sequence[StageConfig], prompts: int) -> Settings:
     """The settings of every picture: all `configs` of the first prompt, and so on."""
-    each = [Settings.of(cfg.sampler, prompts) for cfg in configs]
-    guidance = np.stack([one.guidance for one in each], 1)
-    aug_level = np.stack([one.aug_level for one in each], 1)
-    return Settings(guidance.reshape(-1, guidance.shape[-1]), aug_level.ravel())
+    each = [Settings.of(cfg.sampler, 1) for cfg in configs] * prompts
+    return Settings(*map(np.concatenate, zip(*each)))
 
 
 class Texts:
@@ -173,14 +169,12 @@ class Texts:
         distinct = list(dict.fromkeys(prompts))
         for start in range(0, len(distinct), _CHUNK):
             chunk = distinct[start : start + _CHUNK]
-            for prompt in chunk:
-                tokens = len(encoder.tokenize(prompt))
-                if tokens > length:
+            for prompt, rows in zip(chunk, encoder.encode(chunk, length)):
+                if (tokens := len(encoder.tokenize(prompt))) > length:
                     print(
                         f"warning: {prompt!r} has {tokens} tokens; the stages were "
                         f"trained with {length}, the rest is cut"
                     )
-            for prompt, rows in zip(chunk, encoder.encode(chunk, length)):
                 data = to_bytes(rows)
                 self._places[prompt] = self._file.tell(), len(data)
                 self._file.write(data)
@@ -209,20 +203,17 @@ def sample_prompts(
     All pictures are held in memory; `samples.make` writes them as they are made.
 
     Args:
-      trained: base first.
-      seeds: one per prompt, in [0, 2**32).
+      trained: base first; `UserError` unless each takes what the one before it makes.
+      prompts, seeds: a seed in [0, 2**32) for each prompt.
       mesh: of all devices.
       encoder_weights: of the text encoder, if it has none built in.
-      lowres: `[N, h, w, 3]` uint8 when the first stage is a super-resolution stage.
-      cells: combinations of values; each prompt is sampled in all of them with the same
-        seed, N = prompts x cells pictures in all. Empty for the stages' own values.
-      recorded_steps: steps whose estimates are returned too.
+      lowres: N pictures for a first stage that is no base, `[N, h, w, 3]` uint8.
+      cells: in which each prompt is sampled, with the same seed: N = prompts x cells.
+        Empty for the stages' own values.
+      recorded_steps: as in `sample_cascade`.
 
     Returns:
       What `sample_cascade` returns, the cells of one prompt side by side.
-
-    Raises:
-      UserError: when a stage does not take what the stage before it makes.
     """
     configs = [one.cfg for one in trained]
     check_order(configs, made=0 if lowres is None else lowres.shape[1])

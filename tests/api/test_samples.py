@@ -199,7 +199,7 @@ def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkey
     grey = {name: np.full((8, 8, 3), 100 * i, np.uint8) for i, name in enumerate("ab")}
     cells = all_cells([SR], [(1.0, 3.0)], [(0.1, 0.9)])
     asked = {"prompts": PROMPTS[:2], "cells": cells, "num_images": 1}
-    asked |= {"lowres": ["a", "b"], "read_lowres": grey.get, "trained": STAGES[1:]}
+    asked |= {"lowres": list(grey.items()), "trained": STAGES[1:]}
     make(job(tmp_path / "x", **asked, recorded_steps=(0, 1)), mesh)
     found = lines(tmp_path / "x")
     assert [line["lowres"] for line in found] == ["a"] * 4 + ["b"] * 4
