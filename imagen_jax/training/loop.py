@@ -57,8 +57,8 @@ def train(
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
         `set_state(bytes)` tell and take its position.
       mesh: of all devices.
-      preview: what is sampled as training goes; None for no previews.
-      stopwatch: measures this run, and is already running; None for a new one.
+      preview: what is sampled as training goes.
+      stopwatch: of this run, already running.
 
     Raises:
       UserError: for a workdir of another config or that cannot be written, a batch that
@@ -137,11 +137,6 @@ def claim_workdir(cfg: StageConfig, workdir: str) -> Claim:
     """
     _check_workdir(cfg, workdir)
     claim = Claim(workdir)
-    try:
-        _check_workdir(cfg, workdir)  # Another run may have come in between.
-    except UserError:
-        claim.close()
-        raise
     if jax.process_index() == 0:
         path = epath.Path(workdir) / _CONFIG
         partial = path.with_name(_PARTIAL)
@@ -153,41 +148,38 @@ def claim_workdir(cfg: StageConfig, workdir: str) -> Claim:
 def _check_workdir(cfg: StageConfig, workdir: str) -> None:
     folder = epath.Path(workdir)
     path = folder / _CONFIG
-    # Listed before it is asked for, or another process could write it in between.
-    names = {each.name for each in folder.iterdir()} if folder.exists() else set()
-    if path.exists():
-        old = config_lib.from_json(read_json(path, "the config of a run"), str(path))
-        saved = folder / "checkpoints"
-        names = [each.name for each in saved.iterdir()] if saved.exists() else []
-        step = max([int(name) for name in names if name.isdigit()], default=-1)
-        if step < 0:
-            return  # A run that has saved nothing is none to go on with.
-        end, last = cfg.optimizer.decay_steps, cfg.training.steps
-        if (
-            old.optimizer.decay_steps == end
-            and old.training.steps <= end <= step < last
-        ):
+    if not path.exists():
+        names = {each.name for each in folder.iterdir()} if folder.exists() else set()
+        if names - {_PARTIAL, claims.FILE_NAME}:
             raise UserError(
-                f"{workdir} is at step {step}, and its learning rate is 0 from step "
-                f"{end} on: for training.steps={last} set "
-                "config.optimizer.decay_steps=0, which is the last step"
+                f"{workdir} is not empty and holds no config.json: give another "
+                "--workdir"
             )
-        ends = [c.optimizer.decay_steps in (0, c.training.steps) for c in (old, cfg)]
-        # A decay that ends with the training stretches with it.
-        free = (*_FREE, *(("optimizer.decay_steps",) if all(ends) else ()))
-        lines = [
-            line
-            for line in config_lib.difference(old, cfg)
-            if line.startswith(_FIXED) or not line.startswith(free)
-        ]
-        if lines:
-            raise UserError(
-                f"{workdir} holds a run of another config: give a new --workdir, or "
-                f"the old values (there -> here): {', '.join(lines)}"
-            )
-    elif names - {_PARTIAL, claims.FILE_NAME}:
+        return
+    old = config_lib.from_json(read_json(path, "the config of a run"), str(path))
+    saved = [each.name for each in (folder / "checkpoints").glob("*")]
+    step = max([int(name) for name in saved if name.isdigit()], default=-1)
+    if step < 0:
+        return  # A run that has saved nothing is none to go on with.
+    end, last = cfg.optimizer.decay_steps, cfg.training.steps
+    if old.optimizer.decay_steps == end and old.training.steps <= end <= step < last:
         raise UserError(
-            f"{workdir} is not empty and holds no config.json: give another --workdir"
+            f"{workdir} is at step {step}, and its learning rate is 0 from step {end} "
+            f"on: for training.steps={last} set config.optimizer.decay_steps=0, which "
+            "is the last step"
+        )
+    ends = [c.optimizer.decay_steps in (0, c.training.steps) for c in (old, cfg)]
+    # A decay that ends with the training stretches with it.
+    free = (*_FREE, *(("optimizer.decay_steps",) if all(ends) else ()))
+    lines = [
+        line
+        for line in config_lib.difference(old, cfg)
+        if line.startswith(_FIXED) or not line.startswith(free)
+    ]
+    if lines:
+        raise UserError(
+            f"{workdir} holds a run of another config: give a new --workdir, or the "
+            f"old values (there -> here): {', '.join(lines)}"
         )
 
 
