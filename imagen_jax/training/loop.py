@@ -18,9 +18,8 @@ from imagen_jax.config import StageConfig
 from imagen_jax.errors import Stopped, UserError, did_you_mean, printable
 from imagen_jax.files import read_json
 from imagen_jax.sharding import check_batch_size
-from imagen_jax.training import claim as claims
 from imagen_jax.training.checkpoint import Checkpointer
-from imagen_jax.training.claim import Claim
+from imagen_jax.training.claim import FILE_NAME, Claim
 from imagen_jax.training.metrics import (
     IntervalMeans,
     MetricWriter,
@@ -150,7 +149,7 @@ def _check_workdir(cfg: StageConfig, workdir: str) -> None:
     path = folder / _CONFIG
     if not path.exists():
         names = {each.name for each in folder.iterdir()} if folder.exists() else set()
-        if names - {_PARTIAL, claims.FILE_NAME}:
+        if names - {_PARTIAL, FILE_NAME}:
             raise UserError(
                 f"{workdir} is not empty and holds no config.json: give another "
                 "--workdir"
@@ -217,13 +216,11 @@ def _run(cfg, batches, mesh, preview, checkpointer, writer):
             recovery.note(step)
             with stopwatch.bucket("input_wait", running=loss):
                 batch = next(batches)
+            with stopwatch.bucket("compile" if loss is None else "step"):
+                state, metrics = step_fn(state, batch)
             if loss is None:
-                with stopwatch.bucket("compile"):
-                    state, metrics = step_fn(state, batch)
                 writer.event("compile", first)
                 bar.unpause()
-            else:
-                state, metrics = step_fn(state, batch)
             loss = metrics["loss"]
             bar.update()
             means.add(step, metrics)
