@@ -25,7 +25,6 @@ from imagen_jax.api.cascade import open_stages, with_sampler
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.api.samples import Job, make
 from imagen_jax.config import MeshConfig, StageConfig
-from imagen_jax.curves import curve
 from imagen_jax.errors import UserError, printable
 from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
@@ -33,6 +32,7 @@ from imagen_jax.shapes.judge import Verdict, judge
 from imagen_jax.sharding import make_mesh
 from imagen_jax.stores import check_disk
 from imagen_jax.training.metrics import METRICS
+from imagen_jax.training.page import curve
 
 # Training configs/tiny.py takes about this long on two CPU cores.
 _SECONDS = 400
