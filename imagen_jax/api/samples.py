@@ -95,14 +95,11 @@ class Job:
 
     def missing(self, stage: int = -1) -> np.ndarray:
         """The numbers of the pictures that a stage has yet to make."""
-        return np.array(
-            [
-                number
-                for number in range(self.count)
-                if not (self.path(number).exists() or self.path(number, stage).exists())
-            ],
-            int,
-        )
+        done = [
+            self.path(number).exists() or self.path(number, stage).exists()
+            for number in range(self.count)
+        ]
+        return np.flatnonzero(np.logical_not(done))
 
 
 def _line(job: Job, number: int) -> dict[str, Any]:
@@ -172,15 +169,27 @@ def _entered(job: Job) -> IO[bytes]:
         another process is at work in it.
     """
     check_output(job.output)
-    new = _identity(job)
+    file, new = job.folder / JOB, _identity(job)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         names = [name for name in os.listdir(job.folder) if name[0] != "."]
         if all(name.endswith(TEMPORARY) for name in names):
             devices = [str(device) for device in jax.devices()]
             whole = {"asked": new, "jax": jax.__version__, "devices": devices}
-            write_text(job.folder / JOB, json.dumps(whole, indent=1) + "\n")
-        _check_same(job, new)
+            write_text(file, json.dumps(whole, indent=1) + "\n")
+        if not file.exists():
+            raise UserError(
+                f"--output={job.output} holds files, and no {JOB} of `sample`: give a "
+                "new folder"
+            )
+        old = read_json(file, "what a job of `sample` was asked for", _JOB_BYTES)
+        differs = list(itertools.islice(_differences(old.get("asked"), new, ""), 4))
+        if differs:
+            more = "; and more" if len(differs) > 3 else ""
+            raise UserError(
+                f"--output={job.output} holds another job ({'; '.join(differs[:3])}"
+                f"{more}): give another folder, or remove it"
+            )
         lines = open(job.folder / LINES, "ab", buffering=0)
         fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lines.truncate(0)
@@ -194,24 +203,6 @@ def _entered(job: Job) -> IO[bytes]:
             f"--output={job.output} cannot be written: {error.strerror}"
         ) from None
     return lines
-
-
-def _check_same(job: Job, new: dict[str, Any]) -> None:
-    """Raises `UserError` unless the folder is that of a job of this identity."""
-    file = job.folder / JOB
-    if not file.exists():
-        raise UserError(
-            f"--output={job.output} holds files, and no {JOB} of `sample`: give a new "
-            "folder"
-        )
-    old = read_json(file, "what a job of `sample` was asked for", _JOB_BYTES)
-    differs = list(itertools.islice(_differences(old.get("asked"), new, ""), 4))
-    if differs:
-        more = "; and more" if len(differs) > 3 else ""
-        raise UserError(
-            f"--output={job.output} holds another job ({'; '.join(differs[:3])}{more}):"
-            " give another folder, or remove it"
-        )
 
 
 def _save(job: Job, number: int, stage: int, picture: np.ndarray, estimates) -> None:
