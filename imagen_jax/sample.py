@@ -30,8 +30,7 @@ from imagen_jax.sharding import make_mesh
 def read_lowres(path: str, size: int) -> np.ndarray:
     """A picture as `prepare --image_size=SIZE` cuts it: `[size, size, 3]` uint8.
 
-    Raises:
-      UserError: when `prepare` would not take it.
+    Raises `UserError` when `prepare` would not take it.
     """
 
     def sides(data: bytes) -> tuple[int, int] | None:
@@ -84,8 +83,7 @@ def define_flags() -> None:
 def read_prompts(given: Sequence[str], file: str) -> list[str]:
     """Those of --prompt and the lines of --prompts that are not blank.
 
-    Raises:
-      UserError: when there are none, or one is not UTF-8.
+    Raises `UserError` when there are none, or one is not UTF-8.
     """
     for prompt in given:
         try:

@@ -26,8 +26,8 @@ _CHUNK, _IN_MEMORY = 256, 2**26
 def open_stages(workdirs: Sequence[str]) -> list[Weights]:
     """Opens the newest complete checkpoint of each workdir, or an exported folder.
 
-    Raises:
-      UserError: for any other folder, or stages trained on different text encoders.
+    Raises `UserError` for any other folder, or stages trained on different text
+    encoders.
     """
     trained = [open_weights(workdir) for workdir in workdirs]
     for one in trained:
@@ -57,10 +57,8 @@ def with_sampler(trained: Sequence[Weights], **changes: Sequence) -> list[Weight
     """The stages with other sampler settings.
 
     `changes` are fields of `SamplerConfig`, each a list: empty for the stages' own
-    values, of one value for all stages, or of one value per stage.
-
-    Raises:
-      UserError: for another number of values, or a value out of range.
+    values, of one value for all stages, or of one value per stage. Raises `UserError`
+    for another number of values, or a value out of range.
     """
     for name, values in changes.items():
         flag = "sampler" if name == "name" else name
@@ -100,10 +98,8 @@ def all_cells(
 
     `guidance` has the values to compare: no list, one list for all stages, or one list
     per stage, to be combined in every way; `aug_level` the same for super-resolution
-    stages only.
-
-    Raises:
-      UserError: for another number of lists, or a value out of range.
+    stages only. Raises `UserError` for another number of lists, or a value out of
+    range.
     """
     every = range(len(configs))
     enlarging = [i for i in every if configs[i].lowres_size]

@@ -164,9 +164,8 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
 def _entered(job: Job) -> IO[bytes]:
     """Makes the folder of a job, or enters it again; returns its empty `LINES`.
 
-    Raises:
-      UserError: when it cannot be written, holds anything else (names what differs), or
-        another process is at work in it.
+    Raises `UserError` when it cannot be written, holds anything else (names what
+    differs), or another process is at work in it.
     """
     check_output(job.output)
     file, new = job.folder / JOB, _identity(job)
@@ -251,11 +250,9 @@ def make(
     """Makes what is missing of a job, stage by stage, one of them in memory at a time.
 
     However many pictures there are, a batch of them is in memory. `show_steps` has the
-    progress bar count the steps of a batch too.
-
-    Raises:
-      UserError: when a stage does not take what the one before it makes, or the folder
-        is another job's or cannot be written.
+    progress bar count the steps of a batch too. Raises `UserError` when a stage does
+    not take what the one before it makes, or the folder is another job's or cannot be
+    written.
     """
     configs = [one.cfg for one in job.trained]
     check_order(configs, made=configs[0].lowres_size if job.lowres else 0)

@@ -98,10 +98,8 @@ def first_state(
     """The state that a run goes on from, where it comes from, and its unlogged steps.
 
     It is the newest checkpoint, else `training.init_from`, else random. `set_position`
-    takes the data source to where it stood at the checkpoint.
-
-    Raises:
-      UserError: when all checkpoints are damaged, or the named weights do not fit.
+    takes the data source to where it stood at the checkpoint. Raises `UserError` when
+    all checkpoints are damaged, or the named weights do not fit.
     """
     step = checkpointer.newest()
     if step is not None:
@@ -130,9 +128,8 @@ def first_state(
 def claim_workdir(cfg: StageConfig, workdir: str) -> Claim:
     """Takes `workdir` for a run of `cfg`; all processes do it together.
 
-    Raises:
-      UserError: when another run is at work there, the folder holds checkpoints of
-        another config or something else, or more steps would not learn.
+    Raises `UserError` when another run is at work there, the folder holds checkpoints
+    of another config or something else, or more steps would not learn.
     """
     _check_workdir(cfg, workdir)
     claim = Claim(workdir)
