@@ -140,9 +140,9 @@ def _choices(
     return [dict(zip(stages, values)) for values in itertools.product(*lists)]
 
 
-def settings(configs: Sequence[StageConfig], prompts: int) -> Settings:
-    """The settings of every picture: all `configs` of the first prompt, and so on."""
-    each = [Settings.of(cfg.sampler, 1) for cfg in configs] * prompts
+def settings(configs: Sequence[StageConfig]) -> Settings:
+    """The settings of one picture of each of `configs`."""
+    each = [Settings.of(cfg.sampler, 1) for cfg in configs]
     return Settings(*map(np.concatenate, zip(*each)))
 
 
@@ -191,45 +191,30 @@ def sample_prompts(
     mesh: Mesh,
     encoder_weights: str = "",
     lowres: np.ndarray | None = None,
-    cells: Sequence[Cell] = (),
-    recorded_steps: tuple[int, ...] = (),
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+) -> list[np.ndarray]:
     """Encodes prompts and runs them through the stages, one stage in memory at a time.
-
-    All pictures are held in memory; `samples.make` writes them as they are made.
 
     Args:
       trained: base first; `UserError` unless each takes what the one before it makes.
-      prompts, seeds: a seed in [0, 2**32) for each prompt.
+      prompts, seeds: N prompts, and a seed in [0, 2**32) for each.
       mesh: of all devices.
       encoder_weights: of the text encoder, if it has none built in.
-      lowres: N pictures for a first stage that is no base, `[N, h, w, 3]` uint8.
-      cells: in which each prompt is sampled, with the same seed: N = prompts x cells.
-        Empty for the stages' own values.
-      recorded_steps: as in `sample_cascade`.
+      lowres: `[N, h, w, 3]` uint8, to start from where the first stage is no base.
 
     Returns:
-      What `sample_cascade` returns, the cells of one prompt side by side.
+      The pictures of each stage, `[N, H, W, 3]` uint8, all in memory; `samples.make`
+      writes them as they are made.
     """
     configs = [one.cfg for one in trained]
     check_order(configs, made=0 if lowres is None else lowres.shape[1])
-    cells = cells or all_cells(configs)
     cfg = configs[0].text
     encoder = load_encoder(cfg.encoder, encoder_weights)
     text, mask = Texts(encoder, cfg.length, prompts)(prompts)
     del encoder
-    text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
-    stages = zip(*(cell.configs for cell in cells), strict=True)
-    total = len(seeds) * len(trained)
+    stages = (load(one, mesh) for one in trained)
+    total = len(prompts) * len(trained)
     with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
-        return sample_cascade(
-            (load(one, mesh) for one in trained),
-            text,
-            mask,
-            seeds,
-            mesh,
-            lowres,
-            [settings(stage, len(prompts)) for stage in stages],
-            recorded_steps,
-            bar.update,
+        made, _ = sample_cascade(
+            stages, text, mask, seeds, mesh, lowres, report=bar.update
         )
+    return made

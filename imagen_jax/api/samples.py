@@ -271,7 +271,7 @@ def make(
             for stage, numbers in enumerate(todo):
                 if not len(numbers):
                     continue
-                values = settings([cell.configs[stage] for cell in job.cells], 1)
+                values = settings([cell.configs[stage] for cell in job.cells])
                 inputs = functools.partial(_inputs, job, texts, stage, values)
                 for made in sample_stage(
                     load(job.trained[stage], mesh),
