@@ -76,7 +76,7 @@ def train(
     try:
         with contextlib.ExitStack() as stack:
             claim = stack.enter_context(contextlib.closing(claim_workdir(cfg, workdir)))
-            writer = MetricWriter(workdir, stopwatch or Stopwatch(), claim, cfg)
+            writer = MetricWriter(workdir, stopwatch or Stopwatch(), cfg, claim)
             stack.enter_context(contextlib.closing(writer))
             checkpointer = Checkpointer(workdir, cfg.training)
             stack.enter_context(contextlib.closing(checkpointer))

@@ -92,13 +92,13 @@ class MetricWriter:
         self,
         workdir: str,
         stopwatch: Stopwatch,
+        cfg: StageConfig,
         claim: Claim | None = None,
-        cfg: StageConfig | None = None,
     ):
-        """Opens the logs of `workdir`; `begin` comes before the first metrics.
+        """Opens the logs of a run of `cfg`; `begin` comes before the first metrics.
 
-        Once another run has taken `claim`, nothing is copied to a bucket. With a `cfg`
-        there is a page, and what Weights & Biases is told if WANDB_PROJECT is set.
+        Once another run has taken `claim`, nothing is copied to a bucket. Weights &
+        Biases is told too, if it is installed and WANDB_PROJECT is set.
         """
         self.stopwatch, self.claim, self.cfg = stopwatch, claim, cfg
         self.workdir, self._step, self._wandb = workdir, 0, None
@@ -125,11 +125,7 @@ class MetricWriter:
         # A SummaryWriter's thread dies of a full disk, and then all others wait for it.
         self._tensorboard = EventsWriter(str(board / "events"))
         self._flushed_at = time.monotonic()
-        if (
-            cfg
-            and os.environ.get("WANDB_PROJECT")
-            and importlib.util.find_spec("wandb")
-        ):
+        if os.environ.get("WANDB_PROJECT") and importlib.util.find_spec("wandb"):
             import wandb
 
             own = hashlib.sha256(os.path.abspath(workdir).encode()).hexdigest()[:16]
@@ -209,8 +205,7 @@ class MetricWriter:
         if time.monotonic() - self._flushed_at < seconds:
             return
         self._tensorboard.flush()
-        if self.cfg:
-            self._write_page()
+        self._write_page()
         taken = self.bucket and self.claim and self.claim.taken_by()
         files = self.folder.rglob("*") if self.bucket and not taken else ()
         for path in filter(pathlib.Path.is_file, files):

@@ -95,9 +95,7 @@ def test_a_workdir_has_its_page(tmp_path):
     for step in (2, 9):
         (tmp_path / "samples").mkdir(exist_ok=True)
         images.save(tmp_path / "samples" / f"{step:08d}.png", np.zeros((4, 4, 3), "u1"))
-    writer = MetricWriter(
-        str(tmp_path), Stopwatch(clock.monotonic, clock.wall), None, cfg
-    )
+    writer = MetricWriter(str(tmp_path), Stopwatch(clock.monotonic, clock.wall), cfg)
     writer.event("start", 0)
     first = (tmp_path / "index.html").read_text()
     writer.scalars(2, {"loss": 0.5})
