@@ -10,7 +10,6 @@ Several values of guidance or augmentation make every combination, and a labelle
 per prompt and seed. See docs/sampling.md.
 """
 
-import functools
 import pathlib
 from collections.abc import Sequence
 
@@ -28,13 +27,10 @@ from imagen_jax.preparing.images import middle_square, verify
 from imagen_jax.sharding import make_mesh
 
 
-# A sweep asks for the same one again and again.
-@functools.lru_cache(8)
 def read_lowres(path: str, size: int) -> np.ndarray:
     """A picture as `prepare --image_size=SIZE` cuts it: `[size, size, 3]` uint8.
 
-    Raises:
-      UserError: when `prepare` would not take it.
+    Raises `UserError` when `prepare` would not take it.
     """
 
     def sides(data: bytes) -> tuple[int, int] | None:
@@ -87,8 +83,7 @@ def define_flags() -> None:
 def read_prompts(given: Sequence[str], file: str) -> list[str]:
     """Those of --prompt and the lines of --prompts that are not blank.
 
-    Raises:
-      UserError: when there are none, or one is not UTF-8.
+    Raises `UserError` when there are none, or one is not UTF-8.
     """
     for prompt in given:
         try:
@@ -153,8 +148,7 @@ def main() -> None:
         args.seed,
         args.num_images,
         cells,
-        args.lowres,
-        functools.partial(read_lowres, size=size),
+        [(path, read_lowres(path, size)) for path in args.lowres],
         recorded,
     )
     where = printable(job.folder.resolve())

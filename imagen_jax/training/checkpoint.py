@@ -75,10 +75,8 @@ class Checkpointer:
 
         `position` is where the data source stands, the same in all processes; by
         `metrics` the best checkpoints are kept; `unlogged` are the metrics of steps
-        without a line in the log.
-
-        Raises:
-          UserError: when the save before this one could not be written.
+        without a line in the log. Raises `UserError` when the save before this one
+        could not be written.
         """
         step = int(state.step)
         self.wait()
@@ -99,10 +97,8 @@ class Checkpointer:
         """The newest step with undamaged `items`, None when nothing has been saved.
 
         Newer damaged checkpoints are named on stderr and, unless this is read-only,
-        moved to `workdir/damaged`. All processes must call this together.
-
-        Raises:
-          UserError: when all are damaged, or the newest has another schema version.
+        moved to `workdir/damaged`. All processes must call this together. Raises
+        `UserError` when all are damaged, or the newest has another schema version.
         """
         self.wait()
         steps = sorted(self.manager.all_steps(), reverse=True)
@@ -142,8 +138,7 @@ class Checkpointer:
     ) -> tuple[TrainState, bytes]:
         """The state of a step on `mesh`, and its data position.
 
-        Raises:
-          UserError: when it is a state of another stage, or has no position.
+        Raises `UserError` when it is a state of another stage, or has no position.
         """
         like = abstract_state(cfg, mesh)
         args = ocp.args.Composite(

@@ -74,8 +74,7 @@ class Weights:
 def open_weights(path: str) -> Weights:
     """The weights in a workdir, in a folder of `export` or in a .safetensors file.
 
-    Raises:
-      UserError: when `path` is none of them, or damaged.
+    Raises `UserError` when `path` is none of them, or damaged.
     """
     check_store(path)
     folder = epath.Path(path)
