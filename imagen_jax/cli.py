@@ -102,6 +102,44 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
     sys.exit(0)
 
 
+def define_distributed() -> None:
+    """Defines the flags that `join` reads."""
+    flags.DEFINE_bool("distributed", False, "one process of a TPU slice or Slurm job")
+    flags.DEFINE_integer(
+        "start_timeout_seconds", 120, "wait for the other processes", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout_seconds", 100, "without a sign of life: lost", lower_bound=1
+    )
+
+
+def join() -> None:
+    """With --distributed, joins the processes that a TPU slice, GKE or Slurm started.
+
+    When one does not come in time, or gives no sign of life for so long, JAX ends all
+    others with status 134, and names it where it can.
+    """
+    args = flags.FLAGS
+    if not args.distributed:
+        return
+    import jax
+
+    seconds = args.start_timeout_seconds
+    print(f"waiting for the other processes, at most {seconds} s", flush=True)
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=args.heartbeat_timeout_seconds,
+        )
+    except ValueError:
+        raise UserError(
+            "--distributed: JAX finds no other processes, as TPU VMs, GKE and Slurm "
+            "start them (launch/README.md); on one host leave --distributed out"
+        ) from None
+    # Orbax's own flag: its barriers then end after 300 s instead of never.
+    args.experimental_orbax_use_distributed_barrier = True
+
+
 def config_values() -> dict[str, Any]:
     """The values of --config, overrides included."""
     return flags.FLAGS.config.to_dict()

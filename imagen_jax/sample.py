@@ -13,6 +13,7 @@ per prompt and seed. See docs/sampling.md.
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -77,6 +78,7 @@ def define_flags() -> None:
     estimates = "steps, from 0, whose estimates are shown in NNNN_estimates_*.png"
     flags.DEFINE_multi_string("estimates", [], estimates)
     flags.DEFINE_bool("show_steps", False, "count the steps of a batch, for long runs")
+    cli.define_distributed()
     flags.mark_flags_as_required(["stage", "output"])
 
 
@@ -113,6 +115,7 @@ def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
 def main() -> None:
     """Samples what the flags ask for."""
     args = flags.FLAGS
+    cli.join()
     check_output(args.output)
     prompts = read_prompts(args.prompt, args.prompts)
     if not 0 <= args.seed <= 2**32 - len(prompts) * args.num_images:
@@ -152,15 +155,17 @@ def main() -> None:
         recorded,
     )
     where = printable(job.folder.resolve())
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
     try:
-        make(job, make_mesh(MeshConfig()), args.encoder_weights, args.show_steps)
+        make(job, mesh, args.encoder_weights, args.show_steps)
     except KeyboardInterrupt:
         done = job.count - len(job.missing())
         raise Stopped(
             f"stopped with {done} of {job.count} pictures in {where}; the same command "
             "makes the others"
         ) from None
-    print(f"{job.count} pictures in {where}, shown in grid.png")
+    if jax.process_index() == 0:
+        print(f"{job.count} pictures in {where}, shown in grid.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ from imagen_jax.api.cascade import Cell, Texts, all_cells, load, settings
 from imagen_jax.diffusion.cascade import (
     Inputs,
     Settings,
+    batch_rows,
     check_order,
     sample_stage,
 )
@@ -40,6 +42,8 @@ JOB, LINES = "job.json", "samples.jsonl"
 _JOB_BYTES = 2**30
 # Pictures in a grid, and their largest side there: more are on further grids.
 _GRID, _GRID_SIDE = 64, 256
+# The first process writes `JOB`; a shared file system may show it late.
+_SHARED_SECONDS = 120.0
 
 
 def check_output(output: str) -> None:
@@ -164,11 +168,21 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
 def _entered(job: Job) -> IO[bytes]:
     """Makes the folder of a job, or enters it again; returns its empty `LINES`.
 
-    Raises `UserError` when it cannot be written, holds anything else (names what
-    differs), or another process is at work in it.
+    Of several processes the first one does so, and the others come after it; theirs
+    is no file. Raises `UserError` when it cannot be written, holds anything else (names
+    what differs), or another job is at work in it.
     """
     check_output(job.output)
     file, new = job.folder / JOB, _identity(job)
+    first = jax.process_index() == 0
+    waits_until = time.monotonic() + _SHARED_SECONDS
+    while not (first or file.exists()):
+        if time.monotonic() > waits_until:
+            raise UserError(
+                f"--output={job.output} has no {JOB}, which the first process writes: "
+                "give a folder that all hosts share"
+            )
+        time.sleep(0.2)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         names = [name for name in os.listdir(job.folder) if name[0] != "."]
@@ -189,7 +203,9 @@ def _entered(job: Job) -> IO[bytes]:
                 f"--output={job.output} holds another job ({'; '.join(differs[:3])}"
                 f"{more}): give another folder, or remove it"
             )
-        lines = open(job.folder / LINES, "ab", buffering=0)
+        lines = open(job.folder / LINES if first else os.devnull, "ab", buffering=0)
+        if not first:
+            return lines
         fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
         lines.truncate(0)
     except BlockingIOError:
@@ -249,24 +265,30 @@ def make(
 ) -> None:
     """Makes what is missing of a job, stage by stage, one of them in memory at a time.
 
-    However many pictures there are, a batch of them is in memory. `show_steps` has the
-    progress bar count the steps of a batch too. Raises `UserError` when a stage does
-    not take what the one before it makes, or the folder is another job's or cannot be
-    written.
+    However many pictures there are, a batch of them is in memory. Several processes,
+    each with a mesh of its own devices, share the pictures batch by batch; a picture
+    stays with its process through all stages. `show_steps` has the progress bar count
+    the steps of a batch too.
+
+    Raises `UserError` when a stage does not take what the one before it makes, or the
+    folder is another job's or cannot be written.
     """
     configs = [one.cfg for one in job.trained]
     check_order(configs, made=configs[0].lowres_size if job.lowres else 0)
+    sizes = [batch_rows(cfg.sampler.batch_size, job.count, mesh) for cfg in configs]
     with _entered(job) as lines:
-        todo = [job.missing(stage) for stage in range(len(configs))]
+        todo = [_own(job.missing(stage), max(sizes)) for stage in range(len(configs))]
         told = _tell(job, lines, 0)
-        if told < job.count:
+        if todo[-1].size:
             prompts = [job.asked(number)[0] for number in todo[-1]]
             text = configs[0].text
             encoder = load_encoder(text.encoder, encoder_weights)
             texts = Texts(encoder, text.length, prompts, job.folder)
             del encoder
         total = sum(map(len, todo))
-        with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
+        with tqdm.tqdm(
+            total=total, desc="sample", unit="picture", disable=jax.process_index() != 0
+        ) as bar:
             tell = (lambda i: bar.set_postfix(step=int(i) + 1)) if show_steps else None
             for stage, numbers in enumerate(todo):
                 if not len(numbers):
@@ -287,7 +309,17 @@ def make(
                         _save(job, number, stage, picture, estimates)
                         told = _tell(job, lines, told)
                     bar.update(len(made[0]))
-    _show(job)
+        # JAX ends those that wait when a process is lost.
+        while len(job.missing()):
+            time.sleep(1)
+        _tell(job, lines, told)
+    if jax.process_index() == 0:
+        _show(job)
+
+
+def _own(numbers: np.ndarray, size: int) -> np.ndarray:
+    """Those of this process: every N-th `size` pictures, of N processes."""
+    return numbers[numbers // size % jax.process_count() == jax.process_index()]
 
 
 def _show(job: Job) -> None:

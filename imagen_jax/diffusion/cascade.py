@@ -134,7 +134,7 @@ def _images(side: int) -> str:
     return f"{side} pixel images" if side else "no images"
 
 
-def _rows(batch_size: int, count: int, mesh: Mesh) -> int:
+def batch_rows(batch_size: int, count: int, mesh: Mesh) -> int:
     """Rows of the program for `count` images in all, a multiple of the mesh's shards.
 
     A few images take less time one by one than in a batch that is filled up.
@@ -172,7 +172,7 @@ def sample_stage(
       the numbers of a batch `[N]`, its images `[N, H, W, 3]` and their estimates at the
       K recorded steps `[N, K, H, W, 3]`, uint8.
     """
-    size = _rows(stage.cfg.sampler.batch_size, count, mesh)
+    size = batch_rows(stage.cfg.sampler.batch_size, count, mesh)
     cfg = _program(stage.cfg, settings)
     run = compile_sampler(stage.apply, cfg, mesh, recorded_steps, on_step)
     place = functools.partial(jax.device_put, device=batch_sharding(mesh))
@@ -181,7 +181,9 @@ def sample_stage(
         take = np.arange(size) % len(own)
         batch = jax.tree.map(lambda a, take=take: place(a[take]), inputs(own))
         out = run(stage.params, *batch)
-        out = multihost_utils.process_allgather(out, tiled=True)
+        if mesh.is_multi_process:
+            out = multihost_utils.process_allgather(out, tiled=True)
+        out = jax.device_get(out)
         images, estimates = (a[: len(own)] for a in out)
         yield own, images, estimates
 

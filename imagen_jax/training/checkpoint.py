@@ -41,15 +41,31 @@ _FAULT_BYTES = 256
 class Checkpointer:
     """The `checkpoints` folder of one training workdir, local or gs://."""
 
-    def __init__(self, workdir: str, training: TrainingConfig | None = None):
-        """Opens the folder; `training` says what to keep, None is to read only."""
+    def __init__(
+        self,
+        workdir: str,
+        training: TrainingConfig | None = None,
+        alone: bool = False,
+    ):
+        """Opens the folder; `training` says what to keep, None is to read only.
+
+        All processes open it, and call its methods, together; or each `alone`.
+        """
         self.workdir = workdir
         # What is wrong with each step that was passed over.
         self.damaged: dict[int, str] = {}
         self._folder = epath.Path(workdir).resolve() / "checkpoints"
         self._training = training
+        own = jax.process_index()
         options = ocp.CheckpointManagerOptions(
-            create=False, read_only=True, save_interval_steps=0
+            create=False,
+            read_only=True,
+            save_interval_steps=0,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=own if alone else 0,
+                active_processes={own} if alone else None,
+                barrier_sync_key_prefix=str(own) if alone else None,
+            ),
         )
         if training:
             options = ocp.CheckpointManagerOptions(
