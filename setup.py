@@ -39,6 +39,7 @@ setup(
         "tensorstore>=0.1.86",
         "tqdm>=4.66",
         # Only imagen_jax/data and imagen_jax/preparing import these.
+        "seqio>=0.0.20",
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.9",
     ],

@@ -89,10 +89,11 @@ def parts(records: str, size: int) -> list[float]:
     import tensorflow as tf
 
     from imagen_jax.data import preprocess
-    from imagen_jax.data.records import usable
-    from imagen_jax.data.tfds import open_folder, read_files
+    from imagen_jax.data import records as tasks
+    from imagen_jax.data.manifest import read_manifest
 
-    rows = usable(read_files(*open_folder(records), 0, 1, seed=0), size)
+    task = tasks.make_task(records, read_manifest(records), size)
+    rows = task.get_dataset(shuffle=False, try_in_mem_cache=False)
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
 

@@ -44,7 +44,7 @@ ONLY_IN = {
 }
 # Other dependencies that a silent room may import, when they are used.
 WHEN_USED = {"safetensors": {"floor"}}
-TENSORFLOW = {"tensorflow", "tensorflow_datasets"}
+TENSORFLOW = {"tensorflow", "tensorflow_datasets", "seqio"}
 TENSORFLOW_ROOMS = {"data", "preparing"}
 SILENT = {"floor", "diffusion", "models", "shapes"}
 
@@ -200,7 +200,7 @@ def test_a_forbidden_import_is_found(path, text):
     [
         ("diffusion/loss.py", "import jax.numpy as jnp\nfrom imagen_jax import batch"),
         ("training/step.py", "import optax\nfrom imagen_jax.models import network"),
-        ("data/pipeline.py", "import tensorflow\nimport imagen_jax.data.records"),
+        ("data/pipeline.py", "import seqio\nfrom imagen_jax.data import records"),
         ("text/encoders.py", "def f():\n    import transformers"),
         ("preparing/job.py", "def f():\n    from imagen_jax.data import pipeline"),
         ("files.py", "def f():\n    import safetensors"),
@@ -288,8 +288,8 @@ WITHOUT_TENSORFLOW = """
 import sys
 
 for name in (
-    "tensorflow", "tensorflow_datasets", "tensorflow_text", "clu", "ml_collections",
-    "torch", "transformers",
+    "tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "clu",
+    "ml_collections", "torch", "transformers",
 ):
     sys.modules[name] = None  # importing it fails
 

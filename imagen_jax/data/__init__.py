@@ -5,8 +5,8 @@ import sys
 
 
 def start_tensorflow() -> None:
-    """Imports TensorFlow and hides the accelerators from it."""
-    # It prints from C++, before any log level is read: stderr is shut meanwhile.
+    """Imports TensorFlow and seqio and hides the accelerators from them."""
+    # They print from C++, before any log level is read: stderr is shut meanwhile.
     sys.stderr.flush()
     stderr, level = os.dup(2), os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
     # As it is imported it reads how much to tell. At JAX's "1" it warns of every PNG
@@ -15,6 +15,7 @@ def start_tensorflow() -> None:
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 2)
     try:
+        import seqio  # noqa: F401
         import tensorflow as tf
 
         # TensorFlow would take all of a GPU's memory for itself.

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 
 import numpy as np
+import seqio
 import tensorflow as tf
 from etils import epath
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import order, preprocess
-from imagen_jax.data.manifest import Source, head_sha256
-from imagen_jax.data.tfds import open_folder, read_files
+from imagen_jax.data.manifest import Manifest, Source, head_sha256
+from imagen_jax.data.tfds import DataSource
 from imagen_jax.errors import UserError
 
 # With more threads decoding is not what limits a host, and other work wants its cores.
@@ -44,14 +45,33 @@ def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> N
             writer.write(example.SerializePartialToString(deterministic=True))
 
 
-def usable(rows: tf.data.Dataset, image_size: int) -> tf.data.Dataset:
-    """Rows whose images have at least `image_size` pixels, all with a caption."""
-    # Data sets of others have no sides; their manifest has one number for all.
-    if "side" in rows.element_spec:
-        rows = rows.filter(lambda row: row["side"] >= image_size)
-    spec = rows.element_spec.get("caption")
-    none = {} if spec == tf.TensorSpec([], tf.string) else {"caption": b""}
-    return rows.map(lambda row: row | {"id": tf.cast(row["id"], tf.int64)} | none)
+def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
+    """The records whose images have at least `image_size` pixels, encoded.
+
+    `path` is a folder or "tfds:NAME". The task is not registered, so that two of the
+    same records do not collide.
+    """
+
+    def usable(dataset):
+        # Data sets of others have no sides; their manifest has one number for all.
+        if "side" in dataset.element_spec:
+            dataset = dataset.filter(lambda row: row["side"] >= image_size)
+        spec = dataset.element_spec.get("caption")
+        none = {} if spec == tf.TensorSpec([], tf.string) else {"caption": b""}
+        return dataset.map(
+            lambda row: row | {"id": tf.cast(row["id"], tf.int64)} | none
+        )
+
+    return seqio.Task(
+        f"records_{manifest.content_sha256[:16]}",
+        DataSource(path),
+        output_features={
+            "image": seqio.ContinuousFeature(dtype=tf.string, rank=0),
+            "text": seqio.ContinuousFeature(dtype=tf.string, rank=0),
+            "id": seqio.ContinuousFeature(dtype=tf.int64, rank=0),
+        },
+        preprocessors=[usable],
+    )
 
 
 def batch_reader(
@@ -186,7 +206,7 @@ def _column(parts: Iterator, place: int, dtype: tf.DType) -> tf.data.Dataset:
 def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
     """A function that opens a reader of the k-th source at a position."""
     source, count = sources[k], len(groups)
-    folder = open_folder(source.path)
+    task = make_task(source.path, source.manifest, cfg.image_size)
     added = {"int8": source.manifest.embedding_dtype == "int8"}
     # Each reader has a buffer; together they are as large as the config says.
     examples = tf.constant(groups, tf.int64)
@@ -197,17 +217,22 @@ def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
     # Traced once and not for every reader, which would take a fifth of a second each.
     @functools.partial(tf.function, autograph=False)
     def one_epoch(reader, epoch):
-        number = (reader + epoch) % count
-        rows = read_files(*folder, number, count, seed + epoch)
-        rows = usable(rows, cfg.image_size).shuffle(buffer, seed + epoch)
+        dataset = task.get_dataset(
+            shuffle_buffer_size=buffer,
+            seed=seed + epoch,
+            shard_info=seqio.ShardInfo((reader + epoch) % count, count),
+            trim_output_features=False,
+            try_in_mem_cache=False,
+        )
+
         # Or the places of a resumed run would be others.
-        size = tf.data.experimental.assert_cardinality(tf.gather(examples, number))
-        rows = rows.prefetch(tf.data.AUTOTUNE).apply(size)
+        part = tf.gather(examples, (reader + epoch) % count)
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(part))
 
         def add(row):
             return row | added | {"epoch": epoch, "id": row["id"] * len(sources) + k}
 
-        return rows.map(add)
+        return dataset.map(add)
 
     def open_reader(reader: int, position: int) -> tf.data.Dataset:
         # Resuming passes by at most one epoch of raw records, and decodes none of it.

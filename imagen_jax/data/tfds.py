@@ -6,6 +6,7 @@ docs/prepare.md has the features and metadata that training asks of a data set.
 import hashlib
 import json
 
+import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from etils import epath
@@ -18,13 +19,6 @@ from imagen_jax.text import embeddings
 _SPLIT = "train"
 # Files that are read in turn, by all readers of a data set together.
 _OPEN_FILES = 16
-
-
-def open_folder(path: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """A folder of records or "tfds:NAME", and its split."""
-    if path.startswith(TFDS):
-        return open_builder(path.removeprefix(TFDS))
-    return tfds.builder_from_directory(path), _SPLIT
 
 
 def open_builder(name: str) -> tuple[tfds.core.DatasetBuilder, str]:
@@ -93,21 +87,40 @@ def read_manifest(name: str) -> Manifest:
     )
 
 
-def read_files(
-    builder: tfds.core.DatasetBuilder, split: str, number: int, count: int, seed: int
-) -> tf.data.Dataset:
-    """Rows as they are stored, of the files `number::count` in an order of `seed`."""
-    return builder.as_dataset(
-        split=split,
-        shuffle_files=True,
-        decoders={key: tfds.decode.SkipDecoding() for key in ("image", "text")},
-        read_config=tfds.ReadConfig(
-            shuffle_seed=seed,
-            interleave_cycle_length=max(1, _OPEN_FILES // count),
-            interleave_block_length=1,
-            num_parallel_calls_for_decode=1,
-            skip_prefetch=True,
-            try_autocache=False,
-            input_context=tf.distribute.InputContext(count, number),
-        ),
-    )
+class DataSource(seqio.DataSource):
+    """A data set whose images and embeddings stay the bytes that are stored."""
+
+    # seqio would list the files once more and log shard numbers, here maybe tensors.
+    supports_arbitrary_sharding = True
+
+    def __init__(self, path: str):
+        """Opens a folder of records or "tfds:NAME"."""
+        if path.startswith(TFDS):
+            self._builder, self._split = open_builder(path.removeprefix(TFDS))
+        else:
+            self._builder, self._split = tfds.builder_from_directory(path), _SPLIT
+        super().__init__([_SPLIT])
+
+    def list_shards(self, split: str) -> list[str]:
+        """All files."""
+        return self._builder.info.splits[self._split].filenames
+
+    def get_dataset(
+        self, split=_SPLIT, shuffle=True, seed=None, shard_info=None, **_
+    ) -> tf.data.Dataset:
+        """Rows as they are stored; shard i of n has the files i::n."""
+        shard = shard_info or seqio.ShardInfo(0, 1)
+        return self._builder.as_dataset(
+            split=self._split,
+            shuffle_files=shuffle,
+            decoders={key: tfds.decode.SkipDecoding() for key in ("image", "text")},
+            read_config=tfds.ReadConfig(
+                shuffle_seed=seed,
+                interleave_cycle_length=max(1, _OPEN_FILES // shard.num_shards),
+                interleave_block_length=1,
+                num_parallel_calls_for_decode=1,
+                skip_prefetch=True,
+                try_autocache=False,
+                input_context=tf.distribute.InputContext(shard.num_shards, shard.index),
+            ),
+        )

@@ -88,7 +88,7 @@ def test_needs_no_tensorflow(stage, npz):
     cfg = stage(npz)
     program = f"""
 import json, sys
-for name in ("tensorflow", "tensorflow_datasets", "absl.app"):
+for name in ("tensorflow", "seqio", "tensorflow_datasets", "absl.app"):
     sys.modules[name] = None
 import jax
 from imagen_jax import config, sharding

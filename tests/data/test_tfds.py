@@ -125,7 +125,7 @@ def test_records_are_a_data_set_for_everybody(kept, pictures):
 
 
 def test_training_from_a_data_set(kept, records, stage, mesh):
-    """The folder's batches, on one host and on two."""
+    """By seqio.TfdsDataSource: the folder's batches, on one host and on two."""
     data = {"readers": 2}
     folder = open_records(stage(records, batch_size=4, data=data), mesh)
     cfg = stage(f"tfds:{kept}", batch_size=4, data=data)
