@@ -166,7 +166,7 @@ def sample_stage(
       inputs: `[N]` of the numbers to what these images are made from.
       settings: those of all `count` images, each at least once.
       mesh: rows of a batch are split over its data and fsdp axes.
-      recorded_steps, on_step: as in `sample_cascade`.
+      recorded_steps, on_step: as in `sampler.sample`.
 
     Yields:
       the numbers of a batch `[N]`, its images `[N, H, W, 3]` and their estimates at the
@@ -198,7 +198,6 @@ def sample_cascade(
     settings: Sequence[Settings] | None = None,
     recorded_steps: tuple[int, ...] = (),
     report: Callable[[int], None] = lambda images: None,
-    on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Runs text through all stages, in the batches of `sample_stage`.
 
@@ -207,13 +206,11 @@ def sample_cascade(
         the parameters of only one stage in memory.
       text, mask: `[N, L, D]` and `[N, L]`, N at least 1.
       seeds: `[N]`, one per image, in [0, 2**32).
-      mesh: rows of a batch are split over its data and fsdp axes.
       lowres: `[N, h, w, 3]` uint8, for a cascade that starts with a super-resolution
         stage.
       settings: for each stage those of its N images, instead of its config's.
-      recorded_steps: K steps, from 0, whose estimates are returned too.
+      recorded_steps: as in `sampler.sample`.
       report: called with the number of images after each batch of each stage.
-      on_step: called on the host with the number of each step of each batch.
 
     Returns:
       For each stage its images, `[N, H, W, 3]` uint8, and for each stage the estimates
@@ -237,7 +234,6 @@ def sample_cascade(
             own,
             mesh,
             recorded_steps,
-            on_step,
         ):
             made.append(out)
             report(len(numbers))
