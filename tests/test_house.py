@@ -28,6 +28,7 @@ ARROWS = {
     "preparing": {"data", "shapes", "text", "models", "floor"},
     "training": {"diffusion", "models", "floor"},
     "planning": {"training", "diffusion", "models", "floor"},
+    "evaluation": {"floor"},
     "api": {"training", "data", "text", "diffusion", "models", "floor"},
 }
 ARROWS["doors"] = set(ARROWS)

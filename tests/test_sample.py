@@ -42,9 +42,9 @@ def test_lists_are_numbers_with_commas():
 def test_a_line_ends_at_its_end_and_a_byte_order_mark_is_no_text(tmp_path, data, want):
     path = tmp_path / "prompts.txt"
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    found = read_prompts([], str(path))
+    found = [prompt.text for prompt in read_prompts([], str(path))]
     assert (len(found) if isinstance(want, int) else found) == want
-    assert read_prompts(["first"], str(path))[0] == "first"
+    assert read_prompts(["first"], str(path))[0] == ("first", "", "")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_line_ends_at_its_end_and_a_byte_order_mark_is_no_text(tmp_path, data,
         ("a\ncafé\n".encode("cp1252"), "line 2 is not UTF-8.*0xe9.*save prompts as"),
         ("a\nb".encode("utf-16"), "line 1 is not UTF-8"),
         (b"a\n\xed\xb3\xa9\n", "line 2 is not UTF-8"),  # a lone surrogate
-        (b"\n \n", "nothing to sample"),
+        (b"\n \n", "prompts.txt holds 0 prompts"),
         (None, "does not exist"),
     ],
 )

@@ -68,6 +68,8 @@ class Job:
     lowres: Sequence[str] = ()
     read_lowres: Callable[[str], np.ndarray] | None = None
     recorded_steps: tuple[int, ...] = ()  # whose estimates are drawn, too
+    # What is known of each prompt, for the lines of its pictures: its category.
+    known: Sequence[dict[str, str]] = ()
 
     def __post_init__(self):
         self.folder = pathlib.Path(self.output)
@@ -83,13 +85,15 @@ class Job:
     def asked(self, number: int) -> tuple[str, int, Cell]:
         """The prompt, the seed and the values of a picture."""
         row, cell = divmod(number, len(self.cells))
-        prompt = self.prompts[row // self.num_images]
-        return prompt, self.seed + row, self.cells[cell]
+        return self.prompts[self.row(number)], self.seed + row, self.cells[cell]
+
+    def row(self, number: int) -> int:
+        """Which of the prompts a picture is of."""
+        return number // len(self.cells) // self.num_images
 
     def start(self, number: int) -> str:
         """The file that a picture starts from."""
-        each = len(self.cells) * self.num_images
-        return self.lowres[number // each % len(self.lowres)]
+        return self.lowres[self.row(number) % len(self.lowres)]
 
     def missing(self, stage: int = -1) -> np.ndarray:
         """The numbers of the pictures that a stage has yet to make."""
@@ -111,6 +115,7 @@ def _line(job: Job, number: int) -> dict[str, Any]:
         "file": job.path(number).name,
         "prompt": prompt,
         "seed": seed,
+        **(job.known[job.row(number)] if job.known else {}),
         "earlier_stages": [job.path(number, stage).name for stage in stages],
         **_values(cell),
     }
