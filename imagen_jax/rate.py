@@ -24,7 +24,7 @@ from imagen_jax.files import read_json, write_text
 from imagen_jax.shapes import scenes as shapes
 
 # Of each command, the flags that it takes.
-_COMMANDS = {
+COMMANDS = {
     "build": ("a", "b", "reference", "count", "seed", "output"),
     "score": ("key", "json"),
     "page": ("samples", "scores", "output"),
@@ -143,11 +143,11 @@ def main(words: Sequence[str]) -> None:
     """Runs the command that the words begin with."""
     args = flags.FLAGS
     command, *files = words or [""]
-    if command not in _COMMANDS:
-        near = did_you_mean(command, _COMMANDS)
-        raise flags.Error(f"there is no {command!r}{near}; {', '.join(_COMMANDS)}")
-    for name in {name for own in _COMMANDS.values() for name in own}:
-        if args[name].present and name not in _COMMANDS[command]:
+    if command not in COMMANDS:
+        near = did_you_mean(command, COMMANDS)
+        raise flags.Error(f"there is no {command!r}{near}; {', '.join(COMMANDS)}")
+    for name in {name for own in COMMANDS.values() for name in own}:
+        if args[name].present and name not in COMMANDS[command]:
             raise flags.Error(f"--{name} is not for `rate {command}`")
     if files and command != "score":
         raise flags.Error(f"{files[0]!r} is no flag")

@@ -263,6 +263,26 @@ def test_prompts_by_images_by_values(door, tmp_path):
     assert asked["prompts"] == ["a\u2028b", "красный круг"]
 
 
+def test_what_is_known_of_a_prompt_is_in_its_lines(door, tmp_path):
+    """Two of three are drawn; one more is given, of which nothing is known."""
+    text = "Prompt,Category,file_name\na,One,a.jpg\nb,Two,\nc,,c.jpg\n"
+    (tmp_path / "p.csv").write_text(text)
+    file = [f"--prompts={tmp_path / 'p.csv'}", "--count=2", "--prompt_seed=3"]
+    done = door(ONE, *file, "--num_images=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = "prompt", "category", "image"
+    found = [
+        tuple(line.get(name) for name in names)
+        for line in read_described(tmp_path / "out")
+    ]
+    every = [("a", "One", "a.jpg"), ("b", "Two", None), ("c", None, "c.jpg")]
+    drawn = [every[i] for i in np.random.default_rng(3).choice(3, 2, replace=False)]
+    want = [("a red circle", None, None), *drawn]
+    assert found == [one for one in want for _ in "ab"]
+    done = door(ONE, "--count=2")
+    assert done.returncode == 1 and "--count and --prompt_seed are for" in error(done)
+
+
 def test_ctrl_c_leaves_what_is_finished(door, tmp_path, monkeypatch):
     """And says how many, and how to go on; then the same command does."""
     make, path = sample.make, tmp_path / "out" / "0001.png"
