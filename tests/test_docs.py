@@ -103,8 +103,9 @@ def parse(door, arguments, commands):
     try:
         rest = flags.FLAGS(sys.argv)[1:]
         if commands:
-            own = [word.strip("-").split("=")[0] for word in arguments if word[0] == "-"]
-            assert set(own) <= set(commands[rest[0]]), f"{own} are not for {rest[0]}"
+            own = {word.split("=")[0] for word in arguments} - set(rest)
+            mine = {f"--{name}" for name in commands[rest[0]]}
+            assert own <= mine, f"{own - mine} are not for {rest[0]}"
         else:
             assert not rest, f"{rest} are no flags"
     except BaseException as raised:
