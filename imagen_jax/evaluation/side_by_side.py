@@ -10,8 +10,8 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; }
 body { max-width: 1200px; margin: auto; padding: 1em; }
-h2 { margin: 1.5em 0 .3em; } p { margin: 0 0 .5em; }
-.pictures { display: grid; gap: 24px; }
+h2 { margin: 1.5em 0 .3em; } p { margin: 0; }
+.pictures { display: grid; gap: 24px; margin-top: 12px; }
 .pictures { grid-template-columns: repeat(auto-fill, minmax(min(100%, WIDTHpx), 1fr)); }
 figure { margin: 0; }
 .row { display: grid; grid-template-columns: repeat(COUNT, 1fr); gap: 8px; }

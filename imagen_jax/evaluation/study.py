@@ -112,7 +112,7 @@ class _Study:
         self.trials = {}
 
     def name(self) -> str:
-        """A name that is as good as no other."""
+        """A new name, of 16 random letters."""
         return self.rng.bytes(8).hex()
 
     def add(self, picture: np.ndarray) -> str:
