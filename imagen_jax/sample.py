@@ -23,7 +23,8 @@ from imagen_jax.api.samples import Job, check_output, make
 from imagen_jax.config import MeshConfig
 from imagen_jax.data import start_tensorflow
 from imagen_jax.errors import Stopped, UserError, printable
-from imagen_jax.files import read_lines
+from imagen_jax.evaluation import prompts as prompt_files
+from imagen_jax.evaluation.prompts import Prompt
 from imagen_jax.preparing.images import middle_square, verify
 from imagen_jax.sharding import make_mesh
 
@@ -56,7 +57,13 @@ def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     flags.DEFINE_multi_string("stage", None, "workdir of a stage; in order, base first")
     flags.DEFINE_multi_string("prompt", [], "a caption; repeat for more pictures")
-    flags.DEFINE_string("prompts", "", "a file with one caption a line")
+    kinds = "a file of captions: one a line, .csv, .tsv, .jsonl, or COCO's .json"
+    flags.DEFINE_string("prompts", "", kinds)
+    column = "of --prompts; else prompt, caption or text"
+    flags.DEFINE_string("prompt_column", "", column)
+    drawn = "of --prompts so many, drawn at random; 0 is all of them, in order"
+    flags.DEFINE_integer("count", 0, drawn, lower_bound=0)
+    flags.DEFINE_integer("prompt_seed", 0, "of the draw by --count", lower_bound=0)
     lowres = "a picture for a super-resolution stage to start from; once or per prompt"
     flags.DEFINE_multi_string("lowres", [], lowres)
     flags.DEFINE_string("output", None, "folder for the pictures")
@@ -82,8 +89,10 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["stage", "output"])
 
 
-def read_prompts(given: Sequence[str], file: str) -> list[str]:
-    """Those of --prompt and the lines of --prompts that are not blank.
+def read_prompts(
+    given: Sequence[str], file: str, column: str = "", count: int = 0, seed: int = 0
+) -> list[Prompt]:
+    """Those of --prompt, then those of the file of --prompts.
 
     Raises `UserError` when there are none, or one is not UTF-8.
     """
@@ -95,11 +104,10 @@ def read_prompts(given: Sequence[str], file: str) -> list[str]:
                 f"--prompt={prompt!r} is not UTF-8: set the terminal to UTF-8, or give "
                 "--prompts"
             ) from None
-    lines = [line.strip() for line in read_lines(file, "prompts")] if file else []
-    prompts = [*given, *filter(None, lines)]
-    if not prompts:
+    if not (given or file):
         raise UserError('there is nothing to sample: give --prompt="..." or --prompts')
-    return prompts
+    read = prompt_files.read_prompts
+    return [*map(Prompt, given), *(read(file, column, count, seed) if file else ())]
 
 
 def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
@@ -117,7 +125,10 @@ def main() -> None:
     args = flags.FLAGS
     cli.join()
     check_output(args.output)
-    prompts = read_prompts(args.prompt, args.prompts)
+    how = args.prompt_column, args.count, args.prompt_seed
+    if any(how) and not args.prompts:
+        raise UserError("--prompt_column, --count and --prompt_seed are for --prompts")
+    prompts = read_prompts(args.prompt, args.prompts, *how)
     if not 0 <= args.seed <= 2**32 - len(prompts) * args.num_images:
         raise UserError(f"--seed={args.seed}: seeds lie in [0, 2**32)")
     trained = with_sampler(
@@ -147,12 +158,13 @@ def main() -> None:
     job = Job(
         args.output,
         trained,
-        prompts,
+        [prompt.text for prompt in prompts],
         args.seed,
         args.num_images,
         cells,
         [(path, read_lowres(path, size)) for path in args.lowres],
         recorded,
+        [prompt.known() for prompt in prompts],
     )
     where = printable(job.folder.resolve())
     mesh = make_mesh(MeshConfig(), jax.local_devices())

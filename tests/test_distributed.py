@@ -273,7 +273,9 @@ def test_processes_share_the_pictures(tmp_path, whole, start):
     for process in killed:
         process.kill()
     assert ends(killed) == [-signal.SIGKILL] * 2
-    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("*.png")}
+    done = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("*.png")
+    }
     made = start(command("shared"), "b")
     assert ends(made) == [0, 0], logs(tmp_path, "b")
     assert all(path.stat().st_mtime_ns == time for path, time in done.items())
