@@ -119,6 +119,8 @@ def _read_table(
     return captions, problems
 
 
+def open_coco(file: str, settings: Settings) -> Source:
+    """The images that COCO's captions_SPLIT.json lists, shuffled.
 
     They lie in SPLIT, images/SPLIT or images, or beside the file; or in these beside
     the folder of the file.
