@@ -20,7 +20,8 @@ from imagen_jax.fields import describe
 
 # What libraries tell of what is as it should be, or is told by us.
 _NO_NEWS = ("Given directory is read only", "did you forget a return statement?")
-DOORS = ("prepare", "train", "sample", "export", "goodput", "plan", "benchmark", "demo")
+DOORS = ("prepare", "train", "sample", "evaluate", "export", "goodput", "plan")
+DOORS += ("benchmark", "demo")
 
 
 def main() -> None:
