@@ -45,12 +45,14 @@ def frechet(a: Statistics, b: Statistics) -> float:
     """|ma - mb|^2 + tr(Ca + Cb - 2 (Ca Cb)^(1/2)) (arXiv 1706.08500, Eq. 6).
 
     The last trace is that of (Ca^(1/2) Cb Ca^(1/2))^(1/2): the sum of the singular
-    values of Ca^(1/2) Cb^(1/2), which takes no root of a rounding error.
+    values of Ca^(1/2) Cb^(1/2).
     """
     factors = []
     for one in (a, b):
         values, vectors = np.linalg.eigh(one.covariance)
-        factors.append(vectors * np.sqrt(values.clip(0)))
+        # Of few features, most are rounding errors, whose roots would add up.
+        values[values < values[-1] * len(values) * np.finfo(float).eps] = 0
+        factors.append(vectors * np.sqrt(values))
     root = np.linalg.svd(factors[0].T @ factors[1], compute_uv=False).sum()
     trace = np.trace(a.covariance) + np.trace(b.covariance) - 2 * root
     return float(np.sum((a.mean - b.mean) ** 2) + trace)

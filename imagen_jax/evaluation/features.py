@@ -152,9 +152,10 @@ def _of_timm(name: str, tensors: dict, device: str) -> tuple[Callable, int]:
     import torch
 
     network = timm.create_model("tf_efficientnet_lite0" if name == LITE0 else name)
-    # Others have the same tensors in the same order, whose names end alike.
-    own = list(network.state_dict())
-    if [key.split(".")[-1] for key in own] == [key.split(".")[-1] for key in tensors]:
+    # Others have the same tensors in the same order, and names that end alike.
+    own = network.state_dict()
+    ends = [[key.split(".")[-1] for key in named] for named in (own, tensors)]
+    if own.keys() != tensors.keys() and ends[0] == ends[1]:
         tensors = dict(zip(own, tensors.values()))
     network.load_state_dict(tensors)
     network.reset_classifier(0)
