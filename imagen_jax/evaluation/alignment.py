@@ -34,25 +34,27 @@ def open_clip(folder: str) -> Clip:
         model, info = transformers.CLIPModel.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True
         )
-        if missing := sorted(info["missing_keys"]):  # they were drawn at random
-            raise OSError(f"its weights lack {missing[0]}")
+        # Without a word transformers draws weights and makes up a tokenizer.
+        text = model.config.text_config
+        if info["missing_keys"] or len(tokenizer) != text.vocab_size:
+            raise OSError("its weights or its tokenizer's files are not all there")
     except Exception as error:  # of many kinds, for files of all kinds
         raise UserError(
             f"--clip={folder!r} holds no CLIP ({' '.join(str(error).split())[:200]}): "
             "give a folder with all of huggingface.co/openai/clip-vit-large-patch14"
         ) from None
+    tokenizer.model_max_length = text.max_position_embeddings
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    longest = model.config.text_config.max_position_embeddings
 
     def run(pictures, captions):
-        how = {"padding": True, "truncation": True, "max_length": longest}
-        inputs = tokenizer(list(captions), return_tensors="pt", **how)
+        how = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        inputs = tokenizer(list(captions), **how)
         inputs |= processor(list(pictures), return_tensors="pt")
         with torch.inference_mode():
             out = model(**inputs.to(model.device))
         return out.image_embeds.cpu().numpy(), out.text_embeds.cpu().numpy()
 
-    return Clip({"CLIP": place.name, "CLIP weights": sha256}, run)
+    return Clip({"clip": place.name, "clip_sha256": sha256}, run)
 
 
 def clip_score(

@@ -38,7 +38,7 @@ class Extractor:
 
     name: str  # which its distances carry; "" for FID's own network
     width: int
-    about: dict[str, str]  # features, sha256 of the file of weights, preset
+    about: dict[str, str]  # features, weights_sha256 of the file, preset
     run: Callable[[np.ndarray], np.ndarray]
 
 
@@ -76,7 +76,7 @@ def open_extractor(features: str, weights: str, preset: str) -> Extractor:
     width = run(np.zeros((1, 8, 8, 3), np.uint8)).shape[1]
     # Weights that a name does not stand for are told with every figure.
     name = features if KNOWN.get(features) == sha256 else f"{features} {sha256[:8]}"
-    about = {"features": features, "weights": sha256, "preset": preset}
+    about = {"features": features, "weights_sha256": sha256, "preset": preset}
     return Extractor("" if name == INCEPTION else name, width, about, run)
 
 

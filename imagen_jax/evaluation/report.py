@@ -126,7 +126,7 @@ def measure(
         hashes += [hashlib.sha256(picture).digest() for picture in batch]
     if len(hashes) <= distances.NEIGHBOURS:
         raise UserError(f"{name}: {len(hashes)} pictures are too few to compare")
-    about = {name: _sha256(b"".join(sorted(hashes))), "size": size}
+    about = {f"{name}_sha256": _sha256(b"".join(sorted(hashes))), "size": size}
     features = np.frombuffer(kept, np.float32).reshape(-1, extractor.width)
     about |= extractor.about
     return dataclasses.replace(found, about=about, features=features)
@@ -147,16 +147,17 @@ def evaluate(
     """
     figures, about = {}, {"samples": len(samples.files)}
     if samples.captions:
-        about["captions"] = _sha256("\n".join(samples.captions).encode())
+        about["captions_sha256"] = _sha256("\n".join(samples.captions).encode())
     if extractor and reference:
-        own = measure(read_pictures(samples.files), extractor, "pictures")
+        own = measure(read_pictures(samples.files), extractor, "samples")
         found = {"FD" if extractor.name else "FID": distances.frechet(own, reference)}
         if reference.features is not None:
             found |= distances.by_torch_fidelity(own.features, reference.features)
         of = f" ({extractor.name})" if extractor.name else ""
         figures |= {name + of: value for name, value in found.items()}
-        about |= {"of the reference": reference.n or "unknown", **own.about}
-        about["reference"] = reference.about.get("reference", "unknown")
+        about |= {"reference": reference.n or "unknown", **own.about}
+        known = reference.about.get("reference_sha256", "unknown")
+        about["reference_sha256"] = known
         if min(own.n, reference.n or own.n) <= (width := extractor.width):
             about["note"] = f"too few pictures for the covariance of {width} features"
     if clip:
@@ -170,12 +171,13 @@ def evaluate(
 def line(result: Mapping[str, Any]) -> str:
     """What `evaluate` found on one line, of hashes the beginning."""
 
-    def short(value: Any) -> str:
-        return value[:8] if isinstance(value, str) and len(value) == 64 else str(value)
-
-    figures = [f"{name} {value:.5g}" for name, value in result["figures"].items()]
-    about = (name for name in result if name not in ("figures", "stages"))
-    return "; ".join([", ".join(figures), *(f"{n} {short(result[n])}" for n in about)])
+    parts = [", ".join(f"{name} {v:.5g}" for name, v in result["figures"].items())]
+    for name, value in result.items():
+        if isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if name not in ("figures", "stages"):
+            parts.append(f"{name} {value[:8] if name.endswith('sha256') else value}")
+    return "; ".join(parts)
 
 
 def _sha256(data: bytes) -> str:

@@ -57,3 +57,66 @@ def pictures(count, size=32, seed=0):
     drawn = [scenes.draw(scene, size) for scene in scenes.generate(count, seed)]
     noisy = np.stack(drawn) + random.normal(size=(count, size, size, 3)) * 3
     return noisy.round().clip(0, 255).astype(np.uint8)
+
+
+def clip(folder, steps=0):
+    """A small CLIP as transformers stores it, trained to tell colours apart."""
+    import json
+
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    half = {"num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *letters,
+        *(f"{x}</w>" for x in letters),
+    ]
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {"vocab_size": len(words), "max_position_embeddings": 16, **ids}
+    config = transformers.CLIPConfig(
+        text_config=half | text | {"num_hidden_layers": 1},
+        vision_config=half
+        | {"image_size": 16, "patch_size": 4, "num_hidden_layers": 1},
+        projection_dim=16,
+    )
+    model = transformers.CLIPModel(config)
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    processor = transformers.CLIPImageProcessorPil(**sizes)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    tokens = tokenizer(list(COLOURS), padding=True, return_tensors="pt")
+    for step in range(steps):
+        pictures = np.stack([coloured(name, step) for name in COLOURS])
+        inputs = {**tokens, **processor(list(pictures), return_tensors="pt")}
+        loss = model(**inputs, return_loss=True).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 60),
+    "blue": (30, 60, 220),
+    "yellow": (240, 220, 40),
+    "black": (10, 10, 10),
+    "white": (245, 245, 245),
+}
+
+
+def coloured(name, seed):
+    """A noisy picture of one colour, `[32, 32, 3]` uint8."""
+    random = np.random.default_rng(seed * 100 + len(name))
+    noise = random.normal(size=(32, 32, 3)) * 20 + random.normal(size=3) * 8
+    return (COLOURS[name] + noise).round().clip(0, 255).astype(np.uint8)
