@@ -46,7 +46,9 @@ def stored(reference: str) -> Iterator[bytes]:
         yield from map(images.png, found["image"])
     else:
         name = f"folder:{reference}" if root.is_dir() else reference
-        source = job.open_source(Settings(name, "-", no_captions=True))
+        asked = Settings(name, "-", no_captions=True)
+        asked.check()
+        source = job.open_source(asked)
         items = (item for shard in range(source.shards) for item in source.read(shard))
         for item in itertools.chain(source.problems, sources.verify_images(items)):
             if isinstance(item, sources.Problem):
@@ -59,7 +61,6 @@ def open_reference(
     reference: str, extractor: features.Extractor, size: int
 ) -> distances.Statistics:
     """The statistics of a reference: stored ones, or its pictures' at a size."""
-    check_disk(reference)
     if reference.endswith(".npz"):
         try:
             manifest.read_manifest(reference)
@@ -93,6 +94,7 @@ def main() -> None:
     """Measures what the flags ask for."""
     args = flags.FLAGS
     cli.check_json(args.json)
+    cli.check_json(args.statistics, "statistics")
     check_disk(args.samples)
     if not (args.reference or args.clip):
         raise UserError("nothing to measure: give --reference and --weights, or --clip")

@@ -170,7 +170,6 @@ def evaluate(
 
 def line(result: Mapping[str, Any]) -> str:
     """What `evaluate` found on one line, of hashes the beginning."""
-
     parts = [", ".join(f"{name} {v:.5g}" for name, v in result["figures"].items())]
     for name, value in result.items():
         if isinstance(value, list):
