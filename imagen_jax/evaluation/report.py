@@ -30,17 +30,15 @@ class Samples:
 
     files: Sequence[pathlib.Path]
     captions: Sequence[str] = ()  # one of each, or none
-    # "guidance" and "aug_level" of each of the "stages", which are those of `JOB`.
+    # "stages" of `JOB`, in words "made by"; each one's "guidance" and "aug_level".
     made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_samples(folder: str) -> list[Samples]:
     """The pictures in a folder of `sample`, those of the same values together.
 
-    Of a folder without `LINES`, all PNG files and no captions.
-
-    Raises:
-      UserError: when there are none, or not those that `JOB` asks for, in order.
+    Of a folder without `LINES`, all PNG files and no captions. `UserError` when there
+    are none, or not those that `JOB` asks for, in order.
     """
     root = pathlib.Path(folder)
     if not (root / LINES).exists():
@@ -71,10 +69,7 @@ def _stages(root: pathlib.Path, pairs: Sequence[tuple[str, str]]) -> dict[str, A
         asked = job["asked"]
         each = range(asked["num_images"] * len(asked["values"]))
         prompts = [prompt for prompt in asked["prompts"] for _ in each]
-        stages = {
-            "made by": [_stage(**stage) for stage in asked["stages"]],
-            "stages": asked["stages"],
-        }
+        in_words = [_in_words(**stage) for stage in asked["stages"]]
     except (KeyError, TypeError) as error:
         raise UserError(f"{root / JOB} is damaged ({error!r}): sample again") from None
     wanted = [(f"{i:04d}.png", prompt) for i, prompt in enumerate(prompts)]
@@ -84,15 +79,13 @@ def _stages(root: pathlib.Path, pairs: Sequence[tuple[str, str]]) -> dict[str, A
                 f"{root / LINES} line {number} is of {pair!r:.99}, {JOB} asks for "
                 f"{want!r:.99}: captions or pictures are missing, or of another order"
             )
-    return stages
+    return {"made by": in_words, "stages": asked["stages"]}
 
 
-def _stage(config: Mapping[str, Any], checkpoint_step: int, **_: Any) -> str:
+def _in_words(config: Mapping[str, Any], checkpoint_step: int, **_: Any) -> str:
     sampler, decay = config["sampler"], config["optimizer"]["ema_decay"]
-    return (
-        f"{config['name']} at step {checkpoint_step}, EMA {decay}, {sampler['name']} "
-        f"of {sampler['steps']} steps"
-    )
+    made = f"{config['name']} at step {checkpoint_step}, EMA {decay}"
+    return f"{made}, {sampler['name']} of {sampler['steps']} steps"
 
 
 def read_pictures(files: Iterable[pathlib.Path]) -> Iterator[np.ndarray]:
@@ -114,8 +107,7 @@ def measure(
 ) -> Statistics:
     """The features of pictures `[S, S, 3]` uint8, of which a batch is in memory.
 
-    Raises:
-      UserError: when there are too few of them for any figure.
+    `UserError`, which calls the pictures `name`, when there are too few of them.
     """
     found, kept, hashes, size = None, bytearray(), [], 0
     for batch in batches(tqdm.tqdm(pictures, name, unit=" pictures")):
@@ -126,6 +118,7 @@ def measure(
         hashes += [hashlib.sha256(picture).digest() for picture in batch]
     if len(hashes) <= distances.NEIGHBOURS:
         raise UserError(f"{name}: {len(hashes)} pictures are too few to compare")
+    # In no order: a reference may be shuffled.
     about = {f"{name}_sha256": _sha256(b"".join(sorted(hashes))), "size": size}
     features = np.frombuffer(kept, np.float32).reshape(-1, extractor.width)
     about |= extractor.about
@@ -141,9 +134,7 @@ def evaluate(
     """Figures of samples and all that decides them, as JSON has it.
 
     With an extractor and a reference their distances, with a CLIP the CLIP score.
-
-    Raises:
-      UserError: when a picture is damaged or of another size, or captions are missing.
+    `UserError` when a picture is damaged or of another size, or captions are missing.
     """
     figures, about = {}, {"samples": len(samples.files)}
     if samples.captions:
@@ -155,9 +146,10 @@ def evaluate(
             found |= distances.by_torch_fidelity(own.features, reference.features)
         of = f" ({extractor.name})" if extractor.name else ""
         figures |= {name + of: value for name, value in found.items()}
-        about |= {"reference": reference.n or "unknown", **own.about}
-        known = reference.about.get("reference_sha256", "unknown")
-        about["reference_sha256"] = known
+        known = {"reference": reference.n, **reference.about}
+        for name in ("reference", "reference_sha256"):
+            about[name] = known.get(name) or "unknown"
+        about |= own.about
         if min(own.n, reference.n or own.n) <= (width := extractor.width):
             about["note"] = f"too few pictures for the covariance of {width} features"
     if clip:
