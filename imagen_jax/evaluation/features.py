@@ -150,7 +150,10 @@ def _of_timm(name: str, tensors: dict, device: str) -> tuple[Callable, int]:
     import timm
     import torch
 
-    network = timm.create_model("tf_efficientnet_lite0" if name == LITE0 else name)
+    name = "tf_efficientnet_lite0" if name == LITE0 else name
+    if not timm.is_model(name):  # "hf-hub:..." would be downloaded
+        raise ValueError("timm knows no such network")
+    network = timm.create_model(name)
     # Others have the same tensors in the same order, and names that end alike.
     own = network.state_dict()
     ends = [[key.split(".")[-1] for key in named] for named in (own, tensors)]

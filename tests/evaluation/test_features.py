@@ -232,8 +232,10 @@ def test_other_weights_are_refused(small, tmp_path):
     ):
         with pytest.raises(UserError, match=f"'' is no file: give .*{hint}"):
             features.open_extractor(asked, "", "imagen")
-    with pytest.raises(UserError, match="of no_such_network"):
-        features.open_extractor("no_such_network", good, "imagen")
+    # The last two would be looked for elsewhere.
+    for asked in ("no_such_network", "hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp"):
+        with pytest.raises(UserError, match=f"of {asked}: .*timm knows no such network"):
+            features.open_extractor(asked, good, "imagen")
 
 
 def test_weights_that_are_known_go_by_their_name(small, monkeypatch):
