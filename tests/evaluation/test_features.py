@@ -234,7 +234,9 @@ def test_other_weights_are_refused(small, tmp_path):
             features.open_extractor(asked, "", "imagen")
     # The last two would be looked for elsewhere.
     for asked in ("no_such_network", "hf-hub:timm/resnet18.a1_in1k", "local-dir:/tmp"):
-        with pytest.raises(UserError, match=f"of {asked}: .*timm knows no such network"):
+        with pytest.raises(
+            UserError, match=f"of {asked}: .*timm knows no such network"
+        ):
             features.open_extractor(asked, good, "imagen")
 
 
