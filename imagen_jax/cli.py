@@ -26,8 +26,8 @@ from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printab
 # What Orbax tells of what is as it should be.
 _NO_NEWS = "Given directory is read only"
 DOORS = (
-    *("prepare", "train", "sample", "rate", "export", "goodput", "plan"),
-    *("benchmark", "demo"),
+    *("prepare", "train", "sample", "evaluate", "rate", "export"),
+    *("goodput", "plan", "benchmark", "demo"),
 )
 
 
@@ -157,11 +157,11 @@ def config_values() -> dict[str, Any]:
     return flags.FLAGS.config.to_dict()
 
 
-def check_json(path: str | None) -> None:
-    """Raises `UserError` unless a file can be written to the `path` of --json."""
+def check_json(path: str | None, flag: str = "json") -> None:
+    """Raises `UserError` unless a file can be written to the `path` of a flag."""
     file = pathlib.Path(path or "")
     if path and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise UserError(f"--json={path}: name a file in a folder that exists")
+        raise UserError(f"--{flag}={path}: name a file in a folder that exists")
 
 
 def write_json(path: str | None, report: Mapping[str, Any]) -> None:

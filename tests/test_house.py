@@ -238,7 +238,7 @@ def test_the_house_stays_small():
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
     assert len(package) <= 102
-    assert sum(package) <= 14_300
+    assert sum(package) <= 15_200
 
 
 # One level is enough to train and sample, and compiles in half the time.
