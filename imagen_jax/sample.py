@@ -11,7 +11,7 @@ per prompt and seed. See docs/sampling.md.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -55,6 +55,13 @@ def read_lowres(path: str, size: int) -> np.ndarray:
 
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
+    define_job()
+    flags.DEFINE_string("output", None, "folder for the pictures")
+    flags.mark_flags_as_required(["stage", "output"])
+
+
+def define_job() -> None:
+    """Defines the flags that `sample` reads."""
     flags.DEFINE_multi_string("stage", None, "workdir of a stage; in order, base first")
     flags.DEFINE_multi_string("prompt", [], "a caption; repeat for more pictures")
     kinds = "a file of captions: one a line, .csv, .tsv, .jsonl, or COCO's .json"
@@ -66,7 +73,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("prompt_seed", 0, "of the draw by --count", lower_bound=0)
     lowres = "a picture for a super-resolution stage to start from; once or per prompt"
     flags.DEFINE_multi_string("lowres", [], lowres)
-    flags.DEFINE_string("output", None, "folder for the pictures")
     flags.DEFINE_integer("num_images", 1, "pictures of each prompt", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next seed")
     flags.DEFINE_string("encoder_weights", "", "file or folder of the text encoder")
@@ -86,7 +92,6 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("estimates", [], estimates)
     flags.DEFINE_bool("show_steps", False, "count the steps of a batch, for long runs")
     cli.define_distributed()
-    flags.mark_flags_as_required(["stage", "output"])
 
 
 def read_prompts(
@@ -120,11 +125,13 @@ def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
         ) from None
 
 
-def main() -> None:
-    """Samples what the flags ask for."""
+def sample(output: str, steps: Mapping[str, int] | None = None) -> Job:
+    """Makes the pictures that the flags ask for in the folder `output`.
+
+    `steps` are those of the checkpoints of stages whose newest is not meant.
+    """
     args = flags.FLAGS
-    cli.join()
-    check_output(args.output)
+    check_output(output)
     how = args.prompt_column, args.count, args.prompt_seed
     if any(how) and not args.prompts:
         raise UserError("--prompt_column, --count and --prompt_seed are for --prompts")
@@ -132,7 +139,7 @@ def main() -> None:
     if not 0 <= args.seed <= 2**32 - len(prompts) * args.num_images:
         raise UserError(f"--seed={args.seed}: seeds lie in [0, 2**32)")
     trained = with_sampler(
-        open_stages(args.stage),
+        open_stages(args.stage, steps),
         batch_size=args.batch_size,
         steps=args.steps,
         name=args.sampler,
@@ -156,7 +163,7 @@ def main() -> None:
     if not set(recorded) <= set(range(fewest)):
         raise UserError(f"--estimates: a stage has {fewest} steps, from 0")
     job = Job(
-        args.output,
+        output,
         trained,
         [prompt.text for prompt in prompts],
         args.seed,
@@ -178,6 +185,13 @@ def main() -> None:
         ) from None
     if jax.process_index() == 0:
         print(f"{job.count} pictures in {where}, shown in grid.png")
+    return job
+
+
+def main() -> None:
+    """Samples what the flags ask for."""
+    cli.join()
+    sample(flags.FLAGS.output)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from imagen_jax.evaluation import features
+from imagen_jax.evaluate import judged
+from imagen_jax.evaluation import features, report
 from imagen_jax.images import save
+from imagen_jax.prepare import prepare
 from tests.evaluation import networks
 from tests.evaluation.conftest import inception, small  # noqa: F401
-from tests.test_doors import call, error
+from tests.test_doors import TINY, call, error, once
 
 
 def folder_of(place, pictures):
@@ -226,3 +228,36 @@ def test_distances_rise_with_what_is_spoilt(spoilt):
         for amount in (0, 1, 2, 4)
     ]
     assert found == sorted(found) and found[-1] > 1.5 * found[0], found
+
+
+@pytest.mark.slow
+def test_each_checkpoint_of_a_training_is_watched(tmp_path):
+    """Its figures are those of its own pictures, and are not made again."""
+    records, run, samples = tmp_path / "records.npz", tmp_path / "run", tmp_path / "at"
+    prepare("shapes:8", str(records), text_length=4, image_size=16, progress=False)
+    train = ["--config=configs/tiny.py:base", f"--workdir={run}"]
+    train += [f"--config.data.records={records}", "--config.text.length=4"]
+    every = "--config.training.checkpoint_every_steps=2"
+    none = "--config.training.sample_every_steps=0"
+    train += once(*TINY, none, every, "--config.training.steps=4")
+    assert call("train", *train).returncode == 0
+    prompts = ["--prompt=a red circle", "--prompt=two blue squares"]
+    ask = [f"--watch={run}", "--judge", *prompts, "--steps=2", f"--samples={samples}"]
+    for _ in range(2):
+        done = call("evaluate", *ask)
+        assert done.returncode == 0, done.stderr[-2000:]
+        rows = [json.loads(x) for x in (run / "evaluations.jsonl").open()]
+        assert [row["step"] for row in rows] == [2, 4]
+    assert "judged" not in done.stdout
+    for row in rows:
+        (own,) = report.read_samples(str(samples / f"{row['step']:08d}"))
+        assert own.made["stages"][0]["checkpoint_step"] == row["step"]
+        assert row["figures"] == judged(own)
+    newest = tmp_path / "newest"
+    made = call("sample", f"--stage={run}", *prompts, "--steps=2", f"--output={newest}")
+    assert made.returncode == 0
+    for name in ("0000.png", "0001.png"):
+        same = (samples / "00000004" / name).read_bytes()
+        assert (newest / name).read_bytes() == same
+        assert (samples / "00000002" / name).read_bytes() != same
+    assert "judged right" in (run / "index.html").read_text()
