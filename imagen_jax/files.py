@@ -6,6 +6,7 @@ one `UserError`. They check before they allocate.
 
 import codecs
 import contextlib
+import csv
 import json
 import math
 import os
@@ -62,6 +63,41 @@ def read_lines(path: str | os.PathLike, what: str) -> list[str]:
                 f"0x{line[error.start]:02x}): save {what} as UTF-8"
             ) from None
     return lines
+
+
+def read_rows(
+    path: str | os.PathLike, what: str, kind: str
+) -> Iterator[tuple[int, dict[str | None, Any]]]:
+    """The rows of a table, with the numbers of their last lines.
+
+    Its `kind` is "csv" or "tsv", where the first line names the columns, or "jsonl",
+    an object a line. Quotes of a "tsv" are text. `csv` has None for the name of what a
+    row has too much, and for values that it lacks.
+
+    `UserError`, which calls the file `what`, as by `read_lines` or where a row is none.
+    """
+    lines, number = read_lines(path, what), 0
+
+    def taken():
+        nonlocal number
+        for line in lines:
+            number += 1
+            yield f"{line}\n"
+
+    csv.field_size_limit(2**31 - 1)
+    if kind == "jsonl":
+        rows = (json.loads(line) for line in taken() if line.strip())
+    elif kind == "tsv":
+        rows = csv.DictReader(taken(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.DictReader(taken(), strict=True)
+    try:
+        for row in rows:
+            if not isinstance(row, dict):
+                raise ValueError("it is no object")
+            yield number, row
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise UserError(f"{path} line {number} is no {kind}: {error}") from None
 
 
 def split_lines(text: bytes) -> list[bytes]:

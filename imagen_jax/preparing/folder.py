@@ -1,17 +1,14 @@
 """Images in a folder, captioned by a table or by texts beside them; COCO's captions."""
 
-import csv
-import json
 import os
 import pathlib
 import posixpath
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import read_json, read_lines
+from imagen_jax.files import read_json, read_rows
 from imagen_jax.preparing import names
 from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import (
@@ -101,7 +98,8 @@ def _read_table(
     """The captions by the names of images below `root`; rows that name no image."""
     asked = [settings.caption_column] if settings.caption_column else _COLUMNS
     captions, problems, keys = {}, [], {}
-    for number, row in _rows(root / table):
+    kind = names.ending(table)[1:]
+    for number, row in read_rows(root / table, "captions", kind):
         keys |= dict.fromkeys(filter(None, row))
         file, caption = row.get("file_name"), caption_in(row, settings, _COLUMNS)
         reason = "" if isinstance(file, str) and file else "has no file_name"
@@ -119,29 +117,6 @@ def _read_table(
             f"{' or '.join(asked)} (or name another with --caption_column)"
         )
     return captions, problems
-
-
-def _rows(path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a table, with the numbers of their last lines."""
-    lines, kind, number = read_lines(path, "captions"), path.suffix[1:], 0
-
-    def taken():
-        nonlocal number
-        for line in lines:
-            number += 1
-            yield f"{line}\n"
-
-    rows = (json.loads(line) for line in taken() if line.strip())
-    if kind == "csv":
-        csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(taken(), strict=True)
-    try:
-        for row in rows:
-            if not isinstance(row, dict):
-                raise ValueError("it is no object")
-            yield number, row
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise UserError(f"{path} line {number} is no {kind}: {error}") from None
 
 
 def open_coco(file: str, settings: Settings) -> Source:
