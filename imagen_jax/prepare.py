@@ -18,31 +18,51 @@ from absl import flags
 
 from imagen_jax import cli
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.errors import printable
+from imagen_jax.errors import UserError, printable
 from imagen_jax.preparing import beam
 from imagen_jax.preparing import job as jobs
+from imagen_jax.preparing.card import write_card
+from imagen_jax.preparing.scores import (
+    ScoreFunction,
+    check_match,
+    read_scores,
+    scores_by,
+)
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats, in_words
 from imagen_jax.text.embeddings import Embedder
 from imagen_jax.text.encoders import load_encoder
 
+# Examples by which a job is judged before it begins.
+_FIRST = 64
 _size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
 
 
 def prepare(
-    source: str, output: str, *, progress: bool = True, **settings
+    source: str,
+    output: str,
+    *,
+    progress: bool = True,
+    score: ScoreFunction | None = None,
+    **settings,
 ) -> Manifest | None:
     """Writes the records of `source` to `output`; `settings` are other `Settings`.
 
     Equal arguments and an equal source make equal bytes, however often the job was
     killed and however many processes shared it. What is there already is kept if it is
-    the same, else refused. `progress` shows an estimate, a bar and a summary.
+    the same, else refused. `progress` shows an estimate, a bar and a summary. `score`
+    makes scores of each picture and its caption, in place of a table of `scores`.
 
     Returns:
       the manifest; None when other processes have not finished.
     """
     asked = Settings(source, output, **settings)
     asked.check()
+    if score and (asked.scores or asked.encoder == NO_ENCODER):
+        raise UserError("`score` is for records, without a table of `scores`")
+    scores = scores_by(score) if score else None
+    if asked.scores:
+        scores = read_scores(asked.scores)
     index, count, embedder = asked.process_index, asked.process_count, None
     opened = jobs.open_source(asked)  # first, as an encoder takes minutes to load
     if asked.encoder != NO_ENCODER:
@@ -54,12 +74,14 @@ def prepare(
         # Pictures alone need no accelerator.
         several = embedder and not asked.is_npz
         index, count = (jax.process_index(), jax.process_count()) if several else (0, 1)
-    job = jobs.Job(asked, opened, embedder)
+    job = jobs.Job(asked, opened, embedder, scores)
     old = jobs.start(job)
     if old:
         if progress:
             print(printable(f"already prepared: {old.examples} examples in {output}"))
         return old
+    if asked.scores:
+        check_match(scores, list(itertools.islice(job.items(), _FIRST)))
     if progress:
         print(_estimate(job))
     total = job.source.count and job.source.count // count
@@ -69,25 +91,28 @@ def prepare(
             beam.write_shards_with_beam(job)
         manifest = jobs.run(job, index, count)
     if progress:
-        print(_summary(manifest, output) if manifest else "done here; others are not")
+        print(_summary(job, manifest) if manifest else "done here; others are not")
     return manifest
 
 
 def _estimate(job: jobs.Job) -> str:
-    """One line on the size of a job's output, judged by its first examples."""
-    first, count = itertools.islice(job.items(), 64), job.source.count
+    """What is wrong with its scores, and a job's size, judged by its first examples."""
+    first, count = itertools.islice(job.items(), _FIRST), job.source.count
     sizes = [
         len(image.data) + (len(text.data) if text else 0)
         for _, image, text in jobs.usable(job, first, Stats())
     ]
     each = sum(sizes) / max(len(sizes), 1)
     whole = f", {_size(count * each)} for {count:,}" if count else ""
-    return f"estimated: {_size(each)} an example{whole}"
+    faults = job.scores.faults if job.scores else ()
+    return "\n".join(
+        map(printable, [*faults, f"estimated: {_size(each)} an example{whole}"])
+    )
 
 
-def _summary(done: Manifest, output: str) -> str:
+def _summary(job: jobs.Job, done: Manifest) -> str:
     lines = [
-        f"prepared {done.examples} examples in {output}: "
+        f"prepared {done.examples} examples in {job.output}: "
         f"{_size(done.image_bytes)} of pictures ({done.reencoded} reencoded), "
         f"{_size(done.text_bytes)} of captions ({done.cut_captions} cut, "
         f"cosine error {done.cosine_error['mean']:.2g}); {done.skipped} skipped"
@@ -103,22 +128,44 @@ def _summary(done: Manifest, output: str) -> str:
             f"passed over{f' ({kinds})' if kinds else ''}"
         )
     lines += [f"  {s['file']}: {s['reason']}" for s in done.skipped_files[:5]]
+    for name, unknown in done.scores.items():
+        if unknown:
+            lines.append(f"{unknown:,} of {done.examples:,} have no score {name!r}")
+    rows = len(job.scores.pictures) if job.scores else 0
+    if rows > done.scored:
+        lines.append(f"{rows - done.scored:,} of {rows:,} scored pictures are not here")
     return "\n".join(map(printable, lines))
 
 
 def define_flags() -> None:
     """Defines a flag for each of the `Settings`; main() reads them."""
+    flags.DEFINE_string("report", None, "records whose data card is written; alone")
     kinds = {str: flags.DEFINE_string, float: flags.DEFINE_float}
     kinds[bool] = flags.DEFINE_bool
     for field in dataclasses.fields(Settings):
-        required = field.default is dataclasses.MISSING
         define = kinds.get(field.type, flags.DEFINE_integer)
-        default = None if required else field.default
-        define(field.name, default, field.metadata["help"], required=required)
+        default = None if field.default is dataclasses.MISSING else field.default
+        define(field.name, default, field.metadata["help"])
+    flags.register_multi_flags_validator(
+        ["source", "output", "report"],
+        lambda values: (
+            {name for name, value in values.items() if value is not None}
+            in ({"source", "output"}, {"report"})
+        ),
+        message="give --source and --output, or --report alone",
+    )
 
 
 def main() -> None:
-    """Prepares what the flags ask for."""
+    """Prepares what the flags ask for, or writes a data card."""
+    if flags.FLAGS.report is not None:
+        path, card = write_card(flags.FLAGS.report)
+        same = card["duplicates"]
+        print(
+            f"{path}: {card['examples']:,} pictures, {same['equal_files']:,} of them "
+            f"repeated, {same['near_pictures']:,} nearly like another"
+        )
+        return
     names = [field.name for field in dataclasses.fields(Settings)]
     prepare(**{name: flags.FLAGS[name].value for name in names})
 

@@ -20,7 +20,11 @@ _CHUNK = 256
 
 
 def arrays(
-    images: list[np.ndarray], text: list[bytes], ids: list[int], row_bytes: int
+    images: list[np.ndarray],
+    text: list[bytes],
+    ids: list[int],
+    row_bytes: int,
+    scores: list[list[float]],
 ) -> dict[str, np.ndarray]:
     """The arrays of a .npz file, without captions and manifest.
 
@@ -29,10 +33,11 @@ def arrays(
     Returns:
       "image" `[N, S, S, 3]` uint8, "text" `[sum of n, row_bytes]` uint8, "offset"
       `[N + 1]` int64 (example i has the rows offset[i] to offset[i + 1] of "text"),
-      "id" `[N]` int64.
+      "id" `[N]` int64; and "scores" `[N, K]` float32, if there are any.
     """
     lengths = [len(data) // row_bytes for data in text]
-    return {
+    own = {"scores": np.asarray(scores, np.float32)} if any(scores) else {}
+    return own | {
         "image": np.stack(images),
         "text": np.frombuffer(b"".join(text), np.uint8).reshape(-1, row_bytes),
         "offset": np.cumsum([0, *lengths], dtype=np.int64),
@@ -80,6 +85,8 @@ def read(path: str, manifest: Manifest) -> dict[str, np.ndarray]:
         "offset": ("<i8", (count + 1,)),
         "id": ("<i8", (count,)),
     }
+    if manifest.scores:
+        expected["scores"] = ("<f4", (count, len(manifest.scores)))
     values = read_arrays(path, NPZ, expected)
     offset, ids = values["offset"], values["id"]
     if sha256(values) != manifest.shards[0]["sha256"]:

@@ -8,6 +8,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 import seqio
@@ -25,16 +26,21 @@ from imagen_jax.errors import UserError
 _MAX_THREADS = 32
 
 
-def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> None:
+def write_shard(
+    path: pathlib.Path, rows: Iterable[dict[str, int | bytes | float]]
+) -> None:
     """Writes a TFRecord file.
 
     Rows have "id"; "image", a JPEG or PNG file; "caption", UTF-8; "text", its
-    `embeddings.to_bytes`; and "side", pixels of the image's shorter side.
+    `embeddings.to_bytes`; "side", pixels of the image's shorter side; and floats, the
+    "scores/NAME".
     """
 
     def feature(value):
         if isinstance(value, bytes):
             return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        if isinstance(value, float):
+            return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
         return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
 
     with tf.io.TFRecordWriter(str(path)) as writer:
@@ -43,6 +49,26 @@ def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> N
             example = tf.train.Example(features=tf.train.Features(feature=fields))
             # Fields are a map, which has an order only when asked for one.
             writer.write(example.SerializePartialToString(deterministic=True))
+
+
+def read_rows(folder: str, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """All records as they are stored, file by file, with "scores" `[K]` float32."""
+    names = ("image", "caption", "text")
+    fields = {name: tf.io.FixedLenFeature([], tf.string) for name in names}
+    fields["id"] = tf.io.FixedLenFeature([], tf.int64)
+    scores = [f"scores/{name}" for name in manifest.scores]
+    fields |= {name: tf.io.FixedLenFeature([], tf.float32) for name in scores}
+
+    def parse(data):
+        row = tf.io.parse_single_example(data, fields)
+        return row | {"scores": tf.stack([row[name] for name in scores] or tf.zeros(0))}
+
+    files = [str(epath.Path(folder) / shard["file"]) for shard in manifest.shards]
+    try:
+        yield from tf.data.TFRecordDataset(files).map(parse).as_numpy_iterator()
+    except tf.errors.OpError as error:
+        brief = error.message.splitlines()[0]
+        raise UserError(f"the records {folder!r} are damaged: {brief}") from None
 
 
 def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
