@@ -160,10 +160,10 @@ def main() -> None:
     """Prepares what the flags ask for, or writes a data card."""
     if flags.FLAGS.report is not None:
         path, card = write_card(flags.FLAGS.report)
-        same = card["duplicates"]
+        number, same = card["pictures"]["number"], card["duplicates"]
         print(
-            f"{path}: {card['examples']:,} pictures, {same['equal_files']:,} of them "
-            f"repeated, {same['near_pictures']:,} nearly like another"
+            f"{path}: {number:,} pictures, {same['equal_files']:,} of them repeated, "
+            f"{same['near_pictures']:,} nearly like another"
         )
         return
     names = [field.name for field in dataclasses.fields(Settings)]

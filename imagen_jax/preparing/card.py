@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from imagen_jax.data import memory, start_tensorflow
 from imagen_jax.data.manifest import Manifest, read_manifest
 from imagen_jax.errors import UserError
 from imagen_jax.images import Unusable, opened, png
-from imagen_jax.preparing.card_page import Shown, page
+from imagen_jax.preparing.card_page import page
 from imagen_jax.preparing.duplicates import NEAR, dhash, near_pairs
 from imagen_jax.preparing.images import MAX_PIXELS
 from imagen_jax.text import embeddings
@@ -27,19 +27,16 @@ from imagen_jax.text import embeddings
 _CHUNK = 256
 # Different words that are counted; when there are more, the rarer half is forgotten.
 _MOST_WORDS = 2**20
-# On the page.
-_WORDS, _CAPTIONS, _PAIRS, _PICTURES = 100, 5, 12, 24
+_FREQUENT, _PICTURES, _PAIRS = 20, 24, 12  # what is shown
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
-_QUANTILES = {"least": 0, "5 %": 5, "25 %": 25, "50 %": 50, "75 %": 75, "95 %": 95}
-_QUANTILES["most"] = 100
+_QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 # Borders of the ranges that are counted.
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)
 _ASPECTS = (0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)
 _LENGTHS = (1, 3, 6, 11, 21, 41, 81)
-_RANGES = 10  # of a score
 # What is kept of each record to the end; hashes have 64 bits.
-_ROW = [("id", "i8"), ("width", "i4"), ("height", "i4"), ("file", "u8")]
-_ROW += [("looks", "u8"), ("caption", "u8"), ("words", "i4"), ("tokens", "i4")]
+_ROW = [("width", "i4"), ("height", "i4"), ("file", "u8"), ("looks", "u8")]
+_ROW += [("caption", "u8"), ("words", "i4"), ("tokens", "i4")]
 
 
 def write_card(records: str) -> tuple[epath.Path, dict[str, Any]]:
@@ -49,21 +46,54 @@ def write_card(records: str) -> tuple[epath.Path, dict[str, Any]]:
       the path of the page, and the content of card.json.
     """
     manifest = read_manifest(records)
-    card, captions, pairs = _count(records, manifest)
-    spread = np.linspace(0, manifest.examples - 1, _PICTURES).astype(int).tolist()
-    shown = _show(records, manifest, {*spread, *captions, *itertools.chain(*pairs)})
-    card["duplicates"]["most_frequent_captions"] = [
-        [shown[place].caption, count] for place, count in captions.items()
+    kept, words, scripts = _read(records, manifest)
+    duplicates, captions, pairs = _duplicates(kept)
+    spread = np.linspace(0, len(kept) - 1, _PICTURES).astype(int).tolist()
+    wanted = {*spread, *captions, *itertools.chain(*pairs)}
+    rows = enumerate(_rows(records, manifest))
+    shown = {place: row for place, row in rows if place in wanted}
+    duplicates["frequent_captions"] = {
+        "counts": {
+            shown[i]["caption"].decode("utf8", "replace"): n
+            for i, n in captions.items()
+        }
+    }
+    duplicates["near_examples"] = [
+        [int(shown[i]["id"]) for i in pair] for pair in pairs
     ]
-    card["duplicates"]["near_pairs"] = [[shown[i].id for i in pair] for pair in pairs]
+    good = kept[kept["width"] > 0]
+    card = {
+        "pictures": {
+            "number": len(kept),
+            "bytes": manifest.image_bytes,
+            "not_decoded": len(kept) - len(good),
+            "shorter_side": _measure(np.minimum(good["width"], good["height"]), _SIDES),
+            "width_by_height": _measure(good["width"] / good["height"], _ASPECTS),
+        },
+        "captions": {
+            "cut": manifest.cut_captions,
+            "words": _measure(kept["words"], _LENGTHS),
+            "tokens": _measure(kept["tokens"], _LENGTHS),
+            "scripts": {"counts": dict(scripts.most_common())},
+            "frequent_words": {"counts": dict(words.most_common(_FREQUENT))},
+        },
+        "duplicates": duplicates,
+        "scores": {
+            name: _measure(kept["scores"][:, k])
+            for k, name in enumerate(manifest.scores)
+        },
+        "source": {name: x for name, x in manifest.settings.items() if x}
+        | {f"of_{manifest.holds}_{kind}": n for kind, n in manifest.account.items()}
+        | {"encoder": manifest.encoder, "embedding_dtype": manifest.embedding_dtype}
+        | {"content_sha256": manifest.content_sha256},
+    }
+    pictures = [[shown[place]] for place in spread]
+    made = page(card, pictures, [[shown[place] for place in pair] for pair in pairs])
     path = epath.Path(records)
     start = path / "card" if path.is_dir() else path.with_suffix(".card")
-    texts = {
-        ".html": page(card, map(shown.get, spread), [map(shown.get, p) for p in pairs]),
-        ".json": json.dumps(card, indent=1, ensure_ascii=False) + "\n",
-    }
-    for ending, text in texts.items():
-        epath.Path(f"{start}{ending}").write_text(text)
+    text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
+    epath.Path(f"{start}.json").write_text(text)
+    epath.Path(f"{start}.html").write_text(made)
     return epath.Path(f"{start}.html"), card
 
 
@@ -79,22 +109,24 @@ def _rows(records: str, manifest: Manifest) -> Iterator[dict[str, Any]]:
         return
     values = memory.read(records, manifest)
     captions = memory.read_captions(records, manifest.examples)
-    tokens = np.diff(values["offset"])
-    scores = values.get("scores", np.zeros((len(tokens), 0)))
-    for i, caption in enumerate(captions):
-        row = {"id": int(values["id"][i]), "image": png(values["image"][i])}
-        yield row | {"caption": caption, "tokens": tokens[i], "scores": scores[i]}
+    columns = {
+        "id": values["id"],
+        "image": map(png, values["image"]),
+        "caption": captions,
+        "tokens": np.diff(values["offset"]),
+        "scores": values.get("scores", np.zeros((len(captions), 0))),
+    }
+    yield from (dict(zip(columns, row)) for row in zip(*columns.values()))
 
 
-def _count(
+def _read(
     records: str, manifest: Manifest
-) -> tuple[dict[str, Any], dict[int, int], list[tuple[int, int]]]:
-    """The card, places and numbers of frequent captions, places of near pictures."""
-    kept = np.zeros(
-        manifest.examples, [*_ROW, ("scores", "f4", (len(manifest.scores),))]
-    )
+) -> tuple[np.ndarray, collections.Counter, collections.Counter]:
+    """A row of numbers for each record; words and scripts of all captions, counted."""
+    kind = [*_ROW, ("scores", "f4", (len(manifest.scores),))]
+    kept, place = np.zeros(manifest.examples, kind), 0
     words, scripts = collections.Counter(), collections.Counter()
-    rows, place = itertools.islice(_rows(records, manifest), len(kept)), 0
+    rows = itertools.islice(_rows(records, manifest), len(kept))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         while chunk := list(itertools.islice(rows, _CHUNK)):
             looks = pool.map(_look, [row["image"] for row in chunk])
@@ -104,44 +136,13 @@ def _count(
                 words.update(found)
                 scripts[_scripts(caption)] += 1
                 text = _hash(row["caption"]), len(found), row["tokens"]
-                kept[place] = (row["id"], *look, *text, row["scores"])
+                kept[place] = (*look, *text, row["scores"])
                 place += 1
             if len(words) > _MOST_WORDS:
                 words = collections.Counter(dict(words.most_common(_MOST_WORDS // 2)))
     if place < len(kept):
         raise UserError(f"{records!r} has only {place} of {len(kept)} records")
-    good = kept[kept["width"] > 0]
-    duplicates, captions, pairs = _duplicates(kept)
-    card = {
-        "examples": manifest.examples,
-        "image_bytes": manifest.image_bytes,
-        "not_decoded": len(kept) - len(good),
-        "source": _source(manifest),
-        "shorter_side": _measure(np.minimum(good["width"], good["height"]), _SIDES),
-        "aspect": _measure(good["width"] / np.maximum(good["height"], 1), _ASPECTS),
-        "words": _measure(kept["words"], _LENGTHS),
-        "tokens": _measure(kept["tokens"], _LENGTHS),
-        "scripts": dict(scripts.most_common()),
-        "frequent_words": dict(words.most_common(_WORDS)),
-        "duplicates": duplicates,
-        "scores": {
-            name: _measure(kept["scores"][:, k])
-            for k, name in enumerate(manifest.scores)
-        },
-    }
-    return card, captions, pairs
-
-
-def _source(manifest: Manifest) -> dict[str, Any]:
-    return manifest.settings | {
-        "source_sha256": manifest.source_sha256,
-        "content_sha256": manifest.content_sha256,
-        "encoder": manifest.encoder,
-        "embedding_dtype": manifest.embedding_dtype,
-        "cut_captions": manifest.cut_captions,
-        "holds": manifest.holds,
-        "account": manifest.account,
-    }
+    return kept, words, scripts
 
 
 def _look(data: bytes) -> tuple[int, int, int, int]:
@@ -176,20 +177,22 @@ def _measure(values: np.ndarray, edges: Sequence[float] = ()) -> dict[str, Any]:
     """Quantiles of numbers, and how many lie in ranges; NaN is "unknown"."""
     known = values[~np.isnan(values)]
     if not len(known):
-        return {"unknown": len(values), "quantiles": {}, "counts": {}}
+        return {"unknown": len(values), "counts": {}, "quantiles": {}}
     if not edges:
-        edges = np.histogram_bin_edges(known.astype(float), _RANGES)[1:-1].tolist()
+        edges = np.histogram_bin_edges(known.astype(float), 10)[1:-1].tolist()
     step, form = (1, ",d") if values.dtype.kind == "i" else (0, ".3g")
     between = [f"{a:{form}} to {b - step:{form}}" for a, b in itertools.pairwise(edges)]
     labels = [f"under {edges[0]:{form}}", *between, f"{edges[-1]:{form}} or more"]
     place = np.searchsorted(edges, known, "right")
-    counts = np.bincount(place, minlength=len(labels)).tolist()
-    filled = slice(place.min(), place.max() + 1)
-    quantiles = np.percentile(known, list(_QUANTILES.values())).tolist()
+    counts = dict(zip(labels, np.bincount(place, minlength=len(labels)).tolist()))
+    filled = labels[place.min() : place.max() + 1]
+    quantiles = np.percentile(known, _QUANTILES).tolist()
     return {
         "unknown": len(values) - len(known),
-        "quantiles": {n: float(f"{x:.4g}") for n, x in zip(_QUANTILES, quantiles)},
-        "counts": dict(zip(labels[filled], counts[filled])),
+        "counts": {label: counts[label] for label in filled},
+        "quantiles": {
+            f"{q} %": float(f"{x:.4g}") for q, x in zip(_QUANTILES, quantiles)
+        },
     }
 
 
@@ -199,38 +202,25 @@ def _duplicates(
     """Numbers; places and numbers of frequent captions; places of near pictures."""
     _, files = np.unique(kept["file"], return_index=True)
     _, texts, times = np.unique(kept["caption"], return_index=True, return_counts=True)
-    most = np.argsort(-times, kind="stable")[:_CAPTIONS]
-    # Of equal files one, of equal looks as well.
+    numbers = {
+        "equal_files": len(kept) - len(files),
+        "equal_captions": len(kept) - len(texts),
+    }
+    most = np.argsort(-times, kind="stable")[:_FREQUENT]
+    captions = {int(texts[i]): int(times[i]) for i in most if times[i] > 1}
+    # Of equal files one, sorted by looks; those of equal looks are compared as one.
     files = files[kept["width"][files] > 0]
+    files = files[np.argsort(kept["looks"][files], kind="stable")]
     looks, first, same = np.unique(
         kept["looks"][files], return_index=True, return_counts=True
     )
-    alike, pairs = same > 1, int((same * (same - 1) // 2).sum())
-    order = np.argsort(kept["looks"][files], kind="stable")
-    equal = np.flatnonzero(np.diff(kept["looks"][files][order]) == 0)
-    shown = [*zip(order[equal], order[equal + 1])][: _PAIRS // 2]
+    alike, count = same > 1, int((same * (same - 1) // 2).sum())
+    shown = [(place, place + 1) for place in first[alike]][: _PAIRS // 2]
     for a, b in near_pairs(looks):
-        pairs += int((same[a] * same[b]).sum())
+        count += int((same[a] * same[b]).sum())
         alike[a] = alike[b] = True
-        shown += zip(first[a], first[b])
+        shown += zip(first[a[:_PAIRS]], first[b[:_PAIRS]])
         del shown[_PAIRS:]
-    numbers = {
-        "equal_files": len(kept) - len(np.unique(kept["file"])),
-        "equal_captions": len(kept) - len(times),
-        "near_bits": NEAR,
-        "near_pictures": int(same[alike].sum()),
-        "number_of_near_pairs": pairs,
-    }
-    captions = {int(texts[i]): int(times[i]) for i in most if times[i] > 1}
+    numbers |= {"near_bits": NEAR, "near_pictures": int(same[alike].sum())}
+    numbers["near_pairs"] = count
     return numbers, captions, [(int(files[a]), int(files[b])) for a, b in shown]
-
-
-def _show(
-    records: str, manifest: Manifest, places: Iterable[int]
-) -> Mapping[int, Shown]:
-    """What is shown of the records at `places`."""
-    return {
-        place: Shown.of(row["id"], row["image"], row["caption"])
-        for place, row in enumerate(_rows(records, manifest))
-        if place in places
-    }
