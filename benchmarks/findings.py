@@ -18,7 +18,7 @@ import numpy as np
 
 from configs import tiny
 from imagen_jax import images
-from imagen_jax.api.cascade import all_cells, open_stages, sample_prompts, with_sampler
+from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.config import MeshConfig
 from imagen_jax.demo import summarise
@@ -64,15 +64,13 @@ def threshold(folder, mesh, count):
     """One row per guidance weight, one column per kind, for the base alone."""
     prompts, seeds = captions(count)
     stages = open_stages([str(folder / "base")])
-    cells = all_cells([stages[0].cfg], [WEIGHTS])
     rows, shown, labels = {weight: [] for weight in WEIGHTS}, [], []
     for kind in KINDS:
-        changed = with_sampler(stages, threshold=[kind])
-        (samples,), _ = sample_prompts(changed, prompts, seeds, mesh, cells=cells)
-        for i, weight in enumerate(WEIGHTS):
-            own = samples[i :: len(cells)]
-            rows[weight].append(accuracy(own, prompts))
-            shown.append(own[:8])
+        for weight in WEIGHTS:
+            changed = with_sampler(stages, threshold=[kind], guidance=[weight])
+            (samples,) = sample_prompts(changed, prompts, seeds, mesh)
+            rows[weight].append(accuracy(samples, prompts))
+            shown.append(samples[:8])
             labels.append(f"{kind} w {weight:g}")
     print(f"| w | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}")
     for weight, row in rows.items():
@@ -101,7 +99,7 @@ def augmentation(folder, mesh, count):
     prompts, seeds = captions(count)
     without = open_stages([str(train_without_augmentation(folder))])
     base, sr = (open_stages([str(folder / name)]) for name in ("base", "sr"))
-    (low,), _ = sample_prompts(base, prompts, seeds, mesh)
+    (low,) = sample_prompts(base, prompts, seeds, mesh)
     normal = np.random.default_rng(0).normal(size=low.shape)
     noisy = [
         np.clip(np.round(low + scale * normal), 0, 255).astype(np.uint8)
@@ -110,15 +108,13 @@ def augmentation(folder, mesh, count):
     print(f"| stage | {' | '.join(map(str, NOISE))} |\n|---|{'---|' * len(NOISE)}")
     shown = [images.enlarge(each[:8], 32) for each in noisy]
     labels = [f"base: {scale}" for scale in NOISE]
-    runs = [("without augmentation", without, ())]
-    runs += [(f"with, level {level:g}", sr, [(level,)]) for level in LEVELS]
-    for name, stages, levels in runs:
-        cells = all_cells([stages[0].cfg], aug_level=levels)
+    runs = [("without augmentation", without)]
+    for level in LEVELS:
+        runs.append((f"with, level {level:g}", with_sampler(sr, aug_level=[level])))
+    for name, stages in runs:
         row = []
         for scale, lowres in zip(NOISE, noisy, strict=True):
-            (samples,), _ = sample_prompts(
-                stages, prompts, seeds, mesh, "", lowres, cells
-            )
+            (samples,) = sample_prompts(stages, prompts, seeds, mesh, lowres=lowres)
             row.append(accuracy(samples, prompts))
             shown.append(samples[:8])
             labels.append(f"{name}: {scale}")
@@ -139,7 +135,7 @@ def solver(folder, mesh, count):
             grid=[grid],
         )
         start = time.perf_counter()
-        samples, _ = sample_prompts(stages, prompts, seeds, mesh)
+        samples = sample_prompts(stages, prompts, seeds, mesh)
         seconds = time.perf_counter() - start
         right = accuracy(samples[-1], prompts)
         print(f"| {name} | {steps} | {grid} | {right} | {seconds:.0f} |", flush=True)

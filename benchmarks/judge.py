@@ -27,9 +27,8 @@ def main() -> None:
     drawn = scenes.heldout(args.captions, seed=7)
     prompts = [scenes.caption(scene) for scene in drawn] * args.seeds
     stages = open_stages([f"{args.demo}/base", f"{args.demo}/sr"])
-    made, _ = sample_prompts(
-        stages, prompts, np.arange(len(prompts)), make_mesh(MeshConfig())
-    )
+    seeds = np.arange(len(prompts))
+    made = sample_prompts(stages, prompts, seeds, make_mesh(MeshConfig()))
     names = [field.name for field in dataclasses.fields(Verdict)]
     right = np.array(
         [

@@ -33,7 +33,7 @@ def base():
     )
     cfg.training.steps = 2900
     cfg.optimizer.learning_rate = 3e-3
-    cfg.sampler.update(name="ddpm", steps=64, guidance=3.0)
+    cfg.sampler.update(name="dpmpp", steps=25, guidance=3.0)
     return cfg
 
 

@@ -1,25 +1,30 @@
 """What all doors share: flags in, one clear line and an exit status out."""
 
+import ast
+import dataclasses
 import functools
+import inspect
 import json
 import logging
 import os
 import pathlib
 import re
 import resource
+import runpy
 import sys
+import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from absl import flags
 
+from imagen_jax.config import StageConfig
 from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printable
-from imagen_jax.fields import describe
 
-# What libraries tell of what is as it should be, or is told by us.
-_NO_NEWS = ("Given directory is read only", "did you forget a return statement?")
+# What Orbax tells of what is as it should be.
+_NO_NEWS = "Given directory is read only"
 DOORS = ("prepare", "train", "sample", "export", "goodput", "plan", "benchmark", "demo")
 
 
@@ -59,8 +64,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         sys.exit(0)
     _quiet_libraries()
     if "config" in flags.FLAGS:
-        parser = flags.FLAGS["config"].parser
-        parser.parse = functools.partial(_load_config, parser.parse)
+        flags.FLAGS["config"].parser.parse = _load_config
     try:
         flags.FLAGS.unparse_flags()  # of an earlier call
         rest = flags.FLAGS(argv)[1:]
@@ -100,6 +104,44 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
             "and at the rights of this machine there, and start again",
         )
     sys.exit(0)
+
+
+def define_distributed() -> None:
+    """Defines the flags that `join` reads."""
+    flags.DEFINE_bool("distributed", False, "one process of a TPU slice or Slurm job")
+    flags.DEFINE_integer(
+        "start_timeout_seconds", 120, "wait for the other processes", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "heartbeat_timeout_seconds", 100, "without a sign of life: lost", lower_bound=1
+    )
+
+
+def join() -> None:
+    """With --distributed, joins the processes that a TPU slice, GKE or Slurm started.
+
+    When one does not come in time, or gives no sign of life for so long, JAX ends all
+    others with status 134, and names it where it can.
+    """
+    args = flags.FLAGS
+    if not args.distributed:
+        return
+    import jax
+
+    seconds = args.start_timeout_seconds
+    print(f"waiting for the other processes, at most {seconds} s", flush=True)
+    try:
+        jax.distributed.initialize(
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=args.heartbeat_timeout_seconds,
+        )
+    except ValueError:
+        raise UserError(
+            "--distributed: JAX finds no other processes, as TPU VMs, GKE and Slurm "
+            "start them (launch/README.md); on one host leave --distributed out"
+        ) from None
+    # Orbax's own flag: its barriers then end after 300 s instead of never.
+    args.experimental_orbax_use_distributed_barrier = True
 
 
 def config_values() -> dict[str, Any]:
@@ -156,33 +198,32 @@ def _repeated(argv: Sequence[str]) -> Iterator[tuple[str, int]]:
             yield name, times
 
 
-def _load_config(parse: Callable[[str], Any], path: str) -> Any:
-    """What the file of --config makes, or a `ValueError` of one line."""
+def _load_config(text: str) -> Any:
+    """What the FILE.py[:VARIANT] of --config makes, or a `ValueError` of one line."""
     from ml_collections import ConfigDict
 
-    name = path.partition(":")[0]
+    name, *variant = text.split(":", 1)
     if not os.path.isfile(name):
         raise ValueError(f"there is no file {name!r}; give FILE.py or FILE.py:VARIANT")
     try:
-        config = parse(path)
-        # An OSError is kept for whoever asks for a value.
-        error = vars(config).get("_error") if hasattr(config, "__dict__") else None
-    except Exception as raised:
-        # Some are raised anew, with a traceback for text.
-        again = str(raised).startswith("Error whilst parsing")
-        error = raised.__context__ if again else raised
-    if error is None and isinstance(config, ConfigDict):
-        return config
-    if error is None:
+        defined = runpy.run_path(name)
+        if "get_config" not in defined:
+            raise ValueError(f"{name} defines no get_config()")
+        config = defined["get_config"](*variant)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        if isinstance(error, ValueError):  # names no line: it is for the user
+            raise ValueError(why) from None
+        why = f"{type(error).__name__}: {why}"
+        calls = traceback.extract_tb(error.__traceback__)
+        own = [call.lineno for call in calls if call.filename == name]
+        raise ValueError(f"{why} (line {own[-1]})" if own else why) from None
+    if not isinstance(config, ConfigDict):
         raise ValueError(
             f"get_config() returns a {type(config).__name__}, not an "
             "ml_collections.ConfigDict; begin with configs/common.py's"
         )
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    own = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == name]
-    if isinstance(error, ValueError):  # names no line: it is for the user
-        raise ValueError(" ".join(str(error).split())) from None
-    raise ValueError(f"{text} (line {own[-1].lineno})" if own else text) from None
+    return config.lock()
 
 
 def _brief(error: Exception) -> str:
@@ -197,10 +238,42 @@ def _brief(error: Exception) -> str:
     return f"--config: {text}: write --config.GROUP.FIELD=VALUE, of tuples the whole"
 
 
+def describe(kind: type = StageConfig, path: str = "--config.") -> str:
+    """Flag, default, what else it takes, and meaning of every field.
+
+    A field's comment is above it or at the end of its line; what has none shares that
+    of the field before it.
+    """
+    lines, meaning, text = inspect.getsource(kind).splitlines(), "", []
+    nodes = ast.parse("\n".join(lines)).body[0].body
+    places = {node.target.id: node for node in nodes if isinstance(node, ast.AnnAssign)}
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            text.append(describe(field.type, f"{path}{field.name}."))
+            continue
+        start, end = places[field.name].lineno - 1, places[field.name].end_lineno - 1
+        comments = [lines[end].partition("  # ")[2]]
+        while lines[start - 1].lstrip().startswith("#"):
+            start -= 1
+            comments.insert(0, lines[start].lstrip(" #"))
+        meaning = " ".join(filter(None, comments)) or meaning
+        head = f"  {path}{field.name}={field.default!r} {_takes(field.type)}"
+        text += [head.rstrip(), textwrap.indent(textwrap.fill(meaning, 80), " " * 6)]
+    return "\n".join(text)
+
+
+def _takes(kind: Any) -> str:
+    """The words or the interval of a field's type."""
+    if get_origin(kind) is Literal:
+        return "({})".format(" | ".join(get_args(kind)))
+    inner = get_args(kind)[0] if get_origin(kind) is tuple else kind
+    return "".join(getattr(inner, "__metadata__", ()))
+
+
 def _quiet_libraries() -> None:
     """Silences what libraries say that is no news to a user.
 
-    These are `_NO_NEWS` and, as our own line tells of a full disk, what each thread of
+    That is `_NO_NEWS` and, as our own line tells of a full disk, what each thread of
     Orbax and TensorStore says of it.
     """
 
@@ -209,9 +282,8 @@ def _quiet_libraries() -> None:
         return bool(error) and (is_full(error) or str(error) == "Event loop is closed")
 
     def is_news(record: logging.LogRecord) -> bool:
-        if any(text in str(record.msg) for text in _NO_NEWS):
-            return False
-        return not (record.exc_info and is_known(record.exc_info[1]))
+        error = record.exc_info and record.exc_info[1]
+        return not (is_known(error) or _NO_NEWS in str(record.msg))
 
     for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
         tell = getattr(module, f"__{name}__")

@@ -21,11 +21,10 @@ import numpy as np
 from absl import flags
 
 from imagen_jax import cli, images
-from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
+from imagen_jax.api.cascade import open_stages, with_sampler
 from imagen_jax.api.run import resolve, train_stage
-from imagen_jax.api.samples import Job, write
+from imagen_jax.api.samples import Job, make
 from imagen_jax.config import MeshConfig, StageConfig
-from imagen_jax.curves import curve
 from imagen_jax.errors import UserError, printable
 from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
@@ -33,6 +32,7 @@ from imagen_jax.shapes.judge import Verdict, judge
 from imagen_jax.sharding import make_mesh
 from imagen_jax.stores import check_disk
 from imagen_jax.training.metrics import METRICS
+from imagen_jax.training.page import curve
 
 # Training configs/tiny.py takes about this long on two CPU cores.
 _SECONDS = 400
@@ -98,12 +98,8 @@ def summarise(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
 def demo(output: str, seconds: float) -> dict[str, Any]:
     """Trains, samples and judges the whole cascade in `output`; returns the report.
 
-    Args:
-      output: a folder; what an earlier demo left there is replaced.
-      seconds: how long to train, about, on two CPU cores.
-
-    Raises:
-      UserError: when `output` is not empty and not a demo's.
+    It trains for about `seconds` on two CPU cores. Raises `UserError` for an `output`
+    that is neither empty nor an earlier demo's, which is replaced.
     """
     if seconds <= 0:
         raise UserError(f"--seconds is {seconds:g}; it must be above zero")
@@ -117,7 +113,7 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     folder.mkdir(parents=True)
     marker.write_text("This folder is replaced by the next demo.\n")
 
-    records = folder / "records"
+    records = folder / "records.npz"  # in memory: no TensorFlow to start
     scale = seconds / _SECONDS
     # A shorter training sees each picture as often.
     count = max(_LEAST_EXAMPLES, round(min(1.0, scale) * _EXAMPLES))
@@ -129,14 +125,16 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     trained = open_stages([str(folder / name) for name in _STAGES])
     scenes = list(shapes.heldout(_JUDGED, seed=1))
     prompts = [shapes.caption(scene) for scene in scenes]
-    seeds = np.arange(_JUDGED)
     guidance = [one.cfg.sampler.guidance for one in trained]
+    unguided = with_sampler(trained, guidance=[1.0])
+    ways = {"guidance off": ("unguided", unguided), "guidance on": ("samples", trained)}
     accuracy, made, verdicts = {}, {}, {}
-    for label, weights in (("guidance off", [1.0]), ("guidance on", guidance)):
-        stages = with_sampler(trained, guidance=weights)
-        samples, _ = sample_prompts(stages, prompts, seeds, mesh)
-        pairs = zip(samples[-1], prompts, strict=True)
-        made[label], verdicts[label] = samples[-1], [judge(*pair) for pair in pairs]
+    for label, (name, stages) in ways.items():
+        job = Job(str(folder / name), stages, prompts)
+        make(job, mesh)
+        made[label] = job.read()
+        pairs = zip(made[label], prompts, strict=True)
+        verdicts[label] = [judge(*pair) for pair in pairs]
         accuracy[label] = summarise(verdicts[label])
     kinds = [_kind(scene) for scene in scenes]
     for kind in dict.fromkeys(kinds):
@@ -144,8 +142,7 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         same = [v for v, k in pairs if k == kind]
         accuracy[f"of these, {kind}"] = summarise(same)
 
-    write(Job(str(folder / "samples"), trained, prompts), samples)
-    images.save_sheet(folder / "samples.png", samples[-1], 8, prompts)
+    images.save_sheet(folder / "samples.png", made[label], 8, prompts)
     report = {
         "seconds": time.perf_counter() - started,
         "peak_memory_gib": cli.peak_memory_gib(),
@@ -156,8 +153,8 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     curves = {name: read_curve(folder / name / METRICS) for name in _STAGES}
-    drawn = np.stack([shapes.draw(scene, samples[-1].shape[1]) for scene in scenes])
-    shown = {"drawn": drawn, "base": samples[0]} | made
+    drawn = np.stack([shapes.draw(scene, made[label].shape[1]) for scene in scenes])
+    shown = {"drawn": drawn, "base": job.read(stage=0)} | made
     text = page(report, prompts, shown, verdicts, curves)
     (folder / "index.html").write_text(text, "utf8")
     return report
@@ -190,12 +187,9 @@ def page(
 ) -> str:
     """The demo's HTML page: one file, its pictures inside.
 
-    Args:
-      report: what `demo` returns.
-      prompts: the captions, N.
-      pictures: by what they are, `[N, H, W, 3]` uint8; each caption's stand in a row.
-      verdicts: the judge's on some of them, N each.
-      curves: `(step, loss)` points of each stage.
+    `report` is what `demo` returns. `pictures` are `[N, H, W, 3]` uint8 by what they
+    are, and `verdicts` the judge's on some of them, for N prompts. `curves` are the
+    points `(step, loss)` of each stage.
     """
     steps = ", ".join(f"{k} {v} steps" for k, v in report["training_steps"].items())
     guidance = ", ".join(f"{w:g} for {k}" for k, w in report["guidance"].items())
@@ -246,7 +240,7 @@ def _tile(label: str, picture: np.ndarray, verdict: Verdict | None) -> str:
 
 def read_curve(path: pathlib.Path) -> list[tuple[int, float]]:
     """`(step, loss)` of every line of a metrics.jsonl."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = map(json.loads, path.read_text().splitlines())
     return [(row["step"], row["loss"]) for row in rows]
 
 

@@ -29,7 +29,18 @@ from imagen_jax.training.checkpoint import description
 from imagen_jax.training.weights import CONFIG, INDEX, SINGLE, Weights
 
 _CARD = "README.md"
-_TEXT = """---
+
+
+def model_card(stage: Weights, count: int, folder: str) -> str:
+    """Text of README.md for a stage of `count` parameters; `folder` is but a name."""
+    cfg, text = stage.cfg, stage.cfg.text
+    makes = f"images of {cfg.image_size} x {cfg.image_size} pixels from a caption"
+    if cfg.lowres_size:
+        makes += (
+            f" and an image of {cfg.lowres_size} x {cfg.lowres_size} (`--lowres=IMAGE`,"
+            " or `--stage` of the stages before it first)"
+        )
+    return f"""---
 library_name: imagen-jax
 pipeline_tag: text-to-image
 license: other
@@ -39,13 +50,13 @@ license_name: not-stated
 # {cfg.name}, {cfg.image_size} pixels
 
 One stage of a cascade of diffusion models after
-[Imagen](https://arxiv.org/abs/2205.11487), trained with imagen-jax {version}.
+[Imagen](https://arxiv.org/abs/2205.11487), trained with imagen-jax {__version__}.
 
 | | |
 |---|---|
 | makes | {makes} |
 | network | {cfg.model.architecture}, {count:,} parameters (float32, averaged) |
-| trained for | {step:,} steps of {cfg.training.batch_size} images |
+| trained for | {stage.step:,} steps of {cfg.training.batch_size} images |
 | predicts | {cfg.diffusion.prediction}, {cfg.diffusion.schedule} schedule |
 | text encoder | `{text.encoder}`, {text.length} tokens of width {text.dim} |
 
@@ -67,19 +78,6 @@ The text encoder is not part of this folder: all encoders but the tiny one need
 - What it was trained on, and what follows from that for its use.
 - What it was evaluated on.
 """
-
-
-def model_card(stage: Weights, count: int, folder: str) -> str:
-    """Text of README.md for a stage of `count` parameters; `folder` is but a name."""
-    cfg = stage.cfg
-    makes = f"images of {cfg.image_size} x {cfg.image_size} pixels from a caption"
-    if cfg.lowres_size:
-        makes += (
-            f" and an image of {cfg.lowres_size} x {cfg.lowres_size} (`--lowres=IMAGE`,"
-            " or `--stage` of the stages before it first)"
-        )
-    about = {"version": __version__, "makes": makes, "step": stage.step}
-    return _TEXT.format(cfg=cfg, text=cfg.text, count=count, folder=folder, **about)
 
 
 def export(workdir: str, output: str, shard_bytes: int) -> list[str]:

@@ -1,8 +1,10 @@
 """Pictures: files opened, grids with captions, PNG files written."""
 
+import bisect
 import contextlib
 import functools
 import io
+import textwrap
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,8 +31,6 @@ _FONTS = (
     "arial.ttf",
 )
 _NO_LETTER = "\U0010ffff"
-# The name of a row is on one line.
-_NAME_WIDTH = 2**15
 # A longer label is cut: it would bury the pictures.
 _LABEL_LETTERS = 300
 
@@ -103,7 +103,8 @@ def grid(
     """
     count, height, width, _ = images.shape
     labels = [_label(text, width) for text in captions]
-    names = [_label(text, _NAME_WIDTH) for text in rows]
+    # The name of a row is on one line.
+    names = [_label(text, 2**15) for text in rows]
     left = _GAP + max((int(f.getlength(t)) + 5 for t, f in names), default=0)
     sheet_w = left + columns * (width + _GAP)
     head = _label(title, sheet_w - 2 * _GAP)
@@ -160,23 +161,14 @@ def _label(text: str, width: int) -> tuple[str, Any]:
     fewest = min(lacks, key=len)
     font = _fonts()[lacks.index(fewest)]
     escapes = {ord(c): c.encode("unicode_escape").decode() for c in fewest}
-    lines, line = [], ""
-    for word in words:
-        word = word.translate(escapes)
-        longer = f"{line} {word}" if line else word
-        if line and font.getlength(longer) > width:
-            lines.append(line)
-            longer = word
-        # Some languages have no spaces.
-        while font.getlength(longer) > width and len(longer) > 1:
-            fits = (
-                n for n in range(2, len(longer)) if font.getlength(longer[:n]) > width
-            )
-            end = next(fits, len(longer)) - 1
-            lines.append(longer[:end])
-            longer = longer[end:]
-        line = longer
-    return "\n".join([*lines, line]), font
+    text = " ".join(words).translate(escapes)
+
+    def is_too_wide(count: int) -> bool:
+        return max(map(font.getlength, textwrap.wrap(text, count))) > width
+
+    # The most letters in a line with which all of them fit.
+    count = bisect.bisect_left(range(1, len(text) + 1), True, key=is_too_wide)
+    return "\n".join(textwrap.wrap(text, max(count, 1))), font
 
 
 def png(image: np.ndarray) -> bytes:

@@ -10,10 +10,10 @@ Several values of guidance or augmentation make every combination, and a labelle
 per prompt and seed. See docs/sampling.md.
 """
 
-import functools
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -28,13 +28,10 @@ from imagen_jax.preparing.images import middle_square, verify
 from imagen_jax.sharding import make_mesh
 
 
-# A sweep asks for the same one again and again.
-@functools.lru_cache(8)
 def read_lowres(path: str, size: int) -> np.ndarray:
     """A picture as `prepare --image_size=SIZE` cuts it: `[size, size, 3]` uint8.
 
-    Raises:
-      UserError: when `prepare` would not take it.
+    Raises `UserError` when `prepare` would not take it.
     """
 
     def sides(data: bytes) -> tuple[int, int] | None:
@@ -81,14 +78,14 @@ def define_flags() -> None:
     estimates = "steps, from 0, whose estimates are shown in NNNN_estimates_*.png"
     flags.DEFINE_multi_string("estimates", [], estimates)
     flags.DEFINE_bool("show_steps", False, "count the steps of a batch, for long runs")
+    cli.define_distributed()
     flags.mark_flags_as_required(["stage", "output"])
 
 
 def read_prompts(given: Sequence[str], file: str) -> list[str]:
     """Those of --prompt and the lines of --prompts that are not blank.
 
-    Raises:
-      UserError: when there are none, or one is not UTF-8.
+    Raises `UserError` when there are none, or one is not UTF-8.
     """
     for prompt in given:
         try:
@@ -118,6 +115,7 @@ def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
 def main() -> None:
     """Samples what the flags ask for."""
     args = flags.FLAGS
+    cli.join()
     check_output(args.output)
     prompts = read_prompts(args.prompt, args.prompts)
     if not 0 <= args.seed <= 2**32 - len(prompts) * args.num_images:
@@ -153,20 +151,21 @@ def main() -> None:
         args.seed,
         args.num_images,
         cells,
-        args.lowres,
-        functools.partial(read_lowres, size=size),
+        [(path, read_lowres(path, size)) for path in args.lowres],
         recorded,
     )
     where = printable(job.folder.resolve())
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
     try:
-        make(job, make_mesh(MeshConfig()), args.encoder_weights, args.show_steps)
+        make(job, mesh, args.encoder_weights, args.show_steps)
     except KeyboardInterrupt:
         done = job.count - len(job.missing())
         raise Stopped(
             f"stopped with {done} of {job.count} pictures in {where}; the same command "
             "makes the others"
         ) from None
-    print(f"{job.count} pictures in {where}, shown in grid.png")
+    if jax.process_index() == 0:
+        print(f"{job.count} pictures in {where}, shown in grid.png")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_a_workdir_in_a_bucket_is_claimed_once(bucket):
 
 def test_logs_in_a_bucket_go_on_where_they_were(bucket):
     for first in (1, 3):
-        writer = MetricWriter("gs://b/run", Stopwatch())
+        writer = MetricWriter("gs://b/run", Stopwatch(), tiny.stage())
         writer.begin(first - 1)
         writer.event("start", first)
         writer.scalars(first, {"loss": 0.5})
@@ -87,7 +87,7 @@ def test_logs_in_a_bucket_go_on_where_they_were(bucket):
 
 
 def test_an_event_takes_what_was_logged_before_it_to_the_bucket(bucket):
-    writer = MetricWriter("gs://b/run", Stopwatch())
+    writer = MetricWriter("gs://b/run", Stopwatch(), tiny.stage())
     writer.begin(0)
     writer.scalars(1, {"loss": 0.5})
     assert not (bucket / "run/metrics.jsonl").exists()
@@ -97,7 +97,7 @@ def test_an_event_takes_what_was_logged_before_it_to_the_bucket(bucket):
 
 
 def test_lines_of_steps_are_not_each_sent_to_the_bucket(bucket):
-    writer = MetricWriter("gs://b/run", Stopwatch())
+    writer = MetricWriter("gs://b/run", Stopwatch(), tiny.stage())
     writer.event("start", 0)
     writer.event("steps", 1)
     assert (bucket / "run/events.jsonl").read_text().count("\n") == 1

@@ -254,3 +254,34 @@ def test_a_process_that_does_not_come_is_not_waited_for(tmp_path, records, start
     processes[1].kill()
     assert ends(processes) == [ABORTED, -signal.SIGKILL]
     assert "waiting for the other processes, at most 2 s" in logs(tmp_path, "a")[0]
+
+
+@pytest.mark.slow
+def test_processes_share_the_pictures(tmp_path, whole, start):
+    """Killed and started again, they make what one makes alone, to the byte."""
+    (tmp_path / "prompts").write_text("".join(f"circle {i}\n" for i in range(24)))
+
+    def command(output):
+        door = [sys.executable, "-m", "imagen_jax.sample", f"--stage={whole[0]}"]
+        more = ["--batch_size=4", "--steps=200", f"--prompts={tmp_path / 'prompts'}"]
+        return [*door, *more, f"--output={tmp_path / output}"]
+
+    killed = start([*command("shared"), "--heartbeat_timeout_seconds=10"], "a")
+    while len(list((tmp_path / "shared").glob("00[0-9][0-9].png"))) < 4:
+        assert all(process.poll() is None for process in killed), logs(tmp_path, "a")
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+    assert ends(killed) == [-signal.SIGKILL] * 2
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared").glob("*.png")}
+    made = start(command("shared"), "b")
+    assert ends(made) == [0, 0], logs(tmp_path, "b")
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+    assert "24 pictures in" in logs(tmp_path, "b")[0]
+    subprocess.run(command("alone"), cwd=ROOT, env=environment(), check=True)
+    folders = (tmp_path / "shared").iterdir(), (tmp_path / "alone").iterdir()
+    shared, alone = ({f.name: f.read_bytes() for f in files} for files in folders)
+    for files in (shared, alone):  # it tells the devices of all processes
+        described = json.loads(files.pop("job.json"))
+        files["asked"] = described["asked"]
+    assert shared == alone and len(alone) == 24 + 3

@@ -10,6 +10,7 @@ import pytest
 from imagen_jax.errors import UserError
 from imagen_jax.goodput import read_goodput, table
 from imagen_jax.training.metrics import MetricWriter, Stopwatch
+from tests import tiny
 from tests.clock import Clock
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +20,7 @@ def write(workdir):
     """A run of which 60 of 80 s were steps."""
     clock = Clock()
     stopwatch = Stopwatch(clock.monotonic, clock.wall)
-    writer = MetricWriter(str(workdir), stopwatch)
+    writer = MetricWriter(str(workdir), stopwatch, tiny.stage())
     clock.advance(12)
     writer.event("start", 0)
     stopwatch.switch("step")

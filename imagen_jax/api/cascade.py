@@ -26,19 +26,17 @@ _CHUNK, _IN_MEMORY = 256, 2**26
 def open_stages(workdirs: Sequence[str]) -> list[Weights]:
     """Opens the newest complete checkpoint of each workdir, or an exported folder.
 
-    Raises:
-      UserError: for any other folder, or stages trained on different text encoders.
+    Raises `UserError` for any other folder, or stages trained on different text
+    encoders.
     """
-    trained = []
-    for workdir in workdirs:
-        weights = open_weights(workdir)
-        if weights.cfg is None:
+    trained = [open_weights(workdir) for workdir in workdirs]
+    for one in trained:
+        if one.cfg is None:
             raise UserError(
-                f"--stage={workdir} is one file, which does not say what its stage is: "
-                "give the folder that `export` wrote"
+                f"--stage={one.path} is one file, which does not say what its stage "
+                "is: give the folder that `export` wrote"
             )
-        weights.check_fit(weights.cfg, "--stage")
-        trained.append(weights)
+        one.check_fit(one.cfg, "--stage")
     texts = {one.cfg.text: one.path for one in trained}
     if len(texts) > 1:
         found = "; ".join(
@@ -59,10 +57,8 @@ def with_sampler(trained: Sequence[Weights], **changes: Sequence) -> list[Weight
     """The stages with other sampler settings.
 
     `changes` are fields of `SamplerConfig`, each a list: empty for the stages' own
-    values, of one value for all stages, or of one value per stage.
-
-    Raises:
-      UserError: for another number of values, or a value out of range.
+    values, of one value for all stages, or of one value per stage. Raises `UserError`
+    for another number of values, or a value out of range.
     """
     for name, values in changes.items():
         flag = "sampler" if name == "name" else name
@@ -102,10 +98,8 @@ def all_cells(
 
     `guidance` has the values to compare: no list, one list for all stages, or one list
     per stage, to be combined in every way; `aug_level` the same for super-resolution
-    stages only.
-
-    Raises:
-      UserError: for another number of lists, or a value out of range.
+    stages only. Raises `UserError` for another number of lists, or a value out of
+    range.
     """
     every = range(len(configs))
     enlarging = [i for i in every if configs[i].lowres_size]
@@ -146,12 +140,10 @@ def _choices(
     return [dict(zip(stages, values)) for values in itertools.product(*lists)]
 
 
-def settings(configs: Sequence[StageConfig], prompts: int) -> Settings:
-    """The settings of every picture: all `configs` of the first prompt, and so on."""
-    each = [Settings.of(cfg.sampler, prompts) for cfg in configs]
-    guidance = np.stack([one.guidance for one in each], 1)
-    aug_level = np.stack([one.aug_level for one in each], 1)
-    return Settings(guidance.reshape(-1, guidance.shape[-1]), aug_level.ravel())
+def settings(configs: Sequence[StageConfig]) -> Settings:
+    """The settings of one picture of each of `configs`."""
+    each = [Settings.of(cfg.sampler, 1) for cfg in configs]
+    return Settings(*map(np.concatenate, zip(*each)))
 
 
 class Texts:
@@ -173,14 +165,12 @@ class Texts:
         distinct = list(dict.fromkeys(prompts))
         for start in range(0, len(distinct), _CHUNK):
             chunk = distinct[start : start + _CHUNK]
-            for prompt in chunk:
-                tokens = len(encoder.tokenize(prompt))
-                if tokens > length:
+            for prompt, rows in zip(chunk, encoder.encode(chunk, length)):
+                if (tokens := len(encoder.tokenize(prompt))) > length:
                     print(
                         f"warning: {prompt!r} has {tokens} tokens; the stages were "
                         f"trained with {length}, the rest is cut"
                     )
-            for prompt, rows in zip(chunk, encoder.encode(chunk, length)):
                 data = to_bytes(rows)
                 self._places[prompt] = self._file.tell(), len(data)
                 self._file.write(data)
@@ -201,48 +191,30 @@ def sample_prompts(
     mesh: Mesh,
     encoder_weights: str = "",
     lowres: np.ndarray | None = None,
-    cells: Sequence[Cell] = (),
-    recorded_steps: tuple[int, ...] = (),
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+) -> list[np.ndarray]:
     """Encodes prompts and runs them through the stages, one stage in memory at a time.
 
-    All pictures are held in memory; `samples.make` writes them as they are made.
-
     Args:
-      trained: base first.
-      seeds: one per prompt, in [0, 2**32).
+      trained: base first; `UserError` unless each takes what the one before it makes.
+      prompts, seeds: N prompts, and a seed in [0, 2**32) for each.
       mesh: of all devices.
       encoder_weights: of the text encoder, if it has none built in.
-      lowres: `[N, h, w, 3]` uint8 when the first stage is a super-resolution stage.
-      cells: combinations of values; each prompt is sampled in all of them with the same
-        seed, N = prompts x cells pictures in all. Empty for the stages' own values.
-      recorded_steps: steps whose estimates are returned too.
+      lowres: `[N, h, w, 3]` uint8, to start from where the first stage is no base.
 
     Returns:
-      What `sample_cascade` returns, the cells of one prompt side by side.
-
-    Raises:
-      UserError: when a stage does not take what the stage before it makes.
+      The pictures of each stage, `[N, H, W, 3]` uint8, all in memory; `samples.make`
+      writes them as they are made.
     """
     configs = [one.cfg for one in trained]
     check_order(configs, made=0 if lowres is None else lowres.shape[1])
-    cells = cells or all_cells(configs)
     cfg = configs[0].text
     encoder = load_encoder(cfg.encoder, encoder_weights)
     text, mask = Texts(encoder, cfg.length, prompts)(prompts)
     del encoder
-    text, mask, seeds = (np.repeat(a, len(cells), 0) for a in (text, mask, seeds))
-    stages = zip(*(cell.configs for cell in cells), strict=True)
-    total = len(seeds) * len(trained)
+    stages = (load(one, mesh) for one in trained)
+    total = len(prompts) * len(trained)
     with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
-        return sample_cascade(
-            (load(one, mesh) for one in trained),
-            text,
-            mask,
-            seeds,
-            mesh,
-            lowres,
-            [settings(stage, len(prompts)) for stage in stages],
-            recorded_steps,
-            bar.update,
+        made, _ = sample_cascade(
+            stages, text, mask, seeds, mesh, lowres, report=bar.update
         )
+    return made

@@ -23,8 +23,7 @@ from imagen_jax.training.state import TrainState
 def resolve(values: Mapping[str, Any]) -> StageConfig:
     """The stage of a config's values, with the text of its records filled in.
 
-    Raises:
-      UserError: for wrong values, or records that do not exist or do not fit.
+    Raises `UserError` for wrong values, or records that do not exist or do not fit.
     """
     return open_sources(from_dict(values))[0]
 
@@ -67,9 +66,7 @@ def open_preview(cfg: StageConfig, batches: Stream) -> Preview:
     """The first examples of the data, and the prompts that the config asks for.
 
     These are encoded here and now: their encoder is not in memory while it trains.
-
-    Raises:
-      UserError: when there is no such encoder, or its weights are not given.
+    Raises `UserError` when there is no such encoder, or its weights are not given.
     """
     training, text_cfg = cfg.training, cfg.text
     first = batches.peek(training.preview_images)

@@ -5,7 +5,6 @@ earlier ones, from which the next stage starts; samples.jsonl, a line for each f
 picture, in order; and at the end grids and sheets.
 """
 
-import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -14,7 +13,8 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 import jax
@@ -27,6 +27,7 @@ from imagen_jax.api.cascade import Cell, Texts, all_cells, load, settings
 from imagen_jax.diffusion.cascade import (
     Inputs,
     Settings,
+    batch_rows,
     check_order,
     sample_stage,
 )
@@ -41,6 +42,8 @@ JOB, LINES = "job.json", "samples.jsonl"
 _JOB_BYTES = 2**30
 # Pictures in a grid, and their largest side there: more are on further grids.
 _GRID, _GRID_SIDE = 64, 256
+# The first process writes `JOB`; a shared file system may show it late.
+_SHARED_SECONDS = 120.0
 
 
 def check_output(output: str) -> None:
@@ -63,10 +66,9 @@ class Job:
     seed: int = 0  # of the first picture; it counts up with each that is no other cell
     num_images: int = 1
     cells: Sequence[Cell] = ()  # empty for the stages' own values
-    # If the first stage is no base: files to start from, one or one for each prompt,
-    # and what makes `[h, w, 3]` uint8 of one.
-    lowres: Sequence[str] = ()
-    read_lowres: Callable[[str], np.ndarray] | None = None
+    # If the first stage is no base: names and pictures `[h, w, 3]` uint8 to start from,
+    # one or one for each prompt.
+    lowres: Sequence[tuple[str, np.ndarray]] = ()
     recorded_steps: tuple[int, ...] = ()  # whose estimates are drawn, too
 
     def __post_init__(self):
@@ -86,21 +88,22 @@ class Job:
         prompt = self.prompts[row // self.num_images]
         return prompt, self.seed + row, self.cells[cell]
 
-    def start(self, number: int) -> str:
-        """The file that a picture starts from."""
+    def start(self, number: int) -> tuple[str, np.ndarray]:
+        """The name and the pixels of what a picture starts from."""
         each = len(self.cells) * self.num_images
         return self.lowres[number // each % len(self.lowres)]
 
+    def read(self, stage: int = -1) -> np.ndarray:
+        """All pictures of a stage, once they are made, `[N, H, W, 3]` uint8."""
+        return np.stack([images.read(self.path(n, stage)) for n in range(self.count)])
+
     def missing(self, stage: int = -1) -> np.ndarray:
         """The numbers of the pictures that a stage has yet to make."""
-        return np.array(
-            [
-                number
-                for number in range(self.count)
-                if not (self.path(number).exists() or self.path(number, stage).exists())
-            ],
-            int,
-        )
+        done = [
+            self.path(number).exists() or self.path(number, stage).exists()
+            for number in range(self.count)
+        ]
+        return np.flatnonzero(np.logical_not(done))
 
 
 def _line(job: Job, number: int) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _line(job: Job, number: int) -> dict[str, Any]:
         "earlier_stages": [job.path(number, stage).name for stage in stages],
         **_values(cell),
     }
-    return line | ({"lowres": job.start(number)} if job.lowres else {})
+    return line | ({"lowres": job.start(number)[0]} if job.lowres else {})
 
 
 def _values(cell: Cell) -> dict[str, list[Any]]:
@@ -141,9 +144,7 @@ def _identity(job: Job) -> dict[str, Any]:
         "num_images": job.num_images,
         "prompts": job.prompts,
         "values": [_values(cell) for cell in job.cells],
-        "lowres": [
-            hashlib.sha256(job.read_lowres(path)).hexdigest() for path in job.lowres
-        ],
+        "lowres": [hashlib.sha256(pixels).hexdigest() for _, pixels in job.lowres],
         "estimates": job.recorded_steps,
         "stages": stages,
     }
@@ -164,56 +165,59 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
         yield f"{path} is {there} there, {here} here"
 
 
-@contextlib.contextmanager
-def _entered(job: Job) -> Iterator[IO[bytes]]:
-    """Makes the folder of a job, or enters it again; gives its empty `LINES`.
+def _entered(job: Job) -> IO[bytes]:
+    """Makes the folder of a job, or enters it again; returns its empty `LINES`.
 
-    Raises:
-      UserError: when it cannot be written, holds anything else (names what differs), or
-        another process is at work in it.
+    Of several processes the first one does so, and the others come after it; theirs
+    is no file. Raises `UserError` when it cannot be written, holds anything else (names
+    what differs), or another job is at work in it.
     """
     check_output(job.output)
     file, new = job.folder / JOB, _identity(job)
-    with contextlib.ExitStack() as stack:
-        try:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            names = [name for name in os.listdir(job.folder) if name[0] != "."]
-            is_new = all(name.endswith(TEMPORARY) for name in names)
-            if is_new:
-                devices = [str(device) for device in jax.devices()]
-                whole = {"asked": new, "jax": jax.__version__, "devices": devices}
-                write_text(file, json.dumps(whole, indent=1) + "\n")
-            _check_same(job, new)
-            lines = stack.enter_context(open(job.folder / LINES, "ab", buffering=0))
-            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lines.truncate(0)
-        except BlockingIOError:
+    first = jax.process_index() == 0
+    waits_until = time.monotonic() + _SHARED_SECONDS
+    while not (first or file.exists()):
+        if time.monotonic() > waits_until:
             raise UserError(
-                f"another process samples to --output={job.output}: wait for its end"
-            ) from None
-        except OSError as error:
+                f"--output={job.output} has no {JOB}, which the first process writes: "
+                "give a folder that all hosts share"
+            )
+        time.sleep(0.2)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        names = [name for name in os.listdir(job.folder) if name[0] != "."]
+        if all(name.endswith(TEMPORARY) for name in names):
+            devices = [str(device) for device in jax.devices()]
+            whole = {"asked": new, "jax": jax.__version__, "devices": devices}
+            write_text(file, json.dumps(whole, indent=1) + "\n")
+        if not file.exists():
             raise UserError(
-                f"--output={job.output} cannot be written: {error.strerror}"
-            ) from None
-        yield lines
-
-
-def _check_same(job: Job, new: dict[str, Any]) -> None:
-    """Raises `UserError` unless the folder is that of a job of this identity."""
-    file = job.folder / JOB
-    if not file.exists():
+                f"--output={job.output} holds files, and no {JOB} of `sample`: give a "
+                "new folder"
+            )
+        old = read_json(file, "what a job of `sample` was asked for", _JOB_BYTES)
+        differs = list(itertools.islice(_differences(old.get("asked"), new, ""), 4))
+        if differs:
+            more = "; and more" if len(differs) > 3 else ""
+            raise UserError(
+                f"--output={job.output} holds another job ({'; '.join(differs[:3])}"
+                f"{more}): give another folder, or remove it"
+            )
+        lines = open(job.folder / LINES if first else os.devnull, "ab", buffering=0)
+        if not first:
+            return lines
+        fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lines.truncate(0)
+    except BlockingIOError:
+        lines.close()
         raise UserError(
-            f"--output={job.output} holds files, and no {JOB} of `sample`: give a new "
-            "folder"
-        )
-    old = read_json(file, "what a job of `sample` was asked for", _JOB_BYTES)
-    differs = list(itertools.islice(_differences(old.get("asked"), new, ""), 4))
-    if differs:
-        more = "; and more" if len(differs) > 3 else ""
+            f"another process samples to --output={job.output}: wait for its end"
+        ) from None
+    except OSError as error:
         raise UserError(
-            f"--output={job.output} holds another job ({'; '.join(differs[:3])}{more}):"
-            " give another folder, or remove it"
-        )
+            f"--output={job.output} cannot be written: {error.strerror}"
+        ) from None
+    return lines
 
 
 def _save(job: Job, number: int, stage: int, picture: np.ndarray, estimates) -> None:
@@ -250,7 +254,7 @@ def _inputs(
     if stage:
         lowres = np.stack([images.read(job.path(n, stage - 1)) for n in numbers])
     elif job.lowres:
-        lowres = np.stack([job.read_lowres(job.start(n)) for n in numbers])
+        lowres = np.stack([job.start(n)[1] for n in numbers])
     text, mask = texts([job.asked(number)[0] for number in numbers])
     seeds = (job.seed + rows).astype(np.uint32)
     return Inputs(seeds, text, mask, *(each[cells] for each in values), lowres)
@@ -261,31 +265,35 @@ def make(
 ) -> None:
     """Makes what is missing of a job, stage by stage, one of them in memory at a time.
 
-    However many pictures there are, a batch of them is in memory. `show_steps` has the
-    progress bar count the steps of a batch too.
+    However many pictures there are, a batch of them is in memory. Several processes,
+    each with a mesh of its own devices, share the pictures batch by batch; a picture
+    stays with its process through all stages. `show_steps` has the progress bar count
+    the steps of a batch too.
 
-    Raises:
-      UserError: when a stage does not take what the one before it makes, or the folder
-        is another job's or cannot be written.
+    Raises `UserError` when a stage does not take what the one before it makes, or the
+    folder is another job's or cannot be written.
     """
     configs = [one.cfg for one in job.trained]
     check_order(configs, made=configs[0].lowres_size if job.lowres else 0)
+    sizes = [batch_rows(cfg.sampler.batch_size, job.count, mesh) for cfg in configs]
     with _entered(job) as lines:
-        todo = [job.missing(stage) for stage in range(len(configs))]
+        todo = [_own(job.missing(stage), max(sizes)) for stage in range(len(configs))]
         told = _tell(job, lines, 0)
-        if told < job.count:
+        if todo[-1].size:
             prompts = [job.asked(number)[0] for number in todo[-1]]
             text = configs[0].text
             encoder = load_encoder(text.encoder, encoder_weights)
             texts = Texts(encoder, text.length, prompts, job.folder)
             del encoder
         total = sum(map(len, todo))
-        with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
+        with tqdm.tqdm(
+            total=total, desc="sample", unit="picture", disable=jax.process_index() != 0
+        ) as bar:
             tell = (lambda i: bar.set_postfix(step=int(i) + 1)) if show_steps else None
             for stage, numbers in enumerate(todo):
                 if not len(numbers):
                     continue
-                values = settings([cell.configs[stage] for cell in job.cells], 1)
+                values = settings([cell.configs[stage] for cell in job.cells])
                 inputs = functools.partial(_inputs, job, texts, stage, values)
                 for made in sample_stage(
                     load(job.trained[stage], mesh),
@@ -301,41 +309,40 @@ def make(
                         _save(job, number, stage, picture, estimates)
                         told = _tell(job, lines, told)
                     bar.update(len(made[0]))
-    _show(job)
+        # JAX ends those that wait when a process is lost.
+        while len(job.missing()):
+            time.sleep(1)
+        _tell(job, lines, told)
+    if jax.process_index() == 0:
+        _show(job)
 
 
-def write(job: Job, samples: Sequence[np.ndarray]) -> None:
-    """Writes what `sample_prompts` returned: of each stage `[N, H, W, 3]` uint8."""
-    with _entered(job) as lines:
-        for stage, pictures in enumerate(samples):
-            for number, picture in enumerate(pictures):
-                _save(job, number, stage, picture, ())
-        _tell(job, lines, 0)
-    _show(job)
-
-
-def _sheets(job: Job) -> Iterator[tuple[str, Sequence[int], int, list[str], str, int]]:
-    """Name, numbers, columns, captions, title and largest pictures of every sheet."""
-    each = len(job.cells)
-    columns = len({str(_values(cell)["guidance"]) for cell in job.cells})
-    labels = [cell.label for cell in job.cells]
-    for first in range(0, job.count if each > 1 else 0, each):
-        title = _caption(job, first, label=False)
-        name, numbers = f"sheet_{first // each:04d}.png", range(first, first + each)
-        yield name, numbers, columns, labels, title, 0
-    for first in range(0, job.count, _GRID):
-        name = f"grid_{first:04d}.png" if first else "grid.png"
-        numbers = range(first, min(first + _GRID, job.count))
-        captions = [_caption(job, number) for number in numbers]
-        yield name, numbers, min(8, len(numbers)), captions, "", _GRID_SIDE
+def _own(numbers: np.ndarray, size: int) -> np.ndarray:
+    """Those of this process: every N-th `size` pictures, of N processes."""
+    return numbers[numbers // size % jax.process_count() == jax.process_index()]
 
 
 def _show(job: Job) -> None:
     """Draws grids, and of several cells a sheet for each prompt and seed."""
-    for name, numbers, columns, captions, title, side in _sheets(job):
-        if not (job.folder / name).exists():
-            shown = np.stack([images.read(job.path(n), side) for n in numbers])
-            with appearing(job.folder / name) as partial:
-                images.save_sheet(partial, shown, columns, captions, title)
+    each = len(job.cells)
+    columns = len({str(_values(cell)["guidance"]) for cell in job.cells})
+    labels = [cell.label for cell in job.cells]
+    for first in range(0, job.count if each > 1 else 0, each):
+        name, numbers = f"sheet_{first // each:04d}.png", range(first, first + each)
+        title = _caption(job, first, label=False)
+        _draw(job, name, numbers, columns, labels, title=title)
+    for first in range(0, job.count, _GRID):
+        name = f"grid_{first:04d}.png" if first else "grid.png"
+        numbers = range(first, min(first + _GRID, job.count))
+        captions = [_caption(job, number) for number in numbers]
+        _draw(job, name, numbers, min(8, len(numbers)), captions, _GRID_SIDE)
     for path in job.folder.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+def _draw(job, name, numbers, columns, captions, most_side=0, title=""):
+    """Saves a sheet of pictures, unless it is there."""
+    if not (job.folder / name).exists():
+        shown = np.stack([images.read(job.path(n), most_side) for n in numbers])
+        with appearing(job.folder / name) as partial:
+            images.save_sheet(partial, shown, columns, captions, title)

@@ -14,6 +14,7 @@ the share of each folder, in random order, and how many examples of each precede
 position is known without going through them.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -127,16 +128,16 @@ def seek(groups: Sequence[int], reader: int, position: int) -> tuple[int, int]:
 
 
 def turns(
-    seed: int, weights: Sequence[float], position: int, count: int
-) -> tuple[list[int], Iterator[np.ndarray]]:
+    seed: int, weights: Sequence[float], position: int
+) -> tuple[list[int], Iterator[int]]:
     """The order in which the folders of a mixture take turns.
 
     Up to any position n, a folder with the share w of the weights has had n * w turns,
     give or take 1 + w * (number of folders).
 
     Returns:
-      how many turns each folder had before `position`, in examples; and an endless
-      iterator of arrays `[count]` int64, the numbers of the folders that follow.
+      how many turns each folder had before `position`, in examples; and, endlessly,
+      the numbers of the folders that follow.
     """
     shares = np.asarray(weights, float) / math.fsum(weights)
     # Fewer than `position` examples come before this time.
@@ -147,13 +148,9 @@ def turns(
     past = np.bincount(first[:skipped], minlength=len(shares))
 
     def following():
-        found, stop = first[skipped:], start + _STRETCH
-        while True:
-            while len(found) < count:
-                more = _turns_between(seed, shares, stop, stop + _STRETCH)
-                found, stop = np.concatenate([found, more]), stop + _STRETCH
-            yield found[:count]
-            found = found[count:]
+        yield from first[skipped:]
+        for time in itertools.count(start + _STRETCH, _STRETCH):
+            yield from _turns_between(seed, shares, time, time + _STRETCH)
 
     return [n + int(m) for n, m in zip(before, past)], following()
 
@@ -210,7 +207,7 @@ def host_reads(
     size = cfg.training.batch_size // blocks
     seed = cfg.data.seed % 2**32 * 1_000_003
     counts, orders = zip(
-        *(turns(seed + v, weights, start * size, size) for v in range(blocks))
+        *(turns(seed + v, weights, start * size) for v in range(blocks))
     )
     # The reader of each block and folder, numbered through all folders.
     block = np.arange(blocks)[:, None]
@@ -224,7 +221,7 @@ def host_reads(
 
     def reads():
         while True:
-            folders = np.stack([next(order) for order in orders])
+            folders = np.array([[*itertools.islice(o, size)] for o in orders])
             source = place[np.take_along_axis(reader, folders, 1).ravel()]
             yield source[source >= 0], own[source >= 0]
 

@@ -134,7 +134,7 @@ def _images(side: int) -> str:
     return f"{side} pixel images" if side else "no images"
 
 
-def _rows(batch_size: int, count: int, mesh: Mesh) -> int:
+def batch_rows(batch_size: int, count: int, mesh: Mesh) -> int:
     """Rows of the program for `count` images in all, a multiple of the mesh's shards.
 
     A few images take less time one by one than in a batch that is filled up.
@@ -166,13 +166,13 @@ def sample_stage(
       inputs: `[N]` of the numbers to what these images are made from.
       settings: those of all `count` images, each at least once.
       mesh: rows of a batch are split over its data and fsdp axes.
-      recorded_steps, on_step: as in `sample_cascade`.
+      recorded_steps, on_step: as in `sampler.sample`.
 
     Yields:
       the numbers of a batch `[N]`, its images `[N, H, W, 3]` and their estimates at the
       K recorded steps `[N, K, H, W, 3]`, uint8.
     """
-    size = _rows(stage.cfg.sampler.batch_size, count, mesh)
+    size = batch_rows(stage.cfg.sampler.batch_size, count, mesh)
     cfg = _program(stage.cfg, settings)
     run = compile_sampler(stage.apply, cfg, mesh, recorded_steps, on_step)
     place = functools.partial(jax.device_put, device=batch_sharding(mesh))
@@ -181,7 +181,9 @@ def sample_stage(
         take = np.arange(size) % len(own)
         batch = jax.tree.map(lambda a, take=take: place(a[take]), inputs(own))
         out = run(stage.params, *batch)
-        out = multihost_utils.process_allgather(out, tiled=True)
+        if mesh.is_multi_process:
+            out = multihost_utils.process_allgather(out, tiled=True)
+        out = jax.device_get(out)
         images, estimates = (a[: len(own)] for a in out)
         yield own, images, estimates
 
@@ -196,7 +198,6 @@ def sample_cascade(
     settings: Sequence[Settings] | None = None,
     recorded_steps: tuple[int, ...] = (),
     report: Callable[[int], None] = lambda images: None,
-    on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Runs text through all stages, in the batches of `sample_stage`.
 
@@ -205,13 +206,11 @@ def sample_cascade(
         the parameters of only one stage in memory.
       text, mask: `[N, L, D]` and `[N, L]`, N at least 1.
       seeds: `[N]`, one per image, in [0, 2**32).
-      mesh: rows of a batch are split over its data and fsdp axes.
       lowres: `[N, h, w, 3]` uint8, for a cascade that starts with a super-resolution
         stage.
       settings: for each stage those of its N images, instead of its config's.
-      recorded_steps: K steps, from 0, whose estimates are returned too.
+      recorded_steps: as in `sampler.sample`.
       report: called with the number of images after each batch of each stage.
-      on_step: called on the host with the number of each step of each batch.
 
     Returns:
       For each stage its images, `[N, H, W, 3]` uint8, and for each stage the estimates
@@ -235,7 +234,6 @@ def sample_cascade(
             own,
             mesh,
             recorded_steps,
-            on_step,
         ):
             made.append(out)
             report(len(numbers))

@@ -72,29 +72,28 @@ def threshold(x0: jax.Array, kind: str, percentile: float) -> jax.Array:
 
 
 def percentile_of_size(x: jax.Array, percentile: float) -> jax.Array:
-    """The percentile of `|x|` of each row `[B]`, interpolated linearly as by numpy.
+    """The percentile of float32 `|x|` of each row `[B]`, linear between ranks as numpy.
 
     Exact, without a sort: floats that are not negative have the order of their bits, so
     the value at a rank is found by counting, two bits at a time from the highest. Each
     pass reads the row once, and devices that share a row exchange only counts.
     """
     rows = jnp.abs(x.reshape(len(x), -1))
-    unsigned = {4: jnp.uint32, 8: jnp.uint64}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(rows, unsigned)
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint32)
     place = percentile / 100 * (rows.shape[1] - 1)
     rank = math.floor(place)
 
     def two_bits(i, found):
-        shift = (8 * x.dtype.itemsize - 2 - 2 * i).astype(unsigned)
+        shift = (30 - 2 * i).astype(jnp.uint32)
         # The value is no less than a candidate that at most `rank` values lie below.
         digit = sum(
-            (jnp.sum(bits < (found | (unsigned(d) << shift))[:, None], 1) <= rank)
+            (jnp.sum(bits < (found | (jnp.uint32(d) << shift))[:, None], 1) <= rank)
             for d in (1, 2, 3)
         )
-        return found | (digit.astype(unsigned) << shift)
+        return found | (digit.astype(jnp.uint32) << shift)
 
-    start = jnp.zeros(len(x), unsigned)
-    found = jax.lax.fori_loop(0, 4 * x.dtype.itemsize, two_bits, start)
+    start = jnp.zeros(len(x), jnp.uint32)
+    found = jax.lax.fori_loop(0, 16, two_bits, start)
     value = jax.lax.bitcast_convert_type(found, x.dtype)
     # The next rank holds the same value again, or the smallest one above.
     above = jnp.where(bits > found[:, None], rows, jnp.inf).min(1)

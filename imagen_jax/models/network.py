@@ -36,30 +36,22 @@ def apply(
     return model.apply({"params": params}, z, logsnr, cond, rngs=rngs, **options)
 
 
-def layer_maxima(*args, **kwargs) -> list[dict[str, jax.Array]]:
+def layer_maxima(cfg: ModelConfig, *args) -> list[dict[str, jax.Array]]:
     """The largest absolute value that each layer returns; NaN if it returns one.
 
     Called like `apply`, it returns `{"down_0_first/residual/conv_1": maximum}`, float32
     scalars, for each layer in the order of the forward pass: a block after its parts.
     """
-    paths = []
-
-    def watch(layer, args, kwargs, context):
-        output = layer(*args, **kwargs)
-        if context.method_name == "__call__":
-            leaves = jax.tree.leaves(output)
+    # With remat flax would sort the layers by their names.
+    cfg = dataclasses.replace(cfg, remat="none")
+    _, found = apply(cfg, *args, capture_intermediates=True, mutable="intermediates")
+    maxima = []
+    for (*path, _), outputs in flatten_dict(found["intermediates"]).items():
+        leaves = jax.tree.leaves(outputs)
+        if path and leaves:
             largest = [jnp.abs(leaf).max().astype(jnp.float32) for leaf in leaves]
-            paths.append(context.module.path)
-            if largest:
-                maximum = jnp.stack(largest).max()
-                context.module.sow("maxima", "max", maximum, reduce_fn=lambda _, x: x)
-        return output
-
-    with nn.intercept_methods(watch):
-        _, variables = apply(*args, **kwargs, mutable=["maxima"])
-    flat = flatten_dict(variables["maxima"])
-    paths = [path for path in dict.fromkeys(paths) if path and (*path, "max") in flat]
-    return [{"/".join(path): flat[(*path, "max")]} for path in paths]
+            maxima.append({"/".join(path): jnp.stack(largest).max()})
+    return maxima
 
 
 def init(cfg: StageConfig, key: jax.Array):

@@ -15,7 +15,7 @@ from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
 from imagen_jax.models import network
 from imagen_jax.planning.chips import CHIPS, Chip
-from imagen_jax.planning.program import count_flops, forward_flops, read_program
+from imagen_jax.planning.program import Traffic, count_flops, forward_flops
 from imagen_jax.sharding import batch_sharding, row_shards
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.step import compile_train_step
@@ -114,7 +114,7 @@ def _compile(
         "program": memory.generated_code_size_in_bytes / GIB,
     }
     total, limit = sum(parts.values()), chip.memory_gib if chip else None
-    traffic = read_program(run.as_text(), mesh.size)
+    traffic = Traffic(run.as_text(), mesh.size)
     found = {
         "chip": kind,
         "chips": mesh.size,

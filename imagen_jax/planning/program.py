@@ -3,7 +3,6 @@
 XLA's own count takes loops once, a TPU's chip as main memory, and knows no exchanges.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -33,24 +32,6 @@ _OPERATION = re.compile(
 )
 _NAME = re.compile(r"%([\w.-]+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
-
-
-@dataclasses.dataclass
-class Traffic:
-    """What one device does in one run of a program."""
-
-    bytes: float = 0  # from and to main memory, without tiles' padding
-    cycles: int = 0  # of its clock, as the compiler estimates; 0 where it does not
-    # Exchanges by kind: their "count", and the "bytes" that the device sends for them.
-    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    unknown_loops: int = 0  # loops of unknown length, counted once
-
-
-def read_program(text: str, devices: int) -> Traffic:
-    """The traffic of a program on each of `devices`, from `compiled.as_text()`."""
-    reader = _Reader(text, devices)
-    reader.add("ENTRY", 1)
-    return reader.total
 
 
 @functools.lru_cache(maxsize=2**16)
@@ -106,31 +87,37 @@ def _parse(text: str) -> dict[str, _Computation]:
     return computations
 
 
-class _Reader:
-    """Adds up what a program's computations do."""
+class Traffic:
+    """What each of `devices` does in one run of a program, by `compiled.as_text()`."""
 
     def __init__(self, text: str, devices: int):
-        self.computations, self.devices, self.total = _parse(text), devices, Traffic()
+        self.bytes = 0.0  # from and to main memory, without tiles' padding
+        self.cycles = 0  # of its clock, as the compiler estimates; 0 if it does not
+        # Exchanges by kind: their "count", and the "bytes" that it sends for them.
+        self.collectives: dict[str, dict[str, float]] = {}
+        self.unknown_loops = 0  # loops of unknown length, counted once
+        self._computations, self._devices = _parse(text), devices
+        self._add("ENTRY", 1)
 
-    def add(self, name: str, times: int) -> None:
+    def _add(self, name: str, times: int) -> None:
         """Adds a computation that runs `times` times."""
-        inside = self.computations[name]
+        inside = self._computations[name]
         for each in inside.values():
             if each.kind == "while":
-                turns = self.turns(each)
-                self.total.unknown_loops += turns is None
-                self.add(each.attribute("body"), times * (turns or 1))
+                turns = self._turns(each)
+                self.unknown_loops += turns is None
+                self._add(each.attribute("body"), times * (turns or 1))
             elif each.kind in ("conditional", "call", "async-start"):
                 # Which branch is taken is unknown: the longest.
-                names = [n for n in _NAME.findall(each.rest) if n in self.computations]
-                self.add(max(names, key=lambda n: len(self.computations[n])), times)
+                names = [n for n in _NAME.findall(each.rest) if n in self._computations]
+                self._add(max(names, key=lambda n: len(self._computations[n])), times)
             elif not _FREE.fullmatch(each.kind) and "AllocateBuffer" not in each.rest:
-                self.total.bytes += times * self.moved(each, inside)
+                self.bytes += times * self._moved(each, inside)
                 if cycles := re.search(r'"estimated_cycles":"(\d+)"', each.rest):
-                    self.total.cycles += times * int(cycles[1])
-                self.add_exchange(each, inside, times)
+                    self.cycles += times * int(cycles[1])
+                self._add_exchange(each, inside, times)
 
-    def turns(self, loop: _Operation) -> int | None:
+    def _turns(self, loop: _Operation) -> int | None:
         """How often a loop runs: as noted, or by its condition.
 
         A TPU's compiler notes nothing, and may put two turns into one. Understood is
@@ -138,8 +125,8 @@ class _Reader:
         """
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
             return int(noted[1])
-        condition = self.computations[loop.attribute("condition")]
-        body = self.computations[loop.attribute("body")]
+        condition = self._computations[loop.attribute("condition")]
+        body = self._computations[loop.attribute("body")]
         *_, test = condition.values()
         *_, result = body.values()
         if test.attribute("direction") != "LT":
@@ -151,31 +138,31 @@ class _Reader:
         steps = [body[name].number for name in grown.operands]
         return next((-(-limit.number // step) for step in steps if step), None)
 
-    def add_exchange(self, operation: _Operation, inside: _Computation, times: int):
+    def _add_exchange(self, operation: _Operation, inside: _Computation, times: int):
         """Adds the exchange that an operation is, or that is fused into it."""
         fused = operation.attribute("calls") if operation.kind == "fusion" else ""
-        inside = self.computations[fused] if fused else inside
+        inside = self._computations[fused] if fused else inside
         for each in inside.values() if fused else [operation]:
             if found := _COLLECTIVE.fullmatch(each.kind):
                 # A TPU's program has these as all-reduces inside of such fusions.
                 kind = "reduce-scatter" if "all-reduce-scatter" in fused else found[1]
                 types = [inside[name].type for name in each.operands]
                 size = sum(size for type_ in types for size, _ in arrays(type_))
-                own = self.total.collectives.setdefault(kind, {"count": 0, "bytes": 0})
+                own = self.collectives.setdefault(kind, {"count": 0, "bytes": 0})
                 own["count"] += times
-                own["bytes"] += times * size * self.sent_share(kind, each.rest)
+                own["bytes"] += times * size * self._sent_share(kind, each.rest)
                 break
 
-    def sent_share(self, kind: str, rest: str) -> float:
+    def _sent_share(self, kind: str, rest: str) -> float:
         """What a device sends for an exchange in a ring, over what it has."""
         if kind.startswith("collective"):
             return 1
-        group = group_size(rest, self.devices)
+        group = group_size(rest, self._devices)
         if kind == "all-gather":
             return group - 1
         return (2 if kind == "all-reduce" else 1) * (group - 1) / group
 
-    def moved(self, operation: _Operation, inside: _Computation) -> float:
+    def _moved(self, operation: _Operation, inside: _Computation) -> float:
         """Bytes that an operation reads from and writes to main memory."""
         made, kind = _main(operation.type), operation.kind
         if kind in _SLICES:
@@ -188,12 +175,12 @@ class _Reader:
         for number, name in enumerate(operation.operands):
             if whole := _main(inside[name].type):
                 fused = operation.attribute("calls") if kind == "fusion" else ""
-                made += min(whole, self.read(number, fused) if fused else whole)
+                made += min(whole, self._read(number, fused) if fused else whole)
         return made
 
-    def read(self, number: int, fused: str) -> float:
+    def _read(self, number: int, fused: str) -> float:
         """Bytes of an operand's slices that a fusion reads; infinity for all of it."""
-        inside, total, names = self.computations[fused], 0.0, set()
+        inside, total, names = self._computations[fused], 0.0, set()
         for key, each in inside.items():
             if each.kind == "parameter" and each.inside == str(number):
                 names.add(key)
@@ -204,7 +191,7 @@ class _Reader:
                     total += sum(size for size, _ in arrays(each.type))
                 elif each.kind == "fusion":
                     place = each.operands.index(used.pop())
-                    total += self.read(place, each.attribute("calls"))
+                    total += self._read(place, each.attribute("calls"))
                 else:
                     return math.inf
         return total

@@ -112,16 +112,13 @@ def caption(scene: Scene) -> str:
     if number == 1:
         return _one(item)
     (count,) = (word for word, n in _COUNTS.items() if n == number)
-    return _join(count, item.size, item.colour, _PLURALS[item.shape])
+    words = count, item.size, item.colour, _PLURALS[item.shape]
+    return " ".join(filter(None, words))
 
 
 def _one(item: Item) -> str:
-    words = _join(item.size, item.colour, item.shape)
+    words = " ".join(filter(None, (item.size, item.colour, item.shape)))
     return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def _join(*words: str) -> str:
-    return " ".join(word for word in words if word)
 
 
 _SIZE_COLOUR = rf"(?:(small|large) )?({'|'.join(COLOURS)})"
@@ -139,14 +136,12 @@ def parse(text: str) -> Request:
       UserError: when `text` is no caption of a scene.
     """
     if found := _COUNTED.fullmatch(text):
-        count, size, colour, plural = found.groups()
+        count, size, colour, plural = found.groups("")
         shape = next(s for s in SHAPES if _PLURALS[s] == plural)
-        return Request(((size or "", colour, shape),) * _COUNTS[count])
+        return Request(((size, colour, shape),) * _COUNTS[count])
     if found := _CAPTION.fullmatch(text):
-        words, relation = found.groups(), found[4]
-        things = (words[:3], words[4:]) if relation else (words[:3],)
-        things = tuple((size or "", colour, shape) for size, colour, shape in things)
-        return Request(things, relation or "")
+        words, relation = found.groups(""), found[4] or ""
+        return Request((words[:3], words[4:]) if relation else (words[:3],), relation)
     raise UserError(
         f"{text!r} is not a caption of a shapes scene; write it like 'a red circle', "
         "'two small green squares' or 'a large blue ring left of a black cross', with "
@@ -287,6 +282,5 @@ def draw(scene: Scene, size: int) -> np.ndarray:
         dx, dy = (middles + (0.5 - at * fine) for at in (item.x, item.y))
         alpha = coverage(item.shape, dx[None, :], dy[:, None], item.radius * fine)
         picture += alpha[..., None] * (np.float32(COLOURS[item.colour]) - picture)
-    if factor > 1:
-        picture = picture.reshape(size, factor, size, factor, 3).mean((1, 3))
+    picture = picture.reshape(size, factor, size, factor, 3).mean((1, 3))
     return np.rint(picture).astype(np.uint8)

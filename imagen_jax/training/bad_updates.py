@@ -13,30 +13,22 @@ AVERAGED_STEPS = 100
 _REDEEMED_BY = 10
 
 
+def _zero(dtype) -> jax.Array:
+    return flax.struct.field(default_factory=lambda: jnp.zeros((), dtype))
+
+
 @flax.struct.dataclass
 class Guard:
-    """A run's memory of its updates; scalars, replicated."""
+    """A run's memory of its updates; scalars, replicated, at first all zero."""
 
-    skipped: jax.Array  # int32, updates skipped since the start of the run
-    # int32, grows by 10 with a skipped update and falls by 1 with another, down to 0.
-    debt: jax.Array
-    # bool, whether the debt has reached the budget; the state then stands still.
-    spent: jax.Array
-    averaged: jax.Array  # int32, updates in the averages
-    loss: jax.Array  # float32, its running average
-    gradient_norm: jax.Array  # float32, its running average
-
-
-def new_guard() -> Guard:
-    """The guard at the start of a run."""
-    return Guard(
-        skipped=jnp.zeros((), jnp.int32),
-        debt=jnp.zeros((), jnp.int32),
-        spent=jnp.zeros((), jnp.bool_),
-        averaged=jnp.zeros((), jnp.int32),
-        loss=jnp.zeros((), jnp.float32),
-        gradient_norm=jnp.zeros((), jnp.float32),
-    )
+    skipped: jax.Array = _zero(jnp.int32)  # updates skipped since the start of the run
+    # Grows by 10 with a skipped update and falls by 1 with another, down to 0.
+    debt: jax.Array = _zero(jnp.int32)
+    # Whether the debt has reached the budget; the state then stands still.
+    spent: jax.Array = _zero(jnp.bool_)
+    averaged: jax.Array = _zero(jnp.int32)  # updates in the averages
+    loss: jax.Array = _zero(jnp.float32)  # its running average
+    gradient_norm: jax.Array = _zero(jnp.float32)  # its running average
 
 
 def judge(

@@ -41,15 +41,31 @@ _FAULT_BYTES = 256
 class Checkpointer:
     """The `checkpoints` folder of one training workdir, local or gs://."""
 
-    def __init__(self, workdir: str, training: TrainingConfig | None = None):
-        """Opens the folder; `training` says what to keep, None is to read only."""
+    def __init__(
+        self,
+        workdir: str,
+        training: TrainingConfig | None = None,
+        alone: bool = False,
+    ):
+        """Opens the folder; `training` says what to keep, None is to read only.
+
+        All processes open it, and call its methods, together; or each `alone`.
+        """
         self.workdir = workdir
         # What is wrong with each step that was passed over.
         self.damaged: dict[int, str] = {}
         self._folder = epath.Path(workdir).resolve() / "checkpoints"
         self._training = training
+        own = jax.process_index()
         options = ocp.CheckpointManagerOptions(
-            create=False, read_only=True, save_interval_steps=0
+            create=False,
+            read_only=True,
+            save_interval_steps=0,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=own if alone else 0,
+                active_processes={own} if alone else None,
+                barrier_sync_key_prefix=str(own) if alone else None,
+            ),
         )
         if training:
             options = ocp.CheckpointManagerOptions(
@@ -75,10 +91,8 @@ class Checkpointer:
 
         `position` is where the data source stands, the same in all processes; by
         `metrics` the best checkpoints are kept; `unlogged` are the metrics of steps
-        without a line in the log.
-
-        Raises:
-          UserError: when the save before this one could not be written.
+        without a line in the log. Raises `UserError` when the save before this one
+        could not be written.
         """
         step = int(state.step)
         self.wait()
@@ -99,10 +113,8 @@ class Checkpointer:
         """The newest step with undamaged `items`, None when nothing has been saved.
 
         Newer damaged checkpoints are named on stderr and, unless this is read-only,
-        moved to `workdir/damaged`. All processes must call this together.
-
-        Raises:
-          UserError: when all are damaged, or the newest has another schema version.
+        moved to `workdir/damaged`. All processes must call this together. Raises
+        `UserError` when all are damaged, or the newest has another schema version.
         """
         self.wait()
         steps = sorted(self.manager.all_steps(), reverse=True)
@@ -142,8 +154,7 @@ class Checkpointer:
     ) -> tuple[TrainState, bytes]:
         """The state of a step on `mesh`, and its data position.
 
-        Raises:
-          UserError: when it is a state of another stage, or has no position.
+        Raises `UserError` when it is a state of another stage, or has no position.
         """
         like = abstract_state(cfg, mesh)
         args = ocp.args.Composite(

@@ -18,9 +18,8 @@ from imagen_jax.config import StageConfig
 from imagen_jax.errors import Stopped, UserError, did_you_mean, printable
 from imagen_jax.files import read_json
 from imagen_jax.sharding import check_batch_size
-from imagen_jax.training import claim as claims
 from imagen_jax.training.checkpoint import Checkpointer
-from imagen_jax.training.claim import Claim
+from imagen_jax.training.claim import FILE_NAME, Claim
 from imagen_jax.training.metrics import (
     IntervalMeans,
     MetricWriter,
@@ -57,8 +56,8 @@ def train(
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
         `set_state(bytes)` tell and take its position.
       mesh: of all devices.
-      preview: what is sampled as training goes; None for no previews.
-      stopwatch: measures this run, and is already running; None for a new one.
+      preview: what is sampled as training goes.
+      stopwatch: of this run, already running.
 
     Raises:
       UserError: for a workdir of another config or that cannot be written, a batch that
@@ -77,7 +76,7 @@ def train(
     try:
         with contextlib.ExitStack() as stack:
             claim = stack.enter_context(contextlib.closing(claim_workdir(cfg, workdir)))
-            writer = MetricWriter(workdir, stopwatch or Stopwatch(), claim, cfg)
+            writer = MetricWriter(workdir, stopwatch or Stopwatch(), cfg, claim)
             stack.enter_context(contextlib.closing(writer))
             checkpointer = Checkpointer(workdir, cfg.training)
             stack.enter_context(contextlib.closing(checkpointer))
@@ -99,10 +98,8 @@ def first_state(
     """The state that a run goes on from, where it comes from, and its unlogged steps.
 
     It is the newest checkpoint, else `training.init_from`, else random. `set_position`
-    takes the data source to where it stood at the checkpoint.
-
-    Raises:
-      UserError: when all checkpoints are damaged, or the named weights do not fit.
+    takes the data source to where it stood at the checkpoint. Raises `UserError` when
+    all checkpoints are damaged, or the named weights do not fit.
     """
     step = checkpointer.newest()
     if step is not None:
@@ -131,17 +128,11 @@ def first_state(
 def claim_workdir(cfg: StageConfig, workdir: str) -> Claim:
     """Takes `workdir` for a run of `cfg`; all processes do it together.
 
-    Raises:
-      UserError: when another run is at work there, the folder holds checkpoints of
-        another config or something else, or more steps would not learn.
+    Raises `UserError` when another run is at work there, the folder holds checkpoints
+    of another config or something else, or more steps would not learn.
     """
     _check_workdir(cfg, workdir)
     claim = Claim(workdir)
-    try:
-        _check_workdir(cfg, workdir)  # Another run may have come in between.
-    except UserError:
-        claim.close()
-        raise
     if jax.process_index() == 0:
         path = epath.Path(workdir) / _CONFIG
         partial = path.with_name(_PARTIAL)
@@ -153,41 +144,38 @@ def claim_workdir(cfg: StageConfig, workdir: str) -> Claim:
 def _check_workdir(cfg: StageConfig, workdir: str) -> None:
     folder = epath.Path(workdir)
     path = folder / _CONFIG
-    # Listed before it is asked for, or another process could write it in between.
-    names = {each.name for each in folder.iterdir()} if folder.exists() else set()
-    if path.exists():
-        old = config_lib.from_json(read_json(path, "the config of a run"), str(path))
-        saved = folder / "checkpoints"
-        names = [each.name for each in saved.iterdir()] if saved.exists() else []
-        step = max([int(name) for name in names if name.isdigit()], default=-1)
-        if step < 0:
-            return  # A run that has saved nothing is none to go on with.
-        end, last = cfg.optimizer.decay_steps, cfg.training.steps
-        if (
-            old.optimizer.decay_steps == end
-            and old.training.steps <= end <= step < last
-        ):
+    if not path.exists():
+        names = {each.name for each in folder.iterdir()} if folder.exists() else set()
+        if names - {_PARTIAL, FILE_NAME}:
             raise UserError(
-                f"{workdir} is at step {step}, and its learning rate is 0 from step "
-                f"{end} on: for training.steps={last} set "
-                "config.optimizer.decay_steps=0, which is the last step"
+                f"{workdir} is not empty and holds no config.json: give another "
+                "--workdir"
             )
-        ends = [c.optimizer.decay_steps in (0, c.training.steps) for c in (old, cfg)]
-        # A decay that ends with the training stretches with it.
-        free = (*_FREE, *(("optimizer.decay_steps",) if all(ends) else ()))
-        lines = [
-            line
-            for line in config_lib.difference(old, cfg)
-            if line.startswith(_FIXED) or not line.startswith(free)
-        ]
-        if lines:
-            raise UserError(
-                f"{workdir} holds a run of another config: give a new --workdir, or "
-                f"the old values (there -> here): {', '.join(lines)}"
-            )
-    elif names - {_PARTIAL, claims.FILE_NAME}:
+        return
+    old = config_lib.from_json(read_json(path, "the config of a run"), str(path))
+    saved = [each.name for each in (folder / "checkpoints").glob("*")]
+    step = max([int(name) for name in saved if name.isdigit()], default=-1)
+    if step < 0:
+        return  # A run that has saved nothing is none to go on with.
+    end, last = cfg.optimizer.decay_steps, cfg.training.steps
+    if old.optimizer.decay_steps == end and old.training.steps <= end <= step < last:
         raise UserError(
-            f"{workdir} is not empty and holds no config.json: give another --workdir"
+            f"{workdir} is at step {step}, and its learning rate is 0 from step {end} "
+            f"on: for training.steps={last} set config.optimizer.decay_steps=0, which "
+            "is the last step"
+        )
+    ends = [c.optimizer.decay_steps in (0, c.training.steps) for c in (old, cfg)]
+    # A decay that ends with the training stretches with it.
+    free = (*_FREE, *(("optimizer.decay_steps",) if all(ends) else ()))
+    lines = [
+        line
+        for line in config_lib.difference(old, cfg)
+        if line.startswith(_FIXED) or not line.startswith(free)
+    ]
+    if lines:
+        raise UserError(
+            f"{workdir} holds a run of another config: give a new --workdir, or the "
+            f"old values (there -> here): {', '.join(lines)}"
         )
 
 
@@ -225,13 +213,11 @@ def _run(cfg, batches, mesh, preview, checkpointer, writer):
             recovery.note(step)
             with stopwatch.bucket("input_wait", running=loss):
                 batch = next(batches)
+            with stopwatch.bucket("compile" if loss is None else "step"):
+                state, metrics = step_fn(state, batch)
             if loss is None:
-                with stopwatch.bucket("compile"):
-                    state, metrics = step_fn(state, batch)
                 writer.event("compile", first)
                 bar.unpause()
-            else:
-                state, metrics = step_fn(state, batch)
             loss = metrics["loss"]
             bar.update()
             means.add(step, metrics)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.loss import LOGSNR_EDGES
+from imagen_jax.files import write_text
 from imagen_jax.training.claim import Claim
 from imagen_jax.training.page import page
 
@@ -91,13 +92,13 @@ class MetricWriter:
         self,
         workdir: str,
         stopwatch: Stopwatch,
+        cfg: StageConfig,
         claim: Claim | None = None,
-        cfg: StageConfig | None = None,
     ):
-        """Opens the logs of `workdir`; `begin` comes before the first metrics.
+        """Opens the logs of a run of `cfg`; `begin` comes before the first metrics.
 
-        Once another run has taken `claim`, nothing is copied to a bucket. With a `cfg`
-        there is a page, and what Weights & Biases is told if WANDB_PROJECT is set.
+        Once another run has taken `claim`, nothing is copied to a bucket. Weights &
+        Biases is told too, if it is installed and WANDB_PROJECT is set.
         """
         self.stopwatch, self.claim, self.cfg = stopwatch, claim, cfg
         self.workdir, self._step, self._wandb = workdir, 0, None
@@ -114,21 +115,17 @@ class MetricWriter:
         board = self.folder / "tensorboard"
         board.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVENTS):
-            path = self.folder / name
             if self.bucket and (self.bucket / name).exists():
-                path.write_bytes((self.bucket / name).read_bytes())
-            # A kill may have cut the last line: the next one must be whole.
-            if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
-                with path.open("a") as file:
-                    file.write("\n")
+                (self.folder / name).write_bytes((self.bucket / name).read_bytes())
+        # A kill may have cut the last event; `begin` drops the last line of metrics.
+        path = self.folder / EVENTS
+        if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+            with path.open("a") as file:
+                file.write("\n")
         # A SummaryWriter's thread dies of a full disk, and then all others wait for it.
         self._tensorboard = EventsWriter(str(board / "events"))
         self._flushed_at = time.monotonic()
-        if (
-            cfg
-            and os.environ.get("WANDB_PROJECT")
-            and importlib.util.find_spec("wandb")
-        ):
+        if os.environ.get("WANDB_PROJECT") and importlib.util.find_spec("wandb"):
             import wandb
 
             own = hashlib.sha256(os.path.abspath(workdir).encode()).hexdigest()[:16]
@@ -142,9 +139,7 @@ class MetricWriter:
         path = self.folder / METRICS
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(x for x in lines if _step(x) <= step))
-            partial.replace(path)
+            write_text(path, "".join(line for line in lines if _step(line) <= step))
         # At this TensorBoard drops what it has of later steps.
         self._write_event(step + 1, session_log={"status": 1})
 
@@ -210,8 +205,7 @@ class MetricWriter:
         if time.monotonic() - self._flushed_at < seconds:
             return
         self._tensorboard.flush()
-        if self.cfg:
-            self._write_page()
+        self._write_page()
         taken = self.bucket and self.claim and self.claim.taken_by()
         files = self.folder.rglob("*") if self.bucket and not taken else ()
         for path in filter(pathlib.Path.is_file, files):
@@ -228,9 +222,7 @@ class MetricWriter:
         # Those of later steps are of a run that was here before.
         names = sorted(n for n in names if n.partition(".")[0] <= f"{self._step:08d}")
         newest = [f"{PREVIEWS}/{name}" for name in names[: -1 - _SHOWN : -1]]
-        partial = self.folder / f"{PAGE}.partial"
-        partial.write_text(page(self.cfg, *lines, newest), "utf8")
-        partial.replace(self.folder / PAGE)
+        write_text(self.folder / PAGE, page(self.cfg, *lines, newest))
 
 
 def _step(line: str) -> float:
@@ -264,9 +256,7 @@ class IntervalMeans:
         self.spent: dict[str, float] | None = None
         self._rows: list[Mapping[str, Any]] = []  # on the devices
         self._unsaved: list[Mapping[str, Any]] = []  # on the host, not in a checkpoint
-        # When the last line was written, and the steps fetched since.
-        self._clock: float | None = None
-        self._timed = 0
+        self._clock: float | None = None  # when the last line was written
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step that has been handed to the devices."""
@@ -287,7 +277,6 @@ class IntervalMeans:
             row = jax.tree.map(lambda x: np.asarray(x).tolist(), row)
             self.unlogged.append(row)
             self._unsaved.append(row)
-            self._timed += 1
             if self.spent:
                 self._write(number)
 
@@ -303,10 +292,10 @@ class IntervalMeans:
         line = {"skipped_updates": skipped, **_means(rows)}
         now = time.perf_counter()
         if self._clock is not None:
-            rate = self._timed / (now - self._clock)
+            rate = len(rows) / (now - self._clock)
             line["steps_per_second"] = rate
             line["images_per_second"] = rate * self.cfg.training.batch_size
-        self._clock, self._timed = now, 0
+        self._clock = now
         self.writer.scalars(step, line)
         self.writer.event("steps", step)
         shown = {"loss": line.get("loss")} | ({"skipped": skipped} if skipped else {})

@@ -78,25 +78,21 @@ def sheet(
     side = samples.shape[1]
     side *= -(-_TILE // side)
     known, count = len(preview.image), len(samples)
-    rows = {"sampled": samples, "real": preview.image}
-    if lowres is not None:
-        rows = {"input": lowres} | rows
-    blocks = []
+    columns = min(_COLUMNS, max(known, count - known))
+    given = {} if lowres is None else {"input": lowres}
+    pictures, captions, names = [], [], []
     for start, end in ((0, known), (known, count)):
-        for i in range(start, end, _COLUMNS):
-            own = slice(i, min(i + _COLUMNS, end))
-            shown = {n: images.enlarge(x[own], side) for n, x in rows.items()}
-            if start:  # Nobody knows how a prompt really looks.
-                del shown["real"]
-            captions = preview.captions[own]
-            above = [""] * (len(captions) * (len(shown) - 1))
-            pictures = np.concatenate(list(shown.values()))
-            names, texts = list(shown), [*above, *captions]
-            blocks.append(images.grid(pictures, len(captions), texts, names))
-    width = max(block.shape[1] for block in blocks)
-    return np.concatenate(
-        [
-            np.pad(b, ((0, 0), (0, width - b.shape[1]), (0, 0)), constant_values=255)
-            for b in blocks
-        ]
-    )
+        # Nobody knows how a prompt really looks.
+        real = {} if start else {"real": preview.image}
+        shown = given | {"sampled": samples} | real
+        for i in range(start, end, columns):
+            own = slice(i, min(i + columns, end))
+            empty = columns - (own.stop - i)
+            for rows in shown.values():
+                row = images.enlarge(rows[own], side)
+                white = ((0, empty), (0, 0), (0, 0), (0, 0))
+                pictures.append(np.pad(row, white, constant_values=255))
+            captions += [""] * columns * (len(shown) - 1)
+            captions += [*preview.captions[own], *[""] * empty]
+            names += shown
+    return images.grid(np.concatenate(pictures), columns, captions, names)

@@ -74,12 +74,9 @@ class Recovery:
     def recover(self, state: TrainState, recorded: dict[str, float]) -> TrainState:
         """The state to go on from; the data source then stands after the bad batch.
 
-        Args:
-          state: after the step that spent the budget; its arrays are freed.
-          recorded: "loss" and "gradient_norm" of that step.
-
-        Raises:
-          UserError: when the run is to stop, or was rolled back to here before.
+        `state` is that after the step that spent the budget, and freed; `recorded` has
+        the step's "loss" and "gradient_norm". Raises `UserError` when the run is to
+        stop, or was rolled back to the same checkpoint before.
         """
         step, training = int(state.step), self.cfg.training
         folder, cause = self._write_bundle(state, recorded)
@@ -242,13 +239,8 @@ def replay(bundle: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Repeats the step of a bundle on the first device.
 
     Each microbatch holds as many rows as one device of the run, unless there is
-    dropout: its masks depend on the microbatches.
-
-    Returns:
-      The bundle's record, and what `examine` finds here.
-
-    Raises:
-      UserError: for a folder that is no bundle, or a damaged one.
+    dropout: its masks depend on the microbatches. Returns the bundle's record, and what
+    `examine` finds here; raises `UserError` for a damaged bundle or another folder.
     """
     check_store(bundle)
     folder = epath.Path(bundle)

@@ -14,7 +14,7 @@ from imagen_jax.compilation import compiler_options
 from imagen_jax.config import StageConfig
 from imagen_jax.models import network
 from imagen_jax.sharding import state_shardings
-from imagen_jax.training.bad_updates import Guard, new_guard
+from imagen_jax.training.bad_updates import Guard
 from imagen_jax.training.optimizer import make_optimizer
 
 
@@ -41,7 +41,7 @@ def _fresh(cfg: StageConfig, params: Any) -> TrainState:
         # A copy of its own: both are donated to the step.
         ema=jax.tree.map(jnp.copy, params),
         opt_state=make_optimizer(cfg.optimizer, cfg.training.steps).init(params),
-        guard=new_guard(),
+        guard=Guard(),
     )
 
 

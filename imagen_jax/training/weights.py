@@ -36,8 +36,10 @@ class Weights:
     def load(self, like: Any) -> Any:
         """The parameters, cast and placed like the abstract arrays of `like`."""
         if not self.files:
-            with contextlib.closing(Checkpointer(self.path)) as checkpointer:
-                return checkpointer.ema(like, self.step)
+            # On devices of this process: the others may be loading something else.
+            alone = all(x.sharding.is_fully_addressable for x in jax.tree.leaves(like))
+            with contextlib.closing(Checkpointer(self.path, alone=alone)) as opened:
+                return opened.ema(like, self.step)
         flat = traverse_util.flatten_dict(like, sep=".")
         placed = {name: self._read(name, leaf) for name, leaf in flat.items()}
         return traverse_util.unflatten_dict(placed, sep=".")
@@ -74,8 +76,7 @@ class Weights:
 def open_weights(path: str) -> Weights:
     """The weights in a workdir, in a folder of `export` or in a .safetensors file.
 
-    Raises:
-      UserError: when `path` is none of them, or damaged.
+    Raises `UserError` when `path` is none of them, or damaged.
     """
     check_store(path)
     folder = epath.Path(path)

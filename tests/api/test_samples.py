@@ -9,10 +9,19 @@ import pytest
 
 from imagen_jax import images, sharding
 from imagen_jax.api import samples
-from imagen_jax.api.cascade import all_cells, sample_prompts, with_sampler
+from imagen_jax.api.cascade import (
+    Texts,
+    all_cells,
+    load,
+    sample_prompts,
+    settings,
+    with_sampler,
+)
 from imagen_jax.api.samples import Job, make
 from imagen_jax.config import MeshConfig
+from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.errors import UserError
+from imagen_jax.text.encoders import load_encoder
 from tests import tiny
 
 PROMPTS = ["a red circle", "two blue squares", "красный круг"]
@@ -60,7 +69,7 @@ def test_every_picture_has_its_file_and_its_line(whole):
 
 def test_they_are_those_that_python_gets(whole, mesh):
     rows = [prompt for prompt in PROMPTS for _ in "ab"]
-    made, _ = sample_prompts(STAGES, rows, np.arange(5, 11), mesh)
+    made = sample_prompts(STAGES, rows, np.arange(5, 11), mesh)
     for stage, of_stage in enumerate(made):
         for number, picture in enumerate(of_stage):
             path = job(whole).path(number, stage)
@@ -199,7 +208,7 @@ def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkey
     grey = {name: np.full((8, 8, 3), 100 * i, np.uint8) for i, name in enumerate("ab")}
     cells = all_cells([SR], [(1.0, 3.0)], [(0.1, 0.9)])
     asked = {"prompts": PROMPTS[:2], "cells": cells, "num_images": 1}
-    asked |= {"lowres": ["a", "b"], "read_lowres": grey.get, "trained": STAGES[1:]}
+    asked |= {"lowres": list(grey.items()), "trained": STAGES[1:]}
     make(job(tmp_path / "x", **asked, recorded_steps=(0, 1)), mesh)
     found = lines(tmp_path / "x")
     assert [line["lowres"] for line in found] == ["a"] * 4 + ["b"] * 4
@@ -207,8 +216,16 @@ def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkey
     want = [([w], [level]) for level in (0.1, 0.9) for w in (1.0, 3.0)] * 2
     assert [(line["guidance"], line["aug_level"]) for line in found] == want
     lowres = np.stack([grey[name] for name in "aaaabbbb"])
-    (made,), (estimates,) = sample_prompts(
-        STAGES[1:], PROMPTS[:2], np.array([5, 6]), mesh, "", lowres, cells, (0, 1)
+    prompts = [PROMPTS[0]] * 4 + [PROMPTS[1]] * 4
+    own = settings([cell.configs[0] for cell in cells] * 2)
+    (made,), (estimates,) = sample_cascade(
+        [load(STAGES[1], mesh)],
+        *Texts(load_encoder(SR.text.encoder), SR.text.length, prompts)(prompts),
+        np.repeat([5, 6], 4),
+        mesh,
+        lowres,
+        [own],
+        (0, 1),
     )
     for number, picture in enumerate(made):
         np.testing.assert_array_equal(

@@ -284,9 +284,19 @@ def test_steps_are_told(inputs):
     def tell(step):
         seen.append(int(step))
 
-    _sample(
-        [SR], **inputs, lowres=np.zeros((PICTURES, 4, 4, 3), np.uint8), on_step=tell
+    own = cascade.Settings.of(SR.cfg.sampler, PICTURES)
+    lowres = np.zeros((PICTURES, 4, 4, 3), np.uint8)
+    seeds = inputs["seeds"].astype(np.uint32)
+    given = cascade.Inputs(seeds, inputs["text"], inputs["mask"], *own, lowres)
+
+    def give(numbers):
+        return jax.tree.map(lambda a: a[numbers], given)
+
+    everyone, mesh = np.arange(PICTURES), _mesh()
+    batches = cascade.sample_stage(
+        SR, everyone, PICTURES, give, own, mesh, on_step=tell
     )
+    assert len(list(batches)) == 3
     jax.effects_barrier()
     # Five pictures in batches of two, four steps each.
     assert seen == [0, 1, 2, 3] * 3

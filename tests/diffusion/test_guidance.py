@@ -110,14 +110,6 @@ def test_percentile_is_numpys_image_by_image(percentile):
         np.testing.assert_allclose(have, want, rtol=3 * EPS)
 
 
-def test_percentile_in_float64():
-    x = np.random.default_rng(0).normal(size=(3, 8, 8, 3))
-    with jax.enable_x64():
-        have = percentile_of_size(jnp.asarray(x), 99.5)
-    want = np.percentile(np.abs(x).reshape(3, -1), 99.5, axis=1)
-    np.testing.assert_allclose(have, want, rtol=1e-15)
-
-
 @pytest.mark.parametrize("percentile", [50.0, 99.5, 100.0])
 def test_dynamic_threshold_is_the_papers_image_by_image(percentile):
     rng = np.random.default_rng(0)

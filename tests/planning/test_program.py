@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from imagen_jax.planning.program import arrays, group_size, read_program
+from imagen_jax.planning.program import Traffic, arrays, group_size
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ ENTRY %main (x: f32[8], y: f32[8], i: s32[]) -> (f32[8], f32[8]) {
     ],
 )
 def test_what_an_operation_moves(what, moved):
-    assert read_program(PROGRAM.replace("WHAT", what), 1).bytes == moved
+    assert Traffic(PROGRAM.replace("WHAT", what), 1).bytes == moved
 
 
 def read(run, *shapes, devices=1):
     """What `run` does with arrays of these shapes, compiled here."""
     arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
     compiled = jax.jit(run).lower(*arrays).compile()
-    return read_program(compiled.as_text(), devices), compiled.cost_analysis()
+    return Traffic(compiled.as_text(), devices), compiled.cost_analysis()
 
 
 def test_a_product_moves_its_arrays():
@@ -146,11 +146,11 @@ ENTRY %main (x: f32[8]) -> (f32[8], s32[]) {
 @pytest.mark.parametrize(("step", "turns"), [(1, 7), (2, 4), (7, 1)])
 def test_a_loop_is_counted_by_its_step_and_its_limit(step, turns):
     """A TPU's compiler notes no counts, and may make loops in steps of two."""
-    program = read_program(LOOP.replace("STEP", str(step)), 1)
+    program = Traffic(LOOP.replace("STEP", str(step)), 1)
     # The sum of the counter, and y of x.
     assert program.bytes == turns * (2 * 4 * 8 + 3 * 4)
     assert not program.unknown_loops
-    unknown = read_program(LOOP.replace("direction=LT", "direction=NE"), 1)
+    unknown = Traffic(LOOP.replace("direction=LT", "direction=NE"), 1)
     assert unknown.unknown_loops == 1 and unknown.bytes == 2 * 4 * 8 + 3 * 4
 
 
@@ -260,7 +260,7 @@ copy-start(%y)
 
 def test_a_tpus_program():
     """Scattered sums inside fusions, early starts, memory on the chip, cycles."""
-    program = read_program(TPU, 4)
+    program = Traffic(TPU, 4)
     assert program.collectives == {
         "all-gather": {"count": 1, "bytes": 3 * 4 * 8 * 16},
         "collective-permute": {"count": 1, "bytes": 4 * 8 * 16},

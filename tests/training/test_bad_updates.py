@@ -119,7 +119,7 @@ def test_a_spike_is_what_exceeds_its_average():
     """The means are plain ones of 100 updates, then decay; spikes are in none."""
     cfg = TrainingConfig(spike_factor=3.0)
     judge = jax.jit(functools.partial(guard.judge, cfg=cfg))
-    now = guard.new_guard()
+    now = guard.Guard()
     rng = np.random.default_rng(0)
     losses, norms = rng.uniform(0.8, 1.2, (2, guard.AVERAGED_STEPS))
     # Before there is an average nothing exceeds it.
@@ -152,7 +152,7 @@ def test_ten_updates_make_up_for_one_skipped():
     )
 
     def run(losses):
-        now = guard.new_guard()
+        now = guard.Guard()
         for loss in losses:
             _, now = judge(now, np.float32(loss), np.float32(1))
         return now
@@ -163,7 +163,7 @@ def test_ten_updates_make_up_for_one_skipped():
     assert run([np.nan, *[1.0] * 9, np.nan, np.nan]).spent
     assert not run([1.0] * 3).spent
     never = functools.partial(guard.judge, cfg=TrainingConfig(skip_budget_steps=0))
-    now = guard.new_guard().replace(debt=np.int32(10**6))
+    now = guard.Guard().replace(debt=np.int32(10**6))
     assert not never(now, np.float32(np.nan), np.float32(1))[1].spent
 
 

@@ -145,7 +145,7 @@ def test_rates_are_those_of_the_clock(monkeypatch):
 def test_what_is_done_again_is_logged_again(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"ev')
-    writer = MetricWriter(str(tmp_path), Stopwatch())
+    writer = MetricWriter(str(tmp_path), Stopwatch(), tiny.stage())
     writer.begin(1)
     writer.scalars(2, {"loss": 0.5})
     writer.event("steps", 2, more=1)
@@ -164,7 +164,7 @@ def test_tensorboard_gets_the_same(tmp_path):
     import tensorflow as tf
 
     threads = set(threading.enumerate())
-    writer = MetricWriter(str(tmp_path), Stopwatch())
+    writer = MetricWriter(str(tmp_path), Stopwatch(), tiny.stage())
     for step in range(1, 40):
         writer.scalars(step, {"loss": 0.5 * step, "loss_by_logsnr/to_0": 2.0})
     picture = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
@@ -192,7 +192,7 @@ def test_tensorboard_gets_the_same(tmp_path):
 
 def test_a_full_disk_is_an_error_of_whoever_writes(tmp_path, monkeypatch):
     """Also when only TensorBoard's file finds no room."""
-    writer = MetricWriter(str(tmp_path), Stopwatch())
+    writer = MetricWriter(str(tmp_path), Stopwatch(), tiny.stage())
     full = open("/dev/full", "wb")
     monkeypatch.setattr(writer._tensorboard._py_recordio_writer, "_writer", full)
     with pytest.raises(OSError, match="No space left"):
@@ -224,11 +224,11 @@ def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     cfg = tiny.stage()
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    MetricWriter(str(tmp_path), Stopwatch(), None, cfg).close()
+    MetricWriter(str(tmp_path), Stopwatch(), cfg).close()
     assert not runs
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     for folder in ("a", "a", "b"):
-        writer = MetricWriter(str(tmp_path / folder), Stopwatch(), None, cfg)
+        writer = MetricWriter(str(tmp_path / folder), Stopwatch(), cfg)
         writer.scalars(2, {"loss": 0.5})
         writer.image(2, "samples", np.zeros((4, 6, 3), np.uint8))
         writer.close()

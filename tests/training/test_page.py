@@ -1,7 +1,9 @@
-"""The page of a workdir: what it shows of the logs, and on a telephone."""
+"""The page of a workdir: what it shows of the logs, and on a telephone; curves."""
 
 import html.parser
 import json
+import math
+import re
 import shutil
 import subprocess
 
@@ -10,7 +12,7 @@ import pytest
 
 from imagen_jax import images
 from imagen_jax.training.metrics import MetricWriter, Stopwatch
-from imagen_jax.training.page import page
+from imagen_jax.training.page import curve, page
 from tests import tiny
 from tests.clock import Clock
 
@@ -93,9 +95,7 @@ def test_a_workdir_has_its_page(tmp_path):
     for step in (2, 9):
         (tmp_path / "samples").mkdir(exist_ok=True)
         images.save(tmp_path / "samples" / f"{step:08d}.png", np.zeros((4, 4, 3), "u1"))
-    writer = MetricWriter(
-        str(tmp_path), Stopwatch(clock.monotonic, clock.wall), None, cfg
-    )
+    writer = MetricWriter(str(tmp_path), Stopwatch(clock.monotonic, clock.wall), cfg)
     writer.event("start", 0)
     first = (tmp_path / "index.html").read_text()
     writer.scalars(2, {"loss": 0.5})
@@ -134,3 +134,36 @@ def test_it_fits_its_window(tmp_path, width):
         timeout=120,
     ).stdout
     assert f"<title>1100,{width},{width}</title>" in shown, shown[:500]
+
+
+def heights(svg):
+    """Above the axis at 200, in the order of the points."""
+    (line,) = re.findall(r'points="([^"]+)"', svg)
+    return [200 - float(point.split(",")[1]) for point in line.split()]
+
+
+def labels(svg):
+    """The marks of the axis by their heights."""
+    found = re.findall(r"M0 ([\d.]+)H.*?<text[^>]*>([^<]+)", svg)
+    return {200 - float(y): float(text) for y, text in found}
+
+
+def test_heights_are_those_of_the_values():
+    svg = curve("loss", [(1, 2.0), (2, 1.0), (4, 0.0)])
+    assert heights(svg) == [190, 95, 0]
+    assert labels(svg) == {190: 2, 95: 1, 0: 0}
+
+
+def test_on_a_log_axis_each_decade_is_as_high():
+    svg = curve("loss", [(n, 10.0**-n) for n in range(5)], log=True)
+    up = heights(svg)
+    assert [a - b for a, b in zip(up, up[1:])] == pytest.approx([190 / 4] * 4)
+    assert labels(svg) == {190: 1, 95: 0.01, 0: 0.0001}
+
+
+def test_what_an_axis_cannot_show_is_left_out():
+    points = [(1, math.nan), (2, 3.0), (3, math.inf), (4, 0.0), (5, -1.0), (6, 3.0)]
+    assert heights(curve("x", points, log=True)) == [0, 0]
+    assert curve("x", points[:1]) == curve("x", []) == ""
+    assert heights(curve("x", [(0, 0.0)])) == [0]
+    assert "a &lt;b&gt;: 3 at step 2" in curve("a <b>", points[:2])

@@ -81,7 +81,7 @@ def test_prompts_are_sampled_beside_the_examples(tmp_path, monkeypatch):
         return np.zeros((256, 256, 3), np.uint8)
 
     monkeypatch.setattr(previews, "sheet", record)
-    writer = MetricWriter(str(tmp_path), Stopwatch())
+    writer = MetricWriter(str(tmp_path), Stopwatch(), cfg)
     for prompts in (0, 3):
         own = [0, 1, *range(3, 3 + prompts)]
         text, mask = batch.text[own], batch.mask[own]
