@@ -9,7 +9,8 @@ import numpy as np
 
 from imagen_jax.batch import Batch, downsample, pad_text
 from imagen_jax.config import StageConfig
-from imagen_jax.data.manifest import NPZ, Manifest, to_json
+from imagen_jax.data.choice import choice, nothing_left
+from imagen_jax.data.manifest import NPZ, Manifest, Source, to_json
 from imagen_jax.data.order import crop_corner, is_flipped
 from imagen_jax.errors import UserError
 from imagen_jax.files import read_arrays
@@ -112,13 +113,15 @@ def read_captions(path: str, count: int) -> list[bytes]:
 
 
 def open_npz(
-    cfg: StageConfig, manifest: Manifest, rows: np.ndarray
+    cfg: StageConfig, source: Source, rows: np.ndarray, heldout: bool
 ) -> Callable[[int], Iterator[Batch]]:
     """Loads a .npz file; the result yields batches from any number on.
 
-    In every epoch each example comes once, in a permutation of (data.seed, epoch).
-    `rows` `[n]` int64 are the rows of every batch that are wanted, ascending.
+    In every epoch each example that `choice` leaves comes once, in a permutation of
+    (data.seed, epoch). `rows` `[n]` int64 are the rows of every batch that are wanted,
+    ascending.
     """
+    manifest = source.manifest
     path, size, crop = cfg.data.records, cfg.image_size, cfg.crop_size
     if cfg.data.square != "middle":
         raise UserError(
@@ -128,6 +131,12 @@ def open_npz(
     values = read(path, manifest)
     image, text, offset, ids = (values[n] for n in ("image", "text", "offset", "id"))
     captions = np.array(read_captions(path, len(ids)), object)
+    chosen = np.arange(len(ids))
+    if is_chosen := choice(cfg.data, source, heldout):
+        scores = values["scores"].T if manifest.scores else ()
+        chosen = np.flatnonzero(is_chosen(ids, dict(zip(manifest.scores, scores))))
+    if not len(chosen):
+        raise nothing_left(cfg.data, path, heldout)
     side = image.shape[1]
     if side not in (size * 2**k for k in range(16)):
         raise UserError(
@@ -139,12 +148,13 @@ def open_npz(
         image = np.concatenate([downsample(chunk, size) for chunk in chunks])
 
     def batch_at(number: int) -> Batch:
-        epochs, places = np.divmod(number * cfg.training.batch_size + rows, len(ids))
+        count = len(chosen)
+        epochs, places = np.divmod(number * cfg.training.batch_size + rows, count)
         own = np.empty(len(rows), np.int64)
         for epoch in np.unique(epochs):
             random = np.random.default_rng((cfg.data.seed % 2**32, int(epoch)))
             here = epochs == epoch
-            own[here] = random.permutation(len(ids))[places[here]]
+            own[here] = chosen[random.permutation(count)[places[here]]]
         images = image[own]
         if crop:
             corners = zip(*crop_corner(cfg, ids[own], epochs))

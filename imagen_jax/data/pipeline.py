@@ -1,6 +1,8 @@
 """From a config to batches on the devices, whatever its records are."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -134,11 +136,11 @@ class Stream:
     def __next__(self) -> Batch:
         """The next batch: fields as in `batch_spec`, global arrays."""
         if self._host is None:
-            self._host = self._batches_from(self._consumed)
-            self._ahead = self._to_devices(next(self._host))
+            self._host = self.on_host()
+            self._ahead = self.to_devices(next(self._host))
         batch = self._ahead
         # Copied while the devices work on `batch`; not counted until it is handed out.
-        self._ahead = self._to_devices(next(self._host))
+        self._ahead = self.to_devices(next(self._host))
         for fault in self._faults.pop(self._consumed, ()):
             self._damaged += 1
             if self._damaged > self._max_damaged:
@@ -150,7 +152,12 @@ class Stream:
         self._consumed += 1
         return batch
 
-    def _to_devices(self, batch: Batch) -> Batch:
+    def on_host(self) -> Iterator[Batch]:
+        """This host's rows of the batches from the position on; which stays."""
+        return self._batches_from(self._consumed)
+
+    def to_devices(self, batch: Batch) -> Batch:
+        """The global batch of which this host has the rows of `batch`."""
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self._sharding, x),
             batch.replace(caption=None),
@@ -161,7 +168,7 @@ class Stream:
 
         Captions are cut to 512 bytes. The position stays.
         """
-        host = next(self._batches_from(self._consumed))
+        host = next(self.on_host())
         cut = [
             caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in host.caption
         ]
@@ -171,7 +178,7 @@ class Stream:
             lambda *arrays: jax.tree.map(lambda x: x[:count], arrays),
             out_shardings=sharding.replicated(self._sharding.mesh),
         )
-        batch, text = jax.device_get(first(self._to_devices(host), text))
+        batch, text = jax.device_get(first(self.to_devices(host), text))
         captions = [row.tobytes().rstrip() for row in text]
         return batch.replace(caption=np.array(captions, object))
 
@@ -208,15 +215,19 @@ class Stream:
 
 
 def open_records(
-    cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None
+    cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None, heldout: bool = False
 ) -> Stream:
     """The batches of `config.data.records` on this host.
 
     Their order (`imagen_jax.data.order`) is a function of the config and the records.
     Of K mixed sources, the k-th has the example numbers that are k modulo K.
     `rows` `[n]` int64 are the rows of every batch that are wanted here, ascending; by
-    default those that this host's devices hold.
+    default those that this host's devices hold. `heldout` opens the records that
+    training does not see, by one reader on every host.
     """
+    if heldout:
+        data = dataclasses.replace(cfg.data, readers=1, shuffle_examples=1)
+        cfg = dataclasses.replace(cfg, data=data)
     cfg, sources = open_sources(cfg)
     size = cfg.training.batch_size
     sharding.check_batch_size(size, mesh, "training.batch_size")
@@ -235,8 +246,12 @@ def open_records(
     }
     if cfg.data.flip:
         identity["data.flip"] = True
+    if cfg.data.filter:
+        identity["data.filter"] = list(cfg.data.filter)
+    if cfg.data.heldout_share:
+        identity["data.heldout_share"] = cfg.data.heldout_share
     if sources[0].is_npz:
-        batches_from = memory.open_npz(cfg, sources[0].manifest, rows)
+        batches_from = memory.open_npz(cfg, sources[0], rows, heldout)
         return Stream(batches_from, mesh, identity)
 
     start_tensorflow()
@@ -255,7 +270,7 @@ def open_records(
         order.host_reads, cfg, weights, blocks, readers, rows
     )
     read = len(next(host_reads(0)[1])[0])
-    if read > 2 * len(rows):
+    if read > 2 * len(rows) and not heldout:
         log.warning(
             "this host reads %.3g times as many records as it keeps: set "
             "config.data.readers to the number of hosts, and prepare at least as many "
@@ -269,9 +284,23 @@ def open_records(
             records.check_files(source.path, shards)
     faults = {}
     batches_from = records.batch_reader(
-        cfg, sources, groups, host_reads, len(rows), faults
+        cfg, sources, groups, host_reads, len(rows), faults, heldout
     )
     return Stream(batches_from, mesh, identity, faults, cfg.data.max_damaged)
+
+
+class HeldOut:
+    """The first batches of records that training does not see, kept on the hosts."""
+
+    def __init__(self, cfg: StageConfig, mesh: Mesh):
+        """Reads so many batches that they have `training.heldout_images` examples."""
+        self._stream = open_records(cfg, mesh, heldout=True)
+        count = -(-cfg.training.heldout_images // cfg.training.batch_size)
+        self._batches = list(itertools.islice(self._stream.on_host(), count))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Global batches, placed on the devices one by one."""
+        return map(self._stream.to_devices, self._batches)
 
 
 def _usable(cfg: StageConfig, source: Source) -> list[int]:

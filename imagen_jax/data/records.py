@@ -18,12 +18,15 @@ from etils import epath
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import order, preprocess
+from imagen_jax.data.choice import choice, nothing_left
 from imagen_jax.data.manifest import Manifest, Source, head_sha256
 from imagen_jax.data.tfds import DataSource
 from imagen_jax.errors import UserError
 
 # With more threads decoding is not what limits a host, and other work wants its cores.
 _MAX_THREADS = 32
+# Records among which the held-out ones are looked for.
+_LOOKED_THROUGH = 2**18
 
 
 def write_shard(
@@ -84,6 +87,8 @@ def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
             dataset = dataset.filter(lambda row: row["side"] >= image_size)
         spec = dataset.element_spec.get("caption")
         none = {} if spec == tf.TensorSpec([], tf.string) else {"caption": b""}
+        if "scores" not in dataset.element_spec:
+            none["scores"] = {}
         return dataset.map(
             lambda row: row | {"id": tf.cast(row["id"], tf.int64)} | none
         )
@@ -107,6 +112,7 @@ def batch_reader(
     host_reads: Callable[[int], tuple[list, Iterator]],
     size: int,
     faults: dict[int, list[str]],
+    heldout: bool,
 ) -> Callable[[int], Iterator[Batch]]:
     """A function that yields a host's batches from any number on.
 
@@ -114,7 +120,9 @@ def batch_reader(
     `order.host_reads` from batch n on, `size` is the number of rows that it keeps.
     `faults` gets a line for each record that cannot be decoded, by number of the batch.
     """
-    openers = [_opener(cfg, sources, k, sizes) for k, sizes in enumerate(groups)]
+    openers = [
+        _opener(cfg, sources, k, sizes, heldout) for k, sizes in enumerate(groups)
+    ]
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = min(os.cpu_count() or 1, _MAX_THREADS)
@@ -154,6 +162,8 @@ def batch_reader(
                     yield Batch(**fields)
                     number += 1
         except tf.errors.OpError as error:
+            if "contained only 0 elements" in error.message:
+                raise nothing_left(cfg.data, cfg.data.records, heldout) from None
             raise UserError(
                 f"the records {cfg.data.records!r} are damaged or gone: "
                 f"{error.message.splitlines()[0]}: copy or prepare them again; the "
@@ -229,11 +239,12 @@ def _column(parts: Iterator, place: int, dtype: tf.DType) -> tf.data.Dataset:
     return tf.data.Dataset.counter().map(following).unbatch()
 
 
-def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
+def _opener(cfg, sources, k, groups, heldout) -> Callable[[int, int], tf.data.Dataset]:
     """A function that opens a reader of the k-th source at a position."""
     source, count = sources[k], len(groups)
     task = make_task(source.path, source.manifest, cfg.image_size)
     added = {"int8": source.manifest.embedding_dtype == "int8"}
+    is_chosen = choice(cfg.data, source, heldout)
     # Each reader has a buffer; together they are as large as the config says.
     examples = tf.constant(groups, tf.int64)
     share = source.weight / sum(other.weight for other in sources) / count
@@ -253,10 +264,18 @@ def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
 
         # Or the places of a resumed run would be others.
         part = tf.gather(examples, (reader + epoch) % count)
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(part))
+        whole = tf.data.experimental.assert_cardinality(part)
+        dataset = dataset.apply(whole)
+        if is_chosen:
+            # Those that are left come again, until they are as many as all.
+            if heldout:
+                dataset = dataset.take(_LOOKED_THROUGH)
+            dataset = dataset.filter(lambda row: is_chosen(row["id"], row["scores"]))
+            dataset = dataset.repeat().take(part).apply(whole)
 
         def add(row):
-            return row | added | {"epoch": epoch, "id": row["id"] * len(sources) + k}
+            fields = {name: row[name] for name in ("image", "text", "caption")} | added
+            return fields | {"epoch": epoch, "id": row["id"] * len(sources) + k}
 
         return dataset.map(add)
 

@@ -90,16 +90,18 @@ def _figure(rows: Sequence[Mapping[str, Any]]) -> str:
     images = []
     for row in rows:
         text = html.escape(f"{row['id']}: {row['caption'].decode('utf8', 'replace')}")
-        file = io.BytesIO()
+        file, size = io.BytesIO(), (0, 0)
         try:
             with opened(row["image"]) as image:
                 image.draft("RGB", (_SIDE, _SIDE))
                 image.thumbnail((_SIDE, _SIDE))
                 image.convert("RGB").save(file, "JPEG", quality=85)
+                size = image.size
         except Unusable:
             pass  # an empty picture with its caption
         data = base64.b64encode(file.getvalue()).decode()
         images.append(
-            f'<img src="data:image/jpeg;base64,{data}" alt="{text}" title="{text}">'
+            f'<img src="data:image/jpeg;base64,{data}" alt="{text}" title="{text}" '
+            f'width="{size[0]}" height="{size[1]}">'
         )
     return f"<figure>{''.join(images)}</figure>"

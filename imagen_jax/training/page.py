@@ -12,7 +12,9 @@ from imagen_jax.config import StageConfig, to_json
 from imagen_jax.training.goodput import Report, goodput
 
 _POINTS = 500  # of a curve
-_CURVES = {"loss": True, "gradient_norm": True, "learning_rate": False}  # log axis?
+# Whether an axis is logarithmic.
+_CURVES = {"loss": True, "heldout_loss": True, "heldout_ema_loss": True}
+_CURVES |= {"gradient_norm": True, "learning_rate": False}
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 1em auto;
@@ -38,12 +40,16 @@ def page(
     the newest pictures first, by paths that the page can name.
     """
     report = goodput(events)
-    thinned = [metrics[i] for i in range(0, len(metrics), 1 + len(metrics) // _POINTS)]
-    rows = list(map(json.loads, [*thinned, *metrics[-1:]]))
+    # The lines of steps and, between them, those of held-out losses.
+    kinds = [[], []]
+    for line in metrics:
+        kinds['"heldout_loss"' in line].append(line)
+    thinned = (lines[:: 1 + len(lines) // _POINTS] + lines[-1:] for lines in kinds)
+    steps, heldout = (list(map(json.loads, lines)) for lines in thinned)
     curves = "".join(
         curve(
             name.replace("_", " "),
-            [(row["step"], row[name]) for row in rows if name in row],
+            [(row["step"], row[name]) for row in (*steps, *heldout) if name in row],
             log,
         )
         for name, log in _CURVES.items()
@@ -59,7 +65,7 @@ def page(
 <title>{html.escape(cfg.name)}: {report.last_step}</title>
 <style>{_STYLE}</style>
 <h1>{html.escape(cfg.name)}, {cfg.image_size} pixels</h1>
-<p>{_progress(cfg, report, rows[-1] if rows else {})}</p>
+<p>{_progress(cfg, report, steps[-1] if steps else {})}</p>
 <div class="curves">
 {curves}</div>
 <h2>Previews</h2>
