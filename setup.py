@@ -19,6 +19,7 @@ setup(
     python_requires=">=3.11",
     entry_points={"console_scripts": ["imagen-jax = imagen_jax.cli:main"]},
     packages=find_packages(include=["imagen_jax", "imagen_jax.*"]),
+    package_data={"imagen_jax.evaluation": ["rate.html"]},
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",
@@ -48,6 +49,13 @@ setup(
         "cuda": ["jax[cuda12]"],
         # Text encoders of Hugging Face (--encoder=hf:...).
         "encoders": ["torch>=2.6", "transformers>=5.0"],
+        # `evaluate`. Before 0.4 torch-fidelity gave precision for recall.
+        "eval": [
+            "timm>=1.0.31",
+            "torch>=2.6",
+            "torch-fidelity>=0.4",
+            "transformers>=5.24",
+        ],
         # T5X's own network (--encoder=t5x:...). It has no release on PyPI.
         "t5x": ["t5x @ git+https://github.com/google-research/t5x.git"],
         # `prepare --runner=...`: pictures on many machines; --source=hf:...

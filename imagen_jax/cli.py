@@ -25,7 +25,10 @@ from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printab
 
 # What Orbax tells of what is as it should be.
 _NO_NEWS = "Given directory is read only"
-DOORS = ("prepare", "train", "sample", "export", "goodput", "plan", "benchmark", "demo")
+DOORS = (
+    *("prepare", "train", "sample", "evaluate", "rate", "export"),
+    *("goodput", "plan", "benchmark", "demo"),
+)
 
 
 def main() -> None:
@@ -41,8 +44,10 @@ def main() -> None:
         _exit(2, f"there is no {door!r}{near}; there is: {', '.join(DOORS)}")
 
 
-def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn:
+def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> NoReturn:
     """Parses the flags of `argv` (default: the command line) and runs `main`.
+
+    A `main` that has a parameter gets the words that are no flags.
 
     Exits with 0 when done, 1 after a `UserError`, 2 for wrong flags, 3 when stopped by
     a signal. A door defines its flags just before, so that others can import it.
@@ -70,7 +75,8 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         rest = flags.FLAGS(argv)[1:]
     except Exception as error:  # ml_collections raises almost anything.
         _exit(2, f"{_brief(error)} (see --help)")
-    if rest:
+    takes_words = bool(inspect.signature(main).parameters)
+    if rest and not takes_words:
         more = f" (and {len(rest) - 1} more)" if len(rest) > 1 else ""
         hint = "write --name=value, and quote wildcards and braces (see --help)"
         _exit(2, f"{rest[0]!r} is no flag{more}: {hint}")
@@ -83,9 +89,11 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
 
         pass_over_libtpu()
         use_compilation_cache(flags.FLAGS.compilation_cache)
-        main()
+        main(*[rest] * takes_words)
     except UserError as error:
         _exit(1, str(error))
+    except flags.Error as error:
+        _exit(2, f"{_brief(error)} (see --help)")
     except Stopped as stopped:
         print(printable(stopped), file=sys.stderr)
         sys.exit(3)
@@ -149,11 +157,11 @@ def config_values() -> dict[str, Any]:
     return flags.FLAGS.config.to_dict()
 
 
-def check_json(path: str | None) -> None:
-    """Raises `UserError` unless a file can be written to the `path` of --json."""
+def check_json(path: str | None, flag: str = "json") -> None:
+    """Raises `UserError` unless a file can be written to the `path` of a flag."""
     file = pathlib.Path(path or "")
     if path and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise UserError(f"--json={path}: name a file in a folder that exists")
+        raise UserError(f"--{flag}={path}: name a file in a folder that exists")
 
 
 def write_json(path: str | None, report: Mapping[str, Any]) -> None:

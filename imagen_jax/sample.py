@@ -11,7 +11,7 @@ per prompt and seed. See docs/sampling.md.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -23,7 +23,8 @@ from imagen_jax.api.samples import Job, check_output, make
 from imagen_jax.config import MeshConfig
 from imagen_jax.data import start_tensorflow
 from imagen_jax.errors import Stopped, UserError, printable
-from imagen_jax.files import read_lines
+from imagen_jax.evaluation import prompts as prompt_files
+from imagen_jax.evaluation.prompts import Prompt
 from imagen_jax.preparing.images import middle_square, verify
 from imagen_jax.sharding import make_mesh
 
@@ -54,12 +55,24 @@ def read_lowres(path: str, size: int) -> np.ndarray:
 
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
+    define_job()
+    flags.DEFINE_string("output", None, "folder for the pictures")
+    flags.mark_flags_as_required(["stage", "output"])
+
+
+def define_job() -> None:
+    """Defines the flags that `sample` reads."""
     flags.DEFINE_multi_string("stage", None, "workdir of a stage; in order, base first")
     flags.DEFINE_multi_string("prompt", [], "a caption; repeat for more pictures")
-    flags.DEFINE_string("prompts", "", "a file with one caption a line")
+    kinds = "a file of captions: one a line, .csv, .tsv, .jsonl, or COCO's .json"
+    flags.DEFINE_string("prompts", "", kinds)
+    column = "of --prompts; else prompt, caption or text"
+    flags.DEFINE_string("prompt_column", "", column)
+    drawn = "of --prompts so many, drawn at random; 0 is all of them, in order"
+    flags.DEFINE_integer("count", 0, drawn, lower_bound=0)
+    flags.DEFINE_integer("prompt_seed", 0, "of the draw by --count", lower_bound=0)
     lowres = "a picture for a super-resolution stage to start from; once or per prompt"
     flags.DEFINE_multi_string("lowres", [], lowres)
-    flags.DEFINE_string("output", None, "folder for the pictures")
     flags.DEFINE_integer("num_images", 1, "pictures of each prompt", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next seed")
     flags.DEFINE_string("encoder_weights", "", "file or folder of the text encoder")
@@ -79,11 +92,12 @@ def define_flags() -> None:
     flags.DEFINE_multi_string("estimates", [], estimates)
     flags.DEFINE_bool("show_steps", False, "count the steps of a batch, for long runs")
     cli.define_distributed()
-    flags.mark_flags_as_required(["stage", "output"])
 
 
-def read_prompts(given: Sequence[str], file: str) -> list[str]:
-    """Those of --prompt and the lines of --prompts that are not blank.
+def read_prompts(
+    given: Sequence[str], file: str, column: str = "", count: int = 0, seed: int = 0
+) -> list[Prompt]:
+    """Those of --prompt, then those of the file of --prompts.
 
     Raises `UserError` when there are none, or one is not UTF-8.
     """
@@ -95,11 +109,10 @@ def read_prompts(given: Sequence[str], file: str) -> list[str]:
                 f"--prompt={prompt!r} is not UTF-8: set the terminal to UTF-8, or give "
                 "--prompts"
             ) from None
-    lines = [line.strip() for line in read_lines(file, "prompts")] if file else []
-    prompts = [*given, *filter(None, lines)]
-    if not prompts:
+    if not (given or file):
         raise UserError('there is nothing to sample: give --prompt="..." or --prompts')
-    return prompts
+    read = prompt_files.read_prompts
+    return [*map(Prompt, given), *(read(file, column, count, seed) if file else ())]
 
 
 def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
@@ -112,16 +125,21 @@ def numbers(flag: str, given: Sequence[str], kind: type) -> list[tuple]:
         ) from None
 
 
-def main() -> None:
-    """Samples what the flags ask for."""
+def sample(output: str, steps: Mapping[str, int] | None = None) -> Job:
+    """Makes the pictures that the flags ask for in the folder `output`.
+
+    `steps` are those of the checkpoints of stages whose newest is not meant.
+    """
     args = flags.FLAGS
-    cli.join()
-    check_output(args.output)
-    prompts = read_prompts(args.prompt, args.prompts)
+    check_output(output)
+    how = args.prompt_column, args.count, args.prompt_seed
+    if any(how) and not args.prompts:
+        raise UserError("--prompt_column, --count and --prompt_seed are for --prompts")
+    prompts = read_prompts(args.prompt, args.prompts, *how)
     if not 0 <= args.seed <= 2**32 - len(prompts) * args.num_images:
         raise UserError(f"--seed={args.seed}: seeds lie in [0, 2**32)")
     trained = with_sampler(
-        open_stages(args.stage),
+        open_stages(args.stage, steps),
         batch_size=args.batch_size,
         steps=args.steps,
         name=args.sampler,
@@ -145,14 +163,15 @@ def main() -> None:
     if not set(recorded) <= set(range(fewest)):
         raise UserError(f"--estimates: a stage has {fewest} steps, from 0")
     job = Job(
-        args.output,
+        output,
         trained,
-        prompts,
+        [prompt.text for prompt in prompts],
         args.seed,
         args.num_images,
         cells,
         [(path, read_lowres(path, size)) for path in args.lowres],
         recorded,
+        [prompt.known() for prompt in prompts],
     )
     where = printable(job.folder.resolve())
     mesh = make_mesh(MeshConfig(), jax.local_devices())
@@ -166,6 +185,13 @@ def main() -> None:
         ) from None
     if jax.process_index() == 0:
         print(f"{job.count} pictures in {where}, shown in grid.png")
+    return job
+
+
+def main() -> None:
+    """Samples what the flags ask for."""
+    cli.join()
+    sample(flags.FLAGS.output)
 
 
 if __name__ == "__main__":

@@ -98,19 +98,25 @@ def forked(function):
             os._exit(0)
     os.waitpid(child, 0)
 
-def parse(door, arguments):
+def parse(door, arguments, commands):
     error, sys.argv = "", [door, *arguments]
     try:
         rest = flags.FLAGS(sys.argv)[1:]
-        assert not rest, f"{rest} are no flags"
+        if commands:
+            own = {word.split("=")[0] for word in arguments} - set(rest)
+            mine = {f"--{name}" for name in commands[rest[0]]}
+            assert own <= mine, f"{own - mine} are not for {rest[0]}"
+        else:
+            assert not rest, f"{rest} are no flags"
     except BaseException as raised:
         error = f"{type(raised).__name__}: {raised}"
     print(json.dumps([door, arguments, error]))
 
 def parse_all(door, argument_lists):
     def run(main, argv=None):
+        commands = main.__globals__.get("COMMANDS")
         for arguments in argument_lists:
-            forked(lambda: parse(door, arguments))
+            forked(lambda: parse(door, arguments, commands))
     cli.run = run
     runpy.run_module(f"imagen_jax.{door}", run_name="__main__", alter_sys=True)
 
@@ -154,6 +160,9 @@ def test_every_command_in_the_documents_parses():
         assert word in error
     faults = [f"{c}: {e}" for c, e in zip(called, errors, strict=False) if e]
     assert not faults, "\n".join(faults)
+    other = [("rate", ["scor"]), ("rate", ["score", "--seed=1"])]
+    for word, error in zip(("scor", "are not for score"), parse(other), strict=True):
+        assert word in error
 
 
 def test_every_door_named_in_the_documents_exists():

@@ -28,6 +28,7 @@ ARROWS = {
     "preparing": {"data", "shapes", "text", "models", "floor"},
     "training": {"diffusion", "models", "floor"},
     "planning": {"training", "diffusion", "models", "floor"},
+    "evaluation": {"floor"},
     "api": {"training", "data", "text", "diffusion", "models", "floor"},
 }
 ARROWS["doors"] = set(ARROWS)
@@ -236,8 +237,8 @@ def test_the_house_stays_small():
     long = {str(f): n for f, n in lines.items() if n > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
-    assert len(package) <= 96
-    assert sum(package) <= 13_400
+    assert len(package) <= 102
+    assert sum(package) <= 15_200
 
 
 # One level is enough to train and sample, and compiles in half the time.

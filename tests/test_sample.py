@@ -42,9 +42,9 @@ def test_lists_are_numbers_with_commas():
 def test_a_line_ends_at_its_end_and_a_byte_order_mark_is_no_text(tmp_path, data, want):
     path = tmp_path / "prompts.txt"
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    found = read_prompts([], str(path))
+    found = [prompt.text for prompt in read_prompts([], str(path))]
     assert (len(found) if isinstance(want, int) else found) == want
-    assert read_prompts(["first"], str(path))[0] == "first"
+    assert read_prompts(["first"], str(path))[0] == ("first", "", "")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_line_ends_at_its_end_and_a_byte_order_mark_is_no_text(tmp_path, data,
         ("a\ncafé\n".encode("cp1252"), "line 2 is not UTF-8.*0xe9.*save prompts as"),
         ("a\nb".encode("utf-16"), "line 1 is not UTF-8"),
         (b"a\n\xed\xb3\xa9\n", "line 2 is not UTF-8"),  # a lone surrogate
-        (b"\n \n", "nothing to sample"),
+        (b"\n \n", "prompts.txt holds 0 prompts"),
         (None, "does not exist"),
     ],
 )
@@ -261,6 +261,26 @@ def test_prompts_by_images_by_values(door, tmp_path):
     assert len(list((tmp_path / "out").glob("sheet_*.png"))) == 4
     asked = json.loads((tmp_path / "out" / "job.json").read_text())["asked"]
     assert asked["prompts"] == ["a\u2028b", "красный круг"]
+
+
+def test_what_is_known_of_a_prompt_is_in_its_lines(door, tmp_path):
+    """Two of three are drawn; one more is given, of which nothing is known."""
+    text = "Prompt,Category,file_name\na,One,a.jpg\nb,Two,\nc,,c.jpg\n"
+    (tmp_path / "p.csv").write_text(text)
+    file = [f"--prompts={tmp_path / 'p.csv'}", "--count=2", "--prompt_seed=3"]
+    done = door(ONE, *file, "--num_images=2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = "prompt", "category", "image"
+    found = [
+        tuple(line.get(name) for name in names)
+        for line in read_described(tmp_path / "out")
+    ]
+    every = [("a", "One", "a.jpg"), ("b", "Two", None), ("c", None, "c.jpg")]
+    drawn = [every[i] for i in np.random.default_rng(3).choice(3, 2, replace=False)]
+    want = [("a red circle", None, None), *drawn]
+    assert found == [one for one in want for _ in "ab"]
+    done = door(ONE, "--count=2")
+    assert done.returncode == 1 and "--count and --prompt_seed are for" in error(done)
 
 
 def test_ctrl_c_leaves_what_is_finished(door, tmp_path, monkeypatch):

@@ -1,21 +1,26 @@
 """Trained cascades: opened from their workdirs, and given prompts."""
 
+import contextlib
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tqdm
+from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.batch import pad_text
-from imagen_jax.config import StageConfig
+from imagen_jax.config import StageConfig, from_json
 from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
+from imagen_jax.files import read_json
 from imagen_jax.models import network
+from imagen_jax.stores import check_store
 from imagen_jax.text.embeddings import from_bytes, to_bytes
 from imagen_jax.text.encoders import TextEncoder, load_encoder
+from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.weights import Weights, open_weights
 
@@ -23,13 +28,15 @@ from imagen_jax.training.weights import Weights, open_weights
 _CHUNK, _IN_MEMORY = 256, 2**26
 
 
-def open_stages(workdirs: Sequence[str]) -> list[Weights]:
+def open_stages(
+    workdirs: Sequence[str], steps: Mapping[str, int] | None = None
+) -> list[Weights]:
     """Opens the newest complete checkpoint of each workdir, or an exported folder.
 
-    Raises `UserError` for any other folder, or stages trained on different text
-    encoders.
+    Of a workdir in `steps` it is the newest that is not beyond that step. Raises
+    `UserError` for any other folder, or stages trained on different text encoders.
     """
-    trained = [open_weights(workdir) for workdir in workdirs]
+    trained = [open_weights(path, (steps or {}).get(path)) for path in workdirs]
     for one in trained:
         if one.cfg is None:
             raise UserError(
@@ -45,6 +52,17 @@ def open_stages(workdirs: Sequence[str]) -> list[Weights]:
         )
         raise UserError(f"the stages were trained on different text ({found})")
     return trained
+
+
+def checkpoints(workdir: str) -> tuple[StageConfig, set[int]]:
+    """The config of a training, and the steps of its complete checkpoints."""
+    check_store(workdir)
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir} has no config.json: give the --workdir of `train`")
+    cfg = from_json(read_json(path, "the config of a run"), str(path))
+    with contextlib.closing(Checkpointer(workdir)) as opened:
+        return cfg, set(opened.manager.all_steps())
 
 
 def load(stage: Weights, mesh: Mesh) -> Stage:

@@ -70,6 +70,8 @@ class Job:
     # one or one for each prompt.
     lowres: Sequence[tuple[str, np.ndarray]] = ()
     recorded_steps: tuple[int, ...] = ()  # whose estimates are drawn, too
+    # What is known of each prompt, for the lines of its pictures: its category.
+    known: Sequence[dict[str, str]] = ()
 
     def __post_init__(self):
         self.folder = pathlib.Path(self.output)
@@ -85,13 +87,15 @@ class Job:
     def asked(self, number: int) -> tuple[str, int, Cell]:
         """The prompt, the seed and the values of a picture."""
         row, cell = divmod(number, len(self.cells))
-        prompt = self.prompts[row // self.num_images]
-        return prompt, self.seed + row, self.cells[cell]
+        return self.prompts[self.row(number)], self.seed + row, self.cells[cell]
+
+    def row(self, number: int) -> int:
+        """Which of the prompts a picture is of."""
+        return number // len(self.cells) // self.num_images
 
     def start(self, number: int) -> tuple[str, np.ndarray]:
         """The name and the pixels of what a picture starts from."""
-        each = len(self.cells) * self.num_images
-        return self.lowres[number // each % len(self.lowres)]
+        return self.lowres[self.row(number) % len(self.lowres)]
 
     def read(self, stage: int = -1) -> np.ndarray:
         """All pictures of a stage, once they are made, `[N, H, W, 3]` uint8."""
@@ -114,6 +118,7 @@ def _line(job: Job, number: int) -> dict[str, Any]:
         "file": job.path(number).name,
         "prompt": prompt,
         "seed": seed,
+        **(job.known[job.row(number)] if job.known else {}),
         "earlier_stages": [job.path(number, stage).name for stage in stages],
         **_values(cell),
     }

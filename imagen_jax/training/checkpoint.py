@@ -109,15 +109,19 @@ class Checkpointer:
         }
         self.manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
-    def newest(self, items: Collection[str] = RESUMED) -> int | None:
+    def newest(
+        self, items: Collection[str] = RESUMED, most: int | None = None
+    ) -> int | None:
         """The newest step with undamaged `items`, None when nothing has been saved.
 
-        Newer damaged checkpoints are named on stderr and, unless this is read-only,
-        moved to `workdir/damaged`. All processes must call this together. Raises
-        `UserError` when all are damaged, or the newest has another schema version.
+        None beyond `most`, if that is given. Newer damaged checkpoints are named on
+        stderr and, unless this is read-only, moved to `workdir/damaged`. All processes
+        must call this together. Raises `UserError` when all are damaged, or the newest
+        has another schema version.
         """
         self.wait()
         steps = sorted(self.manager.all_steps(), reverse=True)
+        steps = [step for step in steps if most is None or step <= most]
         for place, step in enumerate(steps):
             fault = self._fault(step, items)
             if not fault:
@@ -140,9 +144,11 @@ class Checkpointer:
             "them again, or give a new --workdir"
         )
 
-    def required(self, items: Collection[str] = RESUMED) -> int:
+    def required(
+        self, items: Collection[str] = RESUMED, most: int | None = None
+    ) -> int:
         """As `newest`, but a `UserError` when nothing has been saved."""
-        step = self.newest(items)
+        step = self.newest(items, most)
         if step is None:
             raise UserError(
                 f"{self.workdir} has no complete checkpoint: train this stage first"

@@ -28,6 +28,7 @@ from imagen_jax.training.page import page
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 PREVIEWS = "samples"
 PAGE = "index.html"
 _SHOWN = 2  # previews on the page
@@ -205,7 +206,8 @@ class MetricWriter:
         if time.monotonic() - self._flushed_at < seconds:
             return
         self._tensorboard.flush()
-        self._write_page()
+        text = draw_page(self.cfg, self.workdir, epath.Path(self.folder), self._step)
+        write_text(self.folder / PAGE, text)
         taken = self.bucket and self.claim and self.claim.taken_by()
         files = self.folder.rglob("*") if self.bucket and not taken else ()
         for path in filter(pathlib.Path.is_file, files):
@@ -214,15 +216,22 @@ class MetricWriter:
             place.write_bytes(path.read_bytes())
         self._flushed_at = time.monotonic()
 
-    def _write_page(self) -> None:
-        texts = [self.folder / name for name in (METRICS, EVENTS)]
-        lines = [t.read_text().splitlines() if t.exists() else [] for t in texts]
-        previews = epath.Path(self.workdir) / PREVIEWS
-        names = [p.name for p in previews.iterdir()] if previews.exists() else []
-        # Those of later steps are of a run that was here before.
-        names = sorted(n for n in names if n.partition(".")[0] <= f"{self._step:08d}")
-        newest = [f"{PREVIEWS}/{name}" for name in names[: -1 - _SHOWN : -1]]
-        write_text(self.folder / PAGE, page(self.cfg, *lines, newest))
+
+def draw_page(cfg: StageConfig, workdir: str, logs: epath.Path, step: int) -> str:
+    """The page of a run of `cfg` that is at `step`, whose newest lines are in `logs`.
+
+    What `evaluate --watch` found is in the workdir, as the previews are.
+    """
+    folder = epath.Path(workdir)
+    files = [logs / METRICS, logs / EVENTS, folder / EVALUATIONS]
+    lines = [f.read_text().splitlines() if f.exists() else [] for f in files]
+    previews = folder / PREVIEWS
+    names = [p.name for p in previews.iterdir()] if previews.exists() else []
+    # Those of later steps are of a run that was here before.
+    names = sorted(n for n in names if n.partition(".")[0] <= f"{step:08d}")
+    newest = [f"{PREVIEWS}/{name}" for name in names[: -1 - _SHOWN : -1]]
+    metrics, events, evaluations = lines
+    return page(cfg, metrics, events, newest, evaluations)
 
 
 def _step(line: str) -> float:

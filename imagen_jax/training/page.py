@@ -33,11 +33,12 @@ def page(
     metrics: Sequence[str],
     events: Iterable[str],
     previews: Sequence[str],
+    evaluations: Iterable[str] = (),
 ) -> str:
     """The page: curves, previews, where the time went, and the config.
 
-    `metrics` and `events` are the lines of metrics.jsonl and events.jsonl, `previews`
-    the newest pictures first, by paths that the page can name.
+    `metrics`, `events` and `evaluations` are the lines of these files, `previews` the
+    newest pictures first, by paths that the page can name.
     """
     report = goodput(events)
     # The lines of steps and, between them, those of held-out losses.
@@ -53,6 +54,12 @@ def page(
             log,
         )
         for name, log in _CURVES.items()
+    )
+    measured = sorted(map(json.loads, evaluations), key=lambda row: row["step"])
+    curves += "".join(
+        curve(name, [(r["step"], r["figures"][name]) for r in measured])
+        for name in (measured[-1]["figures"] if measured else ())
+        if all(name in row["figures"] for row in measured)
     )
     pictures = "".join(
         f"<figure><figcaption>step {int(pathlib.Path(name).stem):,}</figcaption>"

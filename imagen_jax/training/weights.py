@@ -73,10 +73,11 @@ class Weights:
         return [line for line in lines if line.startswith(groups)]
 
 
-def open_weights(path: str) -> Weights:
+def open_weights(path: str, most: int | None = None) -> Weights:
     """The weights in a workdir, in a folder of `export` or in a .safetensors file.
 
-    Raises `UserError` when `path` is none of them, or damaged.
+    Of a workdir the newest checkpoint, or the newest up to the step `most`. Raises
+    `UserError` when `path` is none of them, or damaged.
     """
     check_store(path)
     folder = epath.Path(path)
@@ -90,7 +91,7 @@ def open_weights(path: str) -> Weights:
     single, index = folder / SINGLE, folder / INDEX
     if not single.exists() and not index.exists():
         with contextlib.closing(Checkpointer(path)) as checkpointer:
-            step = checkpointer.required(SAMPLED)
+            step = checkpointer.required(SAMPLED, most)
             cfg = checkpointer.stage(step)
         return Weights(path, cfg, step, _shapes(cfg), {})
     described = read_json(folder / CONFIG, "the config.json of an export")
