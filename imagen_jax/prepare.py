@@ -11,6 +11,7 @@ work with --process_index and --process_count. docs/prepare.md has the rest.
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import tqdm
@@ -18,16 +19,11 @@ from absl import flags
 
 from imagen_jax import cli
 from imagen_jax.data.manifest import Manifest
-from imagen_jax.errors import UserError, printable
+from imagen_jax.errors import printable
 from imagen_jax.preparing import beam
 from imagen_jax.preparing import job as jobs
 from imagen_jax.preparing.card import write_card
-from imagen_jax.preparing.scores import (
-    ScoreFunction,
-    check_match,
-    read_scores,
-    scores_by,
-)
+from imagen_jax.preparing.scores import check_match, open_scores
 from imagen_jax.preparing.settings import NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats, in_words
 from imagen_jax.text.embeddings import Embedder
@@ -39,32 +35,22 @@ _size = functools.partial(tqdm.tqdm.format_sizeof, suffix="B")
 
 
 def prepare(
-    source: str,
-    output: str,
-    *,
-    progress: bool = True,
-    score: ScoreFunction | None = None,
-    **settings,
+    source: str, output: str, *, progress: bool = True, **settings
 ) -> Manifest | None:
     """Writes the records of `source` to `output`; `settings` are other `Settings`.
 
     Equal arguments and an equal source make equal bytes, however often the job was
     killed and however many processes shared it. What is there already is kept if it is
-    the same, else refused. `progress` shows an estimate, a bar and a summary. `score`
-    makes scores of each picture and its caption, in place of a table of `scores`.
+    the same, else refused. `progress` shows an estimate, a bar and a summary.
 
     Returns:
       the manifest; None when other processes have not finished.
     """
     asked = Settings(source, output, **settings)
     asked.check()
-    if score and (asked.scores or asked.encoder == NO_ENCODER):
-        raise UserError("`score` is for records, without a table of `scores`")
-    scores = scores_by(score) if score else None
-    if asked.scores:
-        scores = read_scores(asked.scores)
     index, count, embedder = asked.process_index, asked.process_count, None
     opened = jobs.open_source(asked)  # first, as an encoder takes minutes to load
+    scores = open_scores(asked.scores)
     if asked.encoder != NO_ENCODER:
         encoder = load_encoder(
             asked.encoder, asked.encoder_weights, asked.encoder_dtype
@@ -80,8 +66,7 @@ def prepare(
         if progress:
             print(printable(f"already prepared: {old.examples} examples in {output}"))
         return old
-    if asked.scores:
-        check_match(scores, list(itertools.islice(job.items(), _FIRST)))
+    check_match(scores, itertools.islice(job.items(), _FIRST))
     if progress:
         print(_estimate(job))
     total = job.source.count and job.source.count // count
@@ -104,10 +89,8 @@ def _estimate(job: jobs.Job) -> str:
     ]
     each = sum(sizes) / max(len(sizes), 1)
     whole = f", {_size(count * each)} for {count:,}" if count else ""
-    faults = job.scores.faults if job.scores else ()
-    return "\n".join(
-        map(printable, [*faults, f"estimated: {_size(each)} an example{whole}"])
-    )
+    lines = [*job.scores.faults, f"estimated: {_size(each)} an example{whole}"]
+    return "\n".join(map(printable, lines))
 
 
 def _summary(job: jobs.Job, done: Manifest) -> str:
@@ -131,8 +114,7 @@ def _summary(job: jobs.Job, done: Manifest) -> str:
     for name, unknown in done.scores.items():
         if unknown:
             lines.append(f"{unknown:,} of {done.examples:,} have no score {name!r}")
-    rows = len(job.scores.pictures) if job.scores else 0
-    if rows > done.scored:
+    if (rows := len(job.scores.pictures)) > done.scored:
         lines.append(f"{rows - done.scored:,} of {rows:,} scored pictures are not here")
     return "\n".join(map(printable, lines))
 
@@ -141,7 +123,7 @@ def define_flags() -> None:
     """Defines a flag for each of the `Settings`; main() reads them."""
     flags.DEFINE_string("report", None, "records whose data card is written; alone")
     kinds = {str: flags.DEFINE_string, float: flags.DEFINE_float}
-    kinds[bool] = flags.DEFINE_bool
+    kinds |= {bool: flags.DEFINE_bool, Any: flags.DEFINE_string}
     for field in dataclasses.fields(Settings):
         define = kinds.get(field.type, flags.DEFINE_integer)
         default = None if field.default is dataclasses.MISSING else field.default
@@ -159,12 +141,7 @@ def define_flags() -> None:
 def main() -> None:
     """Prepares what the flags ask for, or writes a data card."""
     if flags.FLAGS.report is not None:
-        path, card = write_card(flags.FLAGS.report)
-        number, same = card["pictures"]["number"], card["duplicates"]
-        print(
-            f"{path}: {number:,} pictures, {same['equal_files']:,} of them repeated, "
-            f"{same['near_pictures']:,} nearly like another"
-        )
+        print(f"the data card is {write_card(flags.FLAGS.report)}")
         return
     names = [field.name for field in dataclasses.fields(Settings)]
     prepare(**{name: flags.FLAGS[name].value for name in names})

@@ -14,7 +14,9 @@ from imagen_jax.errors import UserError
 
 _TESTS = {"<": operator.lt, "<=": operator.le, "==": operator.eq}
 _TESTS |= {">": operator.gt, ">=": operator.ge}
-_PARTS = re.compile(r"(.+?)\s*(<=|>=|==|<|>)\s*([-+.\w]+)").fullmatch
+_PARTS = re.compile(
+    r"\s*(.+?)\s*(<=|>=|==|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.ASCII
+).fullmatch
 
 
 def choice(
@@ -31,7 +33,7 @@ def choice(
     """
     if not (data.filter or data.heldout_share):
         return None
-    tests = [_parse(text.strip(), source) for text in data.filter]
+    tests = [_parse(text, source) for text in data.filter]
 
     def is_chosen(ids, scores):
         # By the number alone: whatever the seed, a record never changes its side.
@@ -45,24 +47,21 @@ def choice(
 
 
 def _parse(text: str, source: Source) -> tuple[str, Callable[[Any, Any], Any], Any]:
-    scores = ", ".join(source.manifest.scores) or "none"
-    try:
-        name, test, number = _PARTS(text).groups()
-        if name in source.manifest.scores:
-            return name, _TESTS[test], np.float32(number)
-    except (AttributeError, TypeError, ValueError):
-        pass
-    raise UserError(
-        f"config.data.filter has {text!r}; write a score of the records, one of "
-        f"{', '.join(_TESTS)} and a number. {source.path!r} has the scores: {scores}"
-    )
+    scores = source.manifest.scores
+    parts = _PARTS(text)
+    if not parts or parts[1] not in scores:
+        raise UserError(
+            f"config.data.filter has {text!r}; write a score, one of "
+            f"{', '.join(_TESTS)} and a number. {source.path!r} has the scores: "
+            f"{', '.join(scores) or 'none'}"
+        )
+    return parts[1], _TESTS[parts[2]], np.float32(parts[3])
 
 
-def nothing_left(data: DataConfig, path: str, heldout: bool) -> UserError:
+def nothing_left(path: str) -> UserError:
     """The error where no record is chosen."""
-    what = "held out" if heldout else "left to train on"
     return UserError(
-        f"no record is {what} in a part of {path!r} that is read by itself: change "
-        f"config.data.filter, {data.filter!r}, or config.data.heldout_share, "
-        f"{data.heldout_share}, or set a smaller config.data.readers"
+        "config.data.filter and config.data.heldout_share choose no record of "
+        f"{path!r}, or of a part of it that one reader reads: change them, or set a "
+        "smaller config.data.readers"
     )

@@ -136,7 +136,7 @@ def open_npz(
         scores = values["scores"].T if manifest.scores else ()
         chosen = np.flatnonzero(is_chosen(ids, dict(zip(manifest.scores, scores))))
     if not len(chosen):
-        raise nothing_left(cfg.data, path, heldout)
+        raise nothing_left(path)
     side = image.shape[1]
     if side not in (size * 2**k for k in range(16)):
         raise UserError(

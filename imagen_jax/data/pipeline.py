@@ -136,11 +136,11 @@ class Stream:
     def __next__(self) -> Batch:
         """The next batch: fields as in `batch_spec`, global arrays."""
         if self._host is None:
-            self._host = self.on_host()
-            self._ahead = self.to_devices(next(self._host))
+            self._host = self._batches_from(self._consumed)
+            self._ahead = self._to_devices(next(self._host))
         batch = self._ahead
         # Copied while the devices work on `batch`; not counted until it is handed out.
-        self._ahead = self.to_devices(next(self._host))
+        self._ahead = self._to_devices(next(self._host))
         for fault in self._faults.pop(self._consumed, ()):
             self._damaged += 1
             if self._damaged > self._max_damaged:
@@ -152,12 +152,7 @@ class Stream:
         self._consumed += 1
         return batch
 
-    def on_host(self) -> Iterator[Batch]:
-        """This host's rows of the batches from the position on; which stays."""
-        return self._batches_from(self._consumed)
-
-    def to_devices(self, batch: Batch) -> Batch:
-        """The global batch of which this host has the rows of `batch`."""
+    def _to_devices(self, batch: Batch) -> Batch:
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(self._sharding, x),
             batch.replace(caption=None),
@@ -168,7 +163,7 @@ class Stream:
 
         Captions are cut to 512 bytes. The position stays.
         """
-        host = next(self.on_host())
+        host = next(self._batches_from(self._consumed))
         cut = [
             caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in host.caption
         ]
@@ -178,7 +173,7 @@ class Stream:
             lambda *arrays: jax.tree.map(lambda x: x[:count], arrays),
             out_shardings=sharding.replicated(self._sharding.mesh),
         )
-        batch, text = jax.device_get(first(self.to_devices(host), text))
+        batch, text = jax.device_get(first(self._to_devices(host), text))
         captions = [row.tobytes().rstrip() for row in text]
         return batch.replace(caption=np.array(captions, object))
 
@@ -289,18 +284,10 @@ def open_records(
     return Stream(batches_from, mesh, identity, faults, cfg.data.max_damaged)
 
 
-class HeldOut:
-    """The first batches of records that training does not see, kept on the hosts."""
-
-    def __init__(self, cfg: StageConfig, mesh: Mesh):
-        """Reads so many batches that they have `training.heldout_images` examples."""
-        self._stream = open_records(cfg, mesh, heldout=True)
-        count = -(-cfg.training.heldout_images // cfg.training.batch_size)
-        self._batches = list(itertools.islice(self._stream.on_host(), count))
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Global batches, placed on the devices one by one."""
-        return map(self._stream.to_devices, self._batches)
+def read_heldout(cfg: StageConfig, mesh: Mesh) -> list[Batch]:
+    """Batches of `training.heldout_images` examples or a little more, placed."""
+    count = -(-cfg.training.heldout_images // cfg.training.batch_size)
+    return list(itertools.islice(open_records(cfg, mesh, heldout=True), count))
 
 
 def _usable(cfg: StageConfig, source: Source) -> list[int]:

@@ -55,20 +55,11 @@ def write_shard(
 
 
 def read_rows(folder: str, manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """All records as they are stored, file by file, with "scores" `[K]` float32."""
-    names = ("image", "caption", "text")
-    fields = {name: tf.io.FixedLenFeature([], tf.string) for name in names}
-    fields["id"] = tf.io.FixedLenFeature([], tf.int64)
-    scores = [f"scores/{name}" for name in manifest.scores]
-    fields |= {name: tf.io.FixedLenFeature([], tf.float32) for name in scores}
-
-    def parse(data):
-        row = tf.io.parse_single_example(data, fields)
-        return row | {"scores": tf.stack([row[name] for name in scores] or tf.zeros(0))}
-
-    files = [str(epath.Path(folder) / shard["file"]) for shard in manifest.shards]
+    """All records as they are stored, always in one order, "scores" as `[K]`."""
+    rows = DataSource(folder).get_dataset(shuffle=False).as_numpy_iterator()
     try:
-        yield from tf.data.TFRecordDataset(files).map(parse).as_numpy_iterator()
+        for row in rows:
+            yield row | {"scores": [row["scores"][name] for name in manifest.scores]}
     except tf.errors.OpError as error:
         brief = error.message.splitlines()[0]
         raise UserError(f"the records {folder!r} are damaged: {brief}") from None
@@ -162,8 +153,9 @@ def batch_reader(
                     yield Batch(**fields)
                     number += 1
         except tf.errors.OpError as error:
-            if "contained only 0 elements" in error.message:
-                raise nothing_left(cfg.data, cfg.data.records, heldout) from None
+            chooses = cfg.data.filter or cfg.data.heldout_share
+            if chooses and "contained only 0 elements" in error.message:
+                raise nothing_left(cfg.data.records) from None
             raise UserError(
                 f"the records {cfg.data.records!r} are damaged or gone: "
                 f"{error.message.splitlines()[0]}: copy or prepare them again; the "

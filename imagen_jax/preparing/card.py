@@ -20,15 +20,12 @@ from imagen_jax.errors import UserError
 from imagen_jax.images import Unusable, opened, png
 from imagen_jax.preparing.card_page import page
 from imagen_jax.preparing.duplicates import NEAR, dhash, near_pairs
-from imagen_jax.preparing.images import MAX_PIXELS
-from imagen_jax.text import embeddings
 
 # Records in memory at a time, decoded in several threads.
 _CHUNK = 256
 # Different words that are counted; when there are more, the rarer half is forgotten.
 _MOST_WORDS = 2**20
-_FREQUENT, _PICTURES, _PAIRS = 20, 24, 12  # what is shown
-_WORD = re.compile(r"\w+(?:['’]\w+)*")
+_WORDS, _PICTURES, _PAIRS = 20, 24, 12  # what is shown
 _QUANTILES = (0, 5, 25, 50, 75, 95, 100)
 # Borders of the ranges that are counted.
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)
@@ -36,32 +33,19 @@ _ASPECTS = (0.5, 0.67, 0.8, 0.95, 1.05, 1.25, 1.5, 2.0)
 _LENGTHS = (1, 3, 6, 11, 21, 41, 81)
 # What is kept of each record to the end; hashes have 64 bits.
 _ROW = [("width", "i4"), ("height", "i4"), ("file", "u8"), ("looks", "u8")]
-_ROW += [("caption", "u8"), ("words", "i4"), ("tokens", "i4")]
+_ROW += [("caption", "u8"), ("words", "i4")]
 
 
-def write_card(records: str) -> tuple[epath.Path, dict[str, Any]]:
+def write_card(records: str) -> epath.Path:
     """Writes card.html and card.json into a folder of records, or beside a .npz file.
 
-    Returns:
-      the path of the page, and the content of card.json.
+    Returns the path of the page.
     """
     manifest = read_manifest(records)
     kept, words, scripts = _read(records, manifest)
-    duplicates, captions, pairs = _duplicates(kept)
-    spread = np.linspace(0, len(kept) - 1, _PICTURES).astype(int).tolist()
-    wanted = {*spread, *captions, *itertools.chain(*pairs)}
-    rows = enumerate(_rows(records, manifest))
-    shown = {place: row for place, row in rows if place in wanted}
-    duplicates["frequent_captions"] = {
-        "counts": {
-            shown[i]["caption"].decode("utf8", "replace"): n
-            for i, n in captions.items()
-        }
-    }
-    duplicates["near_examples"] = [
-        [int(shown[i]["id"]) for i in pair] for pair in pairs
-    ]
+    duplicates, pairs = _duplicates(kept)
     good = kept[kept["width"] > 0]
+    scores = {n: _measure(kept["scores"][:, k]) for k, n in enumerate(manifest.scores)}
     card = {
         "pictures": {
             "number": len(kept),
@@ -73,50 +57,47 @@ def write_card(records: str) -> tuple[epath.Path, dict[str, Any]]:
         "captions": {
             "cut": manifest.cut_captions,
             "words": _measure(kept["words"], _LENGTHS),
-            "tokens": _measure(kept["tokens"], _LENGTHS),
             "scripts": {"counts": dict(scripts.most_common())},
-            "frequent_words": {"counts": dict(words.most_common(_FREQUENT))},
+            "frequent_words": {"counts": dict(words.most_common(_WORDS))},
         },
         "duplicates": duplicates,
-        "scores": {
-            name: _measure(kept["scores"][:, k])
-            for k, name in enumerate(manifest.scores)
-        },
-        "source": {name: x for name, x in manifest.settings.items() if x}
+        "scores": scores,
+        "source": {name: value for name, value in manifest.settings.items() if value}
         | {f"of_{manifest.holds}_{kind}": n for kind, n in manifest.account.items()}
-        | {"encoder": manifest.encoder, "embedding_dtype": manifest.embedding_dtype}
-        | {"content_sha256": manifest.content_sha256},
+        | {"encoder": manifest.encoder, "content_sha256": manifest.content_sha256},
     }
-    pictures = [[shown[place]] for place in spread]
-    made = page(card, pictures, [[shown[place] for place in pair] for pair in pairs])
+    spread = np.linspace(0, len(kept) - 1, _PICTURES).astype(int)[:, None].tolist()
+    wanted = {*itertools.chain(*spread, *pairs)}
+    rows = enumerate(_rows(records, manifest))
+    shown = {place: row for place, row in rows if place in wanted}
+    pictures = {
+        name: [[shown[place] for place in own] for own in places]
+        for name, places in (("pictures", spread), ("duplicates", pairs))
+    }
     path = epath.Path(records)
     start = path / "card" if path.is_dir() else path.with_suffix(".card")
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
     epath.Path(f"{start}.json").write_text(text)
-    epath.Path(f"{start}.html").write_text(made)
-    return epath.Path(f"{start}.html"), card
+    made = epath.Path(f"{start}.html")
+    made.write_text(page(card, pictures))
+    return made
 
 
 def _rows(records: str, manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """Every record: "id"; "image" and "caption", bytes; "tokens"; "scores" `[K]`."""
+    """Every record: "id"; "image" and "caption", bytes; "scores" `[K]`."""
     if epath.Path(records).is_dir():
         start_tensorflow()
         from imagen_jax.data.records import read_rows
 
-        width = embeddings.row_bytes(manifest.text_dim, manifest.embedding_dtype)
-        for row in read_rows(records, manifest):
-            yield row | {"tokens": len(row["text"]) // width}
-        return
+        return read_rows(records, manifest)
     values = memory.read(records, manifest)
-    captions = memory.read_captions(records, manifest.examples)
     columns = {
         "id": values["id"],
         "image": map(png, values["image"]),
-        "caption": captions,
-        "tokens": np.diff(values["offset"]),
-        "scores": values.get("scores", np.zeros((len(captions), 0))),
+        "caption": memory.read_captions(records, manifest.examples),
+        "scores": values.get("scores", np.zeros((manifest.examples, 0))),
     }
-    yield from (dict(zip(columns, row)) for row in zip(*columns.values()))
+    return (dict(zip(columns, row)) for row in zip(*columns.values()))
 
 
 def _read(
@@ -132,10 +113,10 @@ def _read(
             looks = pool.map(_look, [row["image"] for row in chunk])
             for row, look in zip(chunk, looks):
                 caption = row["caption"].decode("utf8", "replace")
-                found = _WORD.findall(caption.lower())
+                found = re.findall(r"\w+(?:['’]\w+)*", caption.lower())
                 words.update(found)
                 scripts[_scripts(caption)] += 1
-                text = _hash(row["caption"]), len(found), row["tokens"]
+                text = _hash(row["caption"]), len(found)
                 kept[place] = (*look, *text, row["scores"])
                 place += 1
             if len(words) > _MOST_WORDS:
@@ -149,11 +130,9 @@ def _look(data: bytes) -> tuple[int, int, int, int]:
     """Width and height, 0 if it does not decode; hashes of its file and its looks."""
     try:
         with opened(data) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise Unusable("it has too many pixels")
+            size = image.size
             image.draft("L", (64, 64))
-            return width, height, _hash(data), dhash(image)
+            return *size, _hash(data), dhash(image)
     except Unusable:
         return 0, 0, _hash(data), 0
 
@@ -184,43 +163,29 @@ def _measure(values: np.ndarray, edges: Sequence[float] = ()) -> dict[str, Any]:
     between = [f"{a:{form}} to {b - step:{form}}" for a, b in itertools.pairwise(edges)]
     labels = [f"under {edges[0]:{form}}", *between, f"{edges[-1]:{form}} or more"]
     place = np.searchsorted(edges, known, "right")
-    counts = dict(zip(labels, np.bincount(place, minlength=len(labels)).tolist()))
-    filled = labels[place.min() : place.max() + 1]
-    quantiles = np.percentile(known, _QUANTILES).tolist()
+    counts = np.bincount(place).tolist()
+    quantiles = [f"{x:.4g}" for x in np.percentile(known, _QUANTILES)]
     return {
         "unknown": len(values) - len(known),
-        "counts": {label: counts[label] for label in filled},
-        "quantiles": {
-            f"{q} %": float(f"{x:.4g}") for q, x in zip(_QUANTILES, quantiles)
-        },
+        "counts": dict(list(zip(labels, counts))[place.min() :]),
+        "quantiles": {f"{q} %": float(x) for q, x in zip(_QUANTILES, quantiles)},
     }
 
 
-def _duplicates(
-    kept: np.ndarray,
-) -> tuple[dict[str, Any], dict[int, int], list[tuple[int, int]]]:
-    """Numbers; places and numbers of frequent captions; places of near pictures."""
+def _duplicates(kept: np.ndarray) -> tuple[dict[str, int], list[list[int]]]:
+    """How many there are, and places of some near pictures."""
     _, files = np.unique(kept["file"], return_index=True)
-    _, texts, times = np.unique(kept["caption"], return_index=True, return_counts=True)
     numbers = {
         "equal_files": len(kept) - len(files),
-        "equal_captions": len(kept) - len(texts),
+        "equal_captions": len(kept) - len(np.unique(kept["caption"])),
     }
-    most = np.argsort(-times, kind="stable")[:_FREQUENT]
-    captions = {int(texts[i]): int(times[i]) for i in most if times[i] > 1}
-    # Of equal files one, sorted by looks; those of equal looks are compared as one.
+    # Of equal files one.
     files = files[kept["width"][files] > 0]
-    files = files[np.argsort(kept["looks"][files], kind="stable")]
-    looks, first, same = np.unique(
-        kept["looks"][files], return_index=True, return_counts=True
-    )
-    alike, count = same > 1, int((same * (same - 1) // 2).sum())
-    shown = [(place, place + 1) for place in first[alike]][: _PAIRS // 2]
-    for a, b in near_pairs(looks):
-        count += int((same[a] * same[b]).sum())
-        alike[a] = alike[b] = True
-        shown += zip(first[a[:_PAIRS]], first[b[:_PAIRS]])
-        del shown[_PAIRS:]
-    numbers |= {"near_bits": NEAR, "near_pictures": int(same[alike].sum())}
-    numbers["near_pairs"] = count
-    return numbers, captions, [(int(files[a]), int(files[b])) for a, b in shown]
+    count, is_near, pairs = 0, np.zeros(len(kept), bool), []
+    for found in near_pairs(kept["looks"][files]):
+        places = files[found]
+        count += len(places)
+        is_near[places] = True
+        pairs = [*pairs, *places[:_PAIRS].tolist()][:_PAIRS]
+    numbers |= {"near_bits": NEAR, "near_pictures": int(is_near.sum())}
+    return numbers | {"near_pairs": count}, pairs

@@ -1,6 +1,7 @@
 """The page of a data card: one file that needs no program to be read."""
 
 import base64
+import contextlib
 import html
 import io
 from collections.abc import Mapping, Sequence
@@ -32,50 +33,45 @@ _NOTES = {
 
 
 def page(
-    card: Mapping[str, Any],
-    pictures: Sequence[Sequence[Mapping[str, Any]]],
-    pairs: Sequence[Sequence[Mapping[str, Any]]],
+    card: Mapping[str, Mapping[str, Any]],
+    pictures: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
 ) -> str:
-    """The page of the content of card.json, with some pictures and near pairs."""
-    title = html.escape(str(card["source"].get("source", "")))
-    shown = {"pictures": pictures, "duplicates": pairs}
+    """The page of the content of card.json, with groups of records in its parts."""
+    title = html.escape(f"Data card of {card['source'].get('source', '')}")
     parts = "".join(
-        f"<h2>{name}</h2>\n{_entries(entries)}<p><small>{_NOTES.get(name, '')}</small>"
-        f'<div class="flow">{"".join(map(_figure, shown.get(name, ())))}</div>\n'
+        f'<h2>{name}</h2>\n<div class="flow">{_entries(entries)}</div>'
+        f"<p><small>{_NOTES.get(name, '')}</small>"
+        f'<div class="flow">{"".join(map(_figure, pictures.get(name, ())))}</div>\n'
         for name, entries in card.items()
     )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Data card of {title}</title>
+<title>{title}</title>
 <style>{_STYLE}</style>
-<h1>Data card of {title}</h1>
+<h1>{title}</h1>
 {parts}</html>
 """
 
 
 def _entries(entries: Mapping[str, Any]) -> str:
-    """A table of the single values, then how numbers are distributed."""
-    single = {n: x for n, x in entries.items() if not isinstance(x, dict | list)}
+    """Single values in one table, and one of bars for each that was counted."""
+    single = {n: x for n, x in entries.items() if not isinstance(x, dict)}
     rows = "".join(
-        f"<tr><td>{_name(name)}<td>{html.escape(format(x, ',' * (type(x) is int)))}"
-        for name, x in single.items()
+        f"<tr><td>{_name(n)}<td>{html.escape(f'{x:,}' if type(x) is int else str(x))}"
+        for n, x in single.items()
     )
-    others = "".join(_section(n, x) for n, x in entries.items() if isinstance(x, dict))
-    return f'<section><table>{rows}</table></section><div class="flow">{others}</div>'
+    counted = (_counted(n, entries[n]) for n in entries if n not in single)
+    table = f"<section><table>{rows}</table></section>" if rows else ""
+    return table + "".join(counted)
 
 
-def _name(name: str) -> str:
-    return html.escape(name.replace("_", " "))
-
-
-def _section(name: str, measure: Mapping[str, Any]) -> str:
+def _counted(name: str, measure: Mapping[str, Any]) -> str:
     """Bars of how many there are of each, and the quantiles."""
-    counts = measure["counts"]
+    most = max(measure["counts"].values(), default=0)
     rows = "".join(
-        f'<tr><td>{html.escape(label)}<td><i style="width:'
-        f'{100 * n / max(counts.values()):.1f}%"></i><td>{n:,}'
-        for label, n in counts.items()
+        f'<tr><td>{html.escape(label)}<td><i style="width:{n / most:.1%}"></i><td>{n:,}'
+        for label, n in measure["counts"].items()
     )
     told = [f"{at}: {x:,.4g}" for at, x in measure.get("quantiles", {}).items()]
     told += [f"unknown: {measure['unknown']:,}"] if measure.get("unknown") else []
@@ -85,23 +81,23 @@ def _section(name: str, measure: Mapping[str, Any]) -> str:
     )
 
 
+def _name(name: str) -> str:
+    return html.escape(name.replace("_", " "))
+
+
 def _figure(rows: Sequence[Mapping[str, Any]]) -> str:
     """Small pictures side by side, with their numbers and captions to point at."""
-    images = []
+    images = ""
     for row in rows:
         text = html.escape(f"{row['id']}: {row['caption'].decode('utf8', 'replace')}")
-        file, size = io.BytesIO(), (0, 0)
-        try:
-            with opened(row["image"]) as image:
-                image.draft("RGB", (_SIDE, _SIDE))
-                image.thumbnail((_SIDE, _SIDE))
-                image.convert("RGB").save(file, "JPEG", quality=85)
-                size = image.size
-        except Unusable:
-            pass  # an empty picture with its caption
+        file, (width, height) = io.BytesIO(), (0, 0)
+        with contextlib.suppress(Unusable), opened(row["image"]) as image:
+            image.thumbnail((_SIDE, _SIDE))
+            image.convert("RGB").save(file, "JPEG", quality=85)
+            width, height = image.size
         data = base64.b64encode(file.getvalue()).decode()
-        images.append(
-            f'<img src="data:image/jpeg;base64,{data}" alt="{text}" title="{text}" '
-            f'width="{size[0]}" height="{size[1]}">'
+        images += (
+            f'<img src="data:image/jpeg;base64,{data}" width="{width}" '
+            f'height="{height}" alt="{text}" title="{text}">'
         )
-    return f"<figure>{''.join(images)}</figure>"
+    return f"<figure>{images}</figure>"

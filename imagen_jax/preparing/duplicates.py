@@ -32,15 +32,15 @@ def dhash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes())
 
 
-def near_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places `[n]` of pairs of different `hashes` `[N]` uint64 that are near.
+def near_pairs(hashes: np.ndarray) -> Iterator[np.ndarray]:
+    """Places `[n, 2]` of `hashes` `[N]` uint64 that are near each other.
 
-    Each pair comes once; the arrays together have all of them, unless over 256 hashes
-    agree in three blocks.
+    The arrays together have every pair once; but where more than 256 hashes agree in
+    three blocks only some of those among them.
     """
     for kept in itertools.combinations(range(len(_BLOCKS)), _KEPT):
         keys = hashes & np.bitwise_or.reduce([_BLOCKS[b] for b in kept])
-        order = np.argsort(keys)
+        order = np.argsort(keys, kind="stable")
         keys = keys[order]
         first = np.arange(len(keys))
         for step in range(1, _MOST_NEIGHBOURS):
@@ -54,4 +54,4 @@ def near_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             # Another choice of blocks has found it if one before these agrees, too.
             for other in set(range(kept[-1])) - set(kept):
                 is_new &= differ & _BLOCKS[other] != 0
-            yield a[is_new], b[is_new]
+            yield np.stack([a, b], axis=1)[is_new]

@@ -48,7 +48,7 @@ class Job:
     settings: Settings
     source: sources.Source
     embedder: Embedder | None  # None writes tars of images, without embeddings
-    scores: Scores | None = None
+    scores: Scores = Scores()
     # Told how many more examples have been dealt with.
     progress: Callable[[int], object] = lambda examples: None
 
@@ -65,7 +65,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the output; kept in prepare.json."""
         embedder, sha256 = self.embedder, self.source.sha256
-        if self.scores:
+        if self.scores.identity:
             sha256 = sources.sha256_of([sha256, self.scores.identity])
         return {
             "format": manifests.FORMAT,
@@ -323,7 +323,9 @@ def usable(
             if isinstance(item, sources.Problem):
                 stats.skip(item)
             else:
-                good.append(_scored(job, *item))
+                example, image = item
+                scores = job.scores.of(example, image)
+                good.append((dataclasses.replace(example, scores=scores), image))
         captions = [example.caption for example, _ in good]
         texts = [_NULL_TEXT if job.embedder else None] * len(good)
         if job.embedder and not no_captions:
@@ -331,15 +333,6 @@ def usable(
         for (example, image), text in zip(good, texts):
             stats.add(example, image, text)
             yield example, image, text
-
-
-def _scored(
-    job: Job, example: sources.Example, image: StoredImage
-) -> tuple[sources.Example, StoredImage]:
-    if job.scores:
-        scores = job.scores.of(example, image)
-        example = dataclasses.replace(example, scores=scores)
-    return example, image
 
 
 def _write_records(path: pathlib.Path, rows: Iterable) -> None:

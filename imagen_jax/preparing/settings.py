@@ -62,7 +62,7 @@ class Settings:
     image_column: str = _setting("column of pictures", "")
     caption_lines: int = _setting("first lines of a .txt; 0: all", 0, least=0)
     no_captions: bool = _setting("pictures alone: train without text", False)
-    scores: str = _setting(
+    scores: Any = _setting(  # in Python also a `scores.ScoreFunction`
         "numbers of pictures, by name or id: FILE.csv, .jsonl or .parquet", ""
     )
     runner: str = _setting("a runner of Apache Beam, with --encoder=none", "")
@@ -111,7 +111,6 @@ class Settings:
             raise UserError("--output='' is no folder or FILE.npz: give one")
         check_disk(self.source.partition(":")[2])
         check_disk(self.output)
-        check_disk(self.scores)
         if self.is_npz and not (alone and embeds):
             raise UserError("a .npz file needs one process and an --encoder")
         if self.is_npz and 0 < self.stored_size < self.image_size:

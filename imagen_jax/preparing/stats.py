@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from imagen_jax.errors import UserError
 from imagen_jax.preparing.images import StoredImage
 from imagen_jax.preparing.sources import Example, Problem, Rest
 from imagen_jax.text.embeddings import Embedded
@@ -84,23 +83,19 @@ def total(reports: list[dict[str, Any]]) -> dict[str, Any]:
     worst = max(report["error_worst"] for report in reports)
     holds = sum(report.get("holds", 0) for report in reports)
     account = collections.Counter({"used": 0, "quarantined": 0})
+    unknown = collections.Counter()
     for report in reports:
         account.update(report.get("account", {}))
+        unknown.update(report.get("scores", {}))
     # Of a job that began before there were accounts nobody knows.
     if not all("account" in report for report in reports):
         holds, account = 0, collections.Counter()
     assert account.total() == holds, f"{account} are not {holds}"
     files = [report for report in reports if report["examples"]]
-    scores = [report.get("scores", {}) for report in files]
-    if any(own.keys() != scores[0].keys() for own in scores):
-        named = sorted({", ".join(own) for own in scores})
-        raise UserError(
-            f"the scores of some pictures are {named[0]}, others {named[1]}"
-        )
     return sums | {
         "holds": holds,
         "account": dict(sorted(account.items())),
-        "scores": {n: sum(own[n] for own in scores) for n in (scores or [{}])[0]},
+        "scores": dict(unknown),
         "tokens_max": max((int(n) for n, _ in lengths), default=0),
         "tokens_mean": round(tokens / max(sums["examples"], 1), 2),
         # Seven digits are more than a cosine of bfloat16 rows has.

@@ -41,16 +41,15 @@ def page(
     newest pictures first, by paths that the page can name.
     """
     report = goodput(events)
-    # The lines of steps and, between them, those of held-out losses.
-    kinds = [[], []]
-    for line in metrics:
-        kinds['"heldout_loss"' in line].append(line)
-    thinned = (lines[:: 1 + len(lines) // _POINTS] + lines[-1:] for lines in kinds)
-    steps, heldout = (list(map(json.loads, lines)) for lines in thinned)
+    every = 1 + len(metrics) // _POINTS
+    # Held-out losses have lines of their own, which are few.
+    thinned = [x for i, x in enumerate(metrics) if i % every == 0 or "heldout" in x]
+    rows = list(map(json.loads, [*thinned, *metrics[-1:]]))
+    steps = [row for row in rows if "heldout_loss" not in row]
     curves = "".join(
         curve(
             name.replace("_", " "),
-            [(row["step"], row[name]) for row in (*steps, *heldout) if name in row],
+            [(row["step"], row[name]) for row in rows if name in row],
             log,
         )
         for name, log in _CURVES.items()

@@ -1,7 +1,9 @@
 """Records that are left out of training, by score or by number, against plain loops."""
 
 import csv
+import itertools
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from imagen_jax import config, prepare, sharding
 from imagen_jax.data import choice
 from imagen_jax.data.manifest import Source, read_manifest
-from imagen_jax.data.pipeline import HeldOut, open_records
+from imagen_jax.data.pipeline import open_records, read_heldout
 from imagen_jax.errors import UserError
 from tests.data.batches import assert_equal, ids, take
 
@@ -127,8 +129,7 @@ def test_held_out_batches_are_always_the_same(stage, scored, name):
             vars(cfg) | {"training": {"batch_size": 4, "heldout_images": 10}}
         )
         mesh = sharding.make_mesh(cfg.mesh, jax.devices()[:count])
-        held = HeldOut(cfg, mesh)
-        found += [take(iter(held), 9), take(iter(held), 9)]
+        found.append(take(iter(read_heldout(cfg, mesh)), 9))
     assert len(found[0]) == 3
     for other in found[1:]:
         assert_equal(other, found[0])
@@ -139,14 +140,13 @@ def test_hosts_together_have_the_batches_of_one(stage, scored, mesh):
     whole = take(open_records(cfg, mesh, heldout=True), 4)
     for rows in ([0, 1], [2, 3], [1]):
         part = open_records(cfg, mesh, np.array(rows), heldout=True)
-        have = [next(part.on_host()).id.tolist()]
-        assert have == [whole[0].id[rows].tolist()]
+        batches = itertools.islice(part._batches_from(0), 4)
+        have = [own.id.tolist() for own in batches]
+        assert have == [batch.id[rows].tolist() for batch in whole]
 
 
 def test_a_mixture_holds_out_what_its_folders_do(stage, scored, mesh, tmp_path):
     """Record i of folder k has the number i K + k; each folder is filtered alike."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(scored / "out", copy)
     data = {"filter": FILTER, "heldout_share": SHARE, "readers": 1}
@@ -187,7 +187,7 @@ def test_which_are_held_out_is_a_rule_for_ever(scored):
 
 
 @pytest.mark.parametrize("test", ["<", "<=", "==", ">", ">="])
-@pytest.mark.parametrize("number", ["5", "5.5", "-1", "1e1", "nan"])
+@pytest.mark.parametrize("number", ["5", "5.5", "-1", "1e1"])
 def test_tests(scored, test, number):
     data = config.DataConfig(filter=(f"aesthetic {test} {number}",))
     is_chosen = choice.choice(data, _source(scored))
@@ -225,6 +225,5 @@ def test_records_without_scores(stage, even, scored, mesh):
     ],
 )
 def test_nothing_left_is_said(stage, scored, mesh, name, data, heldout):
-    what = "held out" if heldout else "left to train on"
-    with pytest.raises(UserError, match=f"no record is {what} in"):
+    with pytest.raises(UserError, match="choose no record of"):
         take(open_records(stage(str(scored / name), data=data), mesh, None, heldout), 1)

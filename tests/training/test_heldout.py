@@ -15,7 +15,7 @@ from imagen_jax import prepare
 from imagen_jax.api import run
 from imagen_jax.batch import Cond
 from imagen_jax.config import MeshConfig
-from imagen_jax.data.pipeline import HeldOut, open_sources
+from imagen_jax.data.pipeline import open_sources, read_heldout
 from imagen_jax.diffusion.loss import LOGSNR_EDGES, losses, noise_batch
 from imagen_jax.errors import Stopped, UserError
 from imagen_jax.models import network
@@ -283,9 +283,9 @@ def test_a_run_of_records_trains_on_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr("imagen_jax.data.pipeline.Stream", Noted)
     state = run.train_stage(cfg, str(tmp_path / "run"))
     mesh = make_mesh(cfg.mesh)
-    held = HeldOut(cfg, mesh)
+    held = read_heldout(cfg, mesh)
     ids = {int(i) for batch in held for i in batch.id}
-    assert len(list(held)) == 2 and ids and not ids & set(seen)
+    assert len(held) == 2 and ids and not ids & set(seen)
     row = [own for own in _lines(tmp_path / "run") if "heldout_loss" in own][-1]
     measure = compile_heldout_loss(cfg, mesh)
     assert row == {"step": 4, **heldout_loss(measure, state, held)}
