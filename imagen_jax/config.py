@@ -115,6 +115,10 @@ class DataConfig:
     # Mirrors a random half of the images in each epoch. Captions that tell left from
     # right are then wrong half of the time.
     flip: bool = False
+    # Tests of scores that records must pass, as ('aesthetic>=5', 'nsfw<0.5').
+    filter: tuple[str, ...] = ()
+    # Share of records, drawn by their numbers, that is never trained on.
+    heldout_share: Rate = 0.0
     # Records that cannot be decoded are told, and others take their places; more on a
     # host stop the run.
     max_damaged: CountOrZero = 100
@@ -167,12 +171,17 @@ class TrainingConfig:
     keep_checkpoints: Count = 3  # the newest ones
     keep_every_steps: CountOrZero = 0  # and those at its multiples; 0 for none
     keep_best_checkpoints: CountOrZero = 0  # and those with the lowest `best_metric`
-    # A loss in metrics.jsonl, averaged over the steps since the checkpoint before:
-    # "loss" or "loss_by_logsnr/RANGE".
+    # A loss in metrics.jsonl: "heldout_loss", "heldout_ema_loss" or one of their
+    # ranges; or, averaged over the steps since the checkpoint before, "loss" or
+    # "loss_by_logsnr/RANGE".
     best_metric: str = "loss"
     # Workdir (averaged parameters), `export` or .safetensors file to start from; ""
     # for none.
     init_from: str = ""
+    # Examples of which the held-out loss is, in whole batches; steps between two
+    # measures, 0 for every checkpoint's.
+    heldout_images: Count = 1024
+    heldout_every_steps: CountOrZero = 0
     preview_images: Count = 16  # examples of a preview grid
     # Captions of your own that previews show, too: ('a red circle', 'two squares').
     preview_prompts: tuple[str, ...] = ()

@@ -241,7 +241,7 @@ def _tile(label: str, picture: np.ndarray, verdict: Verdict | None) -> str:
 def read_curve(path: pathlib.Path) -> list[tuple[int, float]]:
     """`(step, loss)` of every line of a metrics.jsonl."""
     rows = map(json.loads, path.read_text().splitlines())
-    return [(row["step"], row["loss"]) for row in rows]
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
 def define_flags() -> None:

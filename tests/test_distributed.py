@@ -37,6 +37,7 @@ def flags(workdir, records, *more: str) -> list[str]:
         f"--config.data.records={records}",
         *once(*TINY, "--config.training.sample_every_steps=0", *more),
         *("--config.text.length=4", "--config.training.log_every_steps=1"),
+        *("--config.data.heldout_share=0.2", "--config.training.heldout_images=8"),
     ]
 
 
@@ -93,8 +94,8 @@ def rows(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
-def losses(run) -> list[float]:
-    return [row["loss"] for row in rows(run / "metrics.jsonl")]
+def losses(run, name: str = "loss") -> list[float]:
+    return [row[name] for row in rows(run / "metrics.jsonl") if name in row]
 
 
 def until_it_trains(run, steps: int, processes) -> None:
@@ -198,6 +199,11 @@ def test_other_processes_midway(tmp_path, records, whole, start):
     assert "open metrics.jsonl" in written[0]
     assert written[1] and all(line.endswith("process_1") for line in written[1])
     np.testing.assert_allclose(losses(run)[3:9], losses(whole[0])[3:], rtol=1e-5)
+    for name in ("heldout_loss", "heldout_ema_loss"):
+        # After steps 3, 6 and 9; the last two by two processes.
+        want = losses(whole[0], name)
+        assert len(want) == 3
+        np.testing.assert_allclose(losses(run, name)[:3], want, rtol=1e-5)
     both = [a + b for a, b in zip(ids(second, 0), ids(second, 1), strict=False)]
     assert both[:6] == ids(whole[1])[3:] and len(both[0]) == 8
 

@@ -9,7 +9,12 @@ import numpy as np
 
 from imagen_jax.batch import pad_text
 from imagen_jax.config import StageConfig, from_dict
-from imagen_jax.data.pipeline import Stream, open_records, open_sources
+from imagen_jax.data.pipeline import (
+    Stream,
+    open_records,
+    open_sources,
+    read_heldout,
+)
 from imagen_jax.errors import printable
 from imagen_jax.sharding import make_mesh, unused_gpu
 from imagen_jax.stores import check_store
@@ -59,7 +64,8 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
     preview = None
     if cfg.training.sample_every_steps:
         preview = open_preview(cfg, batches)
-    return train(cfg, workdir, batches, mesh, preview, stopwatch)
+    heldout = read_heldout(cfg, mesh) if cfg.data.heldout_share else ()
+    return train(cfg, workdir, batches, mesh, preview, stopwatch, heldout)
 
 
 def open_preview(cfg: StageConfig, batches: Stream) -> Preview:

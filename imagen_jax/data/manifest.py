@@ -65,6 +65,9 @@ class Manifest:
     # "quarantined", and those passed over by kind, as ".ogg". 0 where nobody counted.
     holds: int = 0
     account: dict[str, int] = dataclasses.field(default_factory=dict)
+    # Scores that every record has, by name, and how many of them are not known.
+    scores: dict[str, int] = dataclasses.field(default_factory=dict)
+    scored: int = 0  # records with at least one that is
     # {"file", "examples", "sha256", "sides"} for each file of records, or for the one
     # .npz file: "sides" counts images by their shorter side in pixels. Files of records
     # also have "bytes" and "head_sha256". Releases up to 0.2 wrote "lengths", too.

@@ -9,7 +9,8 @@ import numpy as np
 
 from imagen_jax.batch import Batch, downsample, pad_text
 from imagen_jax.config import StageConfig
-from imagen_jax.data.manifest import NPZ, Manifest, to_json
+from imagen_jax.data.choice import choice, nothing_left
+from imagen_jax.data.manifest import NPZ, Manifest, Source, to_json
 from imagen_jax.data.order import crop_corner, is_flipped
 from imagen_jax.errors import UserError
 from imagen_jax.files import read_arrays
@@ -20,7 +21,11 @@ _CHUNK = 256
 
 
 def arrays(
-    images: list[np.ndarray], text: list[bytes], ids: list[int], row_bytes: int
+    images: list[np.ndarray],
+    text: list[bytes],
+    ids: list[int],
+    row_bytes: int,
+    scores: list[list[float]],
 ) -> dict[str, np.ndarray]:
     """The arrays of a .npz file, without captions and manifest.
 
@@ -29,10 +34,11 @@ def arrays(
     Returns:
       "image" `[N, S, S, 3]` uint8, "text" `[sum of n, row_bytes]` uint8, "offset"
       `[N + 1]` int64 (example i has the rows offset[i] to offset[i + 1] of "text"),
-      "id" `[N]` int64.
+      "id" `[N]` int64; and "scores" `[N, K]` float32, if there are any.
     """
     lengths = [len(data) // row_bytes for data in text]
-    return {
+    own = {"scores": np.asarray(scores, np.float32)} if any(scores) else {}
+    return own | {
         "image": np.stack(images),
         "text": np.frombuffer(b"".join(text), np.uint8).reshape(-1, row_bytes),
         "offset": np.cumsum([0, *lengths], dtype=np.int64),
@@ -80,6 +86,8 @@ def read(path: str, manifest: Manifest) -> dict[str, np.ndarray]:
         "offset": ("<i8", (count + 1,)),
         "id": ("<i8", (count,)),
     }
+    if manifest.scores:
+        expected["scores"] = ("<f4", (count, len(manifest.scores)))
     values = read_arrays(path, NPZ, expected)
     offset, ids = values["offset"], values["id"]
     if sha256(values) != manifest.shards[0]["sha256"]:
@@ -105,13 +113,15 @@ def read_captions(path: str, count: int) -> list[bytes]:
 
 
 def open_npz(
-    cfg: StageConfig, manifest: Manifest, rows: np.ndarray
+    cfg: StageConfig, source: Source, rows: np.ndarray, heldout: bool
 ) -> Callable[[int], Iterator[Batch]]:
     """Loads a .npz file; the result yields batches from any number on.
 
-    In every epoch each example comes once, in a permutation of (data.seed, epoch).
-    `rows` `[n]` int64 are the rows of every batch that are wanted, ascending.
+    In every epoch each example that `choice` leaves comes once, in a permutation of
+    (data.seed, epoch). `rows` `[n]` int64 are the rows of every batch that are wanted,
+    ascending.
     """
+    manifest = source.manifest
     path, size, crop = cfg.data.records, cfg.image_size, cfg.crop_size
     if cfg.data.square != "middle":
         raise UserError(
@@ -121,6 +131,12 @@ def open_npz(
     values = read(path, manifest)
     image, text, offset, ids = (values[n] for n in ("image", "text", "offset", "id"))
     captions = np.array(read_captions(path, len(ids)), object)
+    chosen = np.arange(len(ids))
+    if is_chosen := choice(cfg.data, source, heldout):
+        scores = values["scores"].T if manifest.scores else ()
+        chosen = np.flatnonzero(is_chosen(ids, dict(zip(manifest.scores, scores))))
+    if not len(chosen):
+        raise nothing_left(path)
     side = image.shape[1]
     if side not in (size * 2**k for k in range(16)):
         raise UserError(
@@ -132,12 +148,13 @@ def open_npz(
         image = np.concatenate([downsample(chunk, size) for chunk in chunks])
 
     def batch_at(number: int) -> Batch:
-        epochs, places = np.divmod(number * cfg.training.batch_size + rows, len(ids))
+        count = len(chosen)
+        epochs, places = np.divmod(number * cfg.training.batch_size + rows, count)
         own = np.empty(len(rows), np.int64)
         for epoch in np.unique(epochs):
             random = np.random.default_rng((cfg.data.seed % 2**32, int(epoch)))
             here = epochs == epoch
-            own[here] = random.permutation(len(ids))[places[here]]
+            own[here] = chosen[random.permutation(count)[places[here]]]
         images = image[own]
         if crop:
             corners = zip(*crop_corner(cfg, ids[own], epochs))

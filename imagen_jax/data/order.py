@@ -24,9 +24,9 @@ import numpy as np
 from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError
 
-_PRIME = 2**31 - 1
+PRIME = 2**31 - 1
 # Purposes of `draw`: the crop's row and column are 0 and 1.
-_SQUARE, _FLIP, _TURN = 2, 3, 4
+_SQUARE, _FLIP, _TURN, HELDOUT = 2, 3, 4, 5
 # Time that turns are drawn for at once: about as many examples.
 _STRETCH = 4096
 # Blocks of a batch when nothing is configured: so many hosts read without overlap.
@@ -41,12 +41,12 @@ def draw(seed: int, numbers, epoch, purpose) -> Any:
 
     Only the operators `+ * %`: numpy and TensorFlow get the same integers.
     """
-    mixed = numbers * 0 + seed % _PRIME
+    mixed = numbers * 0 + seed % PRIME
     for value in (numbers, epoch, purpose):
-        mixed = (mixed * 48_271 + value % _PRIME + 1) % _PRIME
+        mixed = (mixed * 48_271 + value % PRIME + 1) % PRIME
         # x**5 permutes the residues of this prime; products stay below 2**62.
-        square = mixed * mixed % _PRIME
-        mixed = square * square % _PRIME * mixed % _PRIME
+        square = mixed * mixed % PRIME
+        mixed = square * square % PRIME * mixed % PRIME
     return mixed
 
 
@@ -156,7 +156,7 @@ def turns(
 
 
 def _times(seed, share, folder, numbers):
-    return (numbers + draw(seed, numbers, folder, _TURN) / _PRIME) / share
+    return (numbers + draw(seed, numbers, folder, _TURN) / PRIME) / share
 
 
 def _turns_before(seed, shares, time) -> list[int]:

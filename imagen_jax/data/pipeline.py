@@ -1,6 +1,8 @@
 """From a config to batches on the devices, whatever its records are."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -208,15 +210,19 @@ class Stream:
 
 
 def open_records(
-    cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None
+    cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None, heldout: bool = False
 ) -> Stream:
     """The batches of `config.data.records` on this host.
 
     Their order (`imagen_jax.data.order`) is a function of the config and the records.
     Of K mixed sources, the k-th has the example numbers that are k modulo K.
     `rows` `[n]` int64 are the rows of every batch that are wanted here, ascending; by
-    default those that this host's devices hold.
+    default those that this host's devices hold. `heldout` opens the records that
+    training does not see, by one reader on every host.
     """
+    if heldout:
+        data = dataclasses.replace(cfg.data, readers=1, shuffle_examples=1)
+        cfg = dataclasses.replace(cfg, data=data)
     cfg, sources = open_sources(cfg)
     size = cfg.training.batch_size
     sharding.check_batch_size(size, mesh, "training.batch_size")
@@ -235,8 +241,12 @@ def open_records(
     }
     if cfg.data.flip:
         identity["data.flip"] = True
+    if cfg.data.filter:
+        identity["data.filter"] = list(cfg.data.filter)
+    if cfg.data.heldout_share:
+        identity["data.heldout_share"] = cfg.data.heldout_share
     if sources[0].is_npz:
-        batches_from = memory.open_npz(cfg, sources[0].manifest, rows)
+        batches_from = memory.open_npz(cfg, sources[0], rows, heldout)
         return Stream(batches_from, mesh, identity)
 
     start_tensorflow()
@@ -255,7 +265,7 @@ def open_records(
         order.host_reads, cfg, weights, blocks, readers, rows
     )
     read = len(next(host_reads(0)[1])[0])
-    if read > 2 * len(rows):
+    if read > 2 * len(rows) and not heldout:
         log.warning(
             "this host reads %.3g times as many records as it keeps: set "
             "config.data.readers to the number of hosts, and prepare at least as many "
@@ -269,9 +279,15 @@ def open_records(
             records.check_files(source.path, shards)
     faults = {}
     batches_from = records.batch_reader(
-        cfg, sources, groups, host_reads, len(rows), faults
+        cfg, sources, groups, host_reads, len(rows), faults, heldout
     )
     return Stream(batches_from, mesh, identity, faults, cfg.data.max_damaged)
+
+
+def read_heldout(cfg: StageConfig, mesh: Mesh) -> list[Batch]:
+    """Batches of `training.heldout_images` examples or a little more, placed."""
+    count = -(-cfg.training.heldout_images // cfg.training.batch_size)
+    return list(itertools.islice(open_records(cfg, mesh, heldout=True), count))
 
 
 def _usable(cfg: StageConfig, source: Source) -> list[int]:

@@ -8,6 +8,7 @@ import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
+from typing import Any
 
 import numpy as np
 import seqio
@@ -17,24 +18,32 @@ from etils import epath
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import order, preprocess
+from imagen_jax.data.choice import choice, nothing_left
 from imagen_jax.data.manifest import Manifest, Source, head_sha256
 from imagen_jax.data.tfds import DataSource
 from imagen_jax.errors import UserError
 
 # With more threads decoding is not what limits a host, and other work wants its cores.
 _MAX_THREADS = 32
+# Records among which the held-out ones are looked for.
+_LOOKED_THROUGH = 2**18
 
 
-def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> None:
+def write_shard(
+    path: pathlib.Path, rows: Iterable[dict[str, int | bytes | float]]
+) -> None:
     """Writes a TFRecord file.
 
     Rows have "id"; "image", a JPEG or PNG file; "caption", UTF-8; "text", its
-    `embeddings.to_bytes`; and "side", pixels of the image's shorter side.
+    `embeddings.to_bytes`; "side", pixels of the image's shorter side; and floats, the
+    "scores/NAME".
     """
 
     def feature(value):
         if isinstance(value, bytes):
             return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        if isinstance(value, float):
+            return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
         return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
 
     with tf.io.TFRecordWriter(str(path)) as writer:
@@ -43,6 +52,17 @@ def write_shard(path: pathlib.Path, rows: Iterable[dict[str, int | bytes]]) -> N
             example = tf.train.Example(features=tf.train.Features(feature=fields))
             # Fields are a map, which has an order only when asked for one.
             writer.write(example.SerializePartialToString(deterministic=True))
+
+
+def read_rows(folder: str, manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """All records as they are stored, always in one order, "scores" as `[K]`."""
+    rows = DataSource(folder).get_dataset(shuffle=False).as_numpy_iterator()
+    try:
+        for row in rows:
+            yield row | {"scores": [row["scores"][name] for name in manifest.scores]}
+    except tf.errors.OpError as error:
+        brief = error.message.splitlines()[0]
+        raise UserError(f"the records {folder!r} are damaged: {brief}") from None
 
 
 def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
@@ -58,6 +78,8 @@ def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
             dataset = dataset.filter(lambda row: row["side"] >= image_size)
         spec = dataset.element_spec.get("caption")
         none = {} if spec == tf.TensorSpec([], tf.string) else {"caption": b""}
+        if "scores" not in dataset.element_spec:
+            none["scores"] = {}
         return dataset.map(
             lambda row: row | {"id": tf.cast(row["id"], tf.int64)} | none
         )
@@ -81,6 +103,7 @@ def batch_reader(
     host_reads: Callable[[int], tuple[list, Iterator]],
     size: int,
     faults: dict[int, list[str]],
+    heldout: bool,
 ) -> Callable[[int], Iterator[Batch]]:
     """A function that yields a host's batches from any number on.
 
@@ -88,7 +111,9 @@ def batch_reader(
     `order.host_reads` from batch n on, `size` is the number of rows that it keeps.
     `faults` gets a line for each record that cannot be decoded, by number of the batch.
     """
-    openers = [_opener(cfg, sources, k, sizes) for k, sizes in enumerate(groups)]
+    openers = [
+        _opener(cfg, sources, k, sizes, heldout) for k, sizes in enumerate(groups)
+    ]
     options = tf.data.Options()
     options.deterministic = True
     options.threading.private_threadpool_size = min(os.cpu_count() or 1, _MAX_THREADS)
@@ -128,6 +153,9 @@ def batch_reader(
                     yield Batch(**fields)
                     number += 1
         except tf.errors.OpError as error:
+            chooses = cfg.data.filter or cfg.data.heldout_share
+            if chooses and "contained only 0 elements" in error.message:
+                raise nothing_left(cfg.data.records) from None
             raise UserError(
                 f"the records {cfg.data.records!r} are damaged or gone: "
                 f"{error.message.splitlines()[0]}: copy or prepare them again; the "
@@ -203,11 +231,12 @@ def _column(parts: Iterator, place: int, dtype: tf.DType) -> tf.data.Dataset:
     return tf.data.Dataset.counter().map(following).unbatch()
 
 
-def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
+def _opener(cfg, sources, k, groups, heldout) -> Callable[[int, int], tf.data.Dataset]:
     """A function that opens a reader of the k-th source at a position."""
     source, count = sources[k], len(groups)
     task = make_task(source.path, source.manifest, cfg.image_size)
     added = {"int8": source.manifest.embedding_dtype == "int8"}
+    is_chosen = choice(cfg.data, source, heldout)
     # Each reader has a buffer; together they are as large as the config says.
     examples = tf.constant(groups, tf.int64)
     share = source.weight / sum(other.weight for other in sources) / count
@@ -227,10 +256,18 @@ def _opener(cfg, sources, k, groups) -> Callable[[int, int], tf.data.Dataset]:
 
         # Or the places of a resumed run would be others.
         part = tf.gather(examples, (reader + epoch) % count)
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(part))
+        whole = tf.data.experimental.assert_cardinality(part)
+        dataset = dataset.apply(whole)
+        if is_chosen:
+            # Those that are left come again, until they are as many as all.
+            if heldout:
+                dataset = dataset.take(_LOOKED_THROUGH)
+            dataset = dataset.filter(lambda row: is_chosen(row["id"], row["scores"]))
+            dataset = dataset.repeat().take(part).apply(whole)
 
         def add(row):
-            return row | added | {"epoch": epoch, "id": row["id"] * len(sources) + k}
+            fields = {name: row[name] for name in ("image", "text", "caption")} | added
+            return fields | {"epoch": epoch, "id": row["id"] * len(sources) + k}
 
         return dataset.map(add)
 

@@ -83,6 +83,7 @@ def read_manifest(name: str) -> Manifest:
         embedding_dtype="int8" if int8 else "bfloat16",
         examples=found.num_examples,
         image_bytes=found.num_bytes,
+        scores=dict.fromkeys(features.get("scores", ()), 0),
         shards=[shard(file, examples) for file, examples in files if examples],
     )
 

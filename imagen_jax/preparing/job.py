@@ -25,6 +25,7 @@ from imagen_jax.errors import UserError, needing_room
 from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
 from imagen_jax.preparing import folder, parquet, sources, webdataset
 from imagen_jax.preparing.images import StoredImage, middle_square
+from imagen_jax.preparing.scores import Scores
 from imagen_jax.preparing.settings import FORMS, NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats, in_words, total
 from imagen_jax.text import embeddings
@@ -47,6 +48,7 @@ class Job:
     settings: Settings
     source: sources.Source
     embedder: Embedder | None  # None writes tars of images, without embeddings
+    scores: Scores = Scores()
     # Told how many more examples have been dealt with.
     progress: Callable[[int], object] = lambda examples: None
 
@@ -62,11 +64,13 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the output; kept in prepare.json."""
-        embedder = self.embedder
+        embedder, sha256 = self.embedder, self.source.sha256
+        if self.scores.identity:
+            sha256 = sources.sha256_of([sha256, self.scores.identity])
         return {
             "format": manifests.FORMAT,
             "settings": self.settings.recorded(),
-            "source_sha256": self.source.sha256,
+            "source_sha256": sha256,
             "encoder": embedder.encoder.identity if embedder else NO_ENCODER,
             "embedding_dtype": embedder.dtype if embedder else NO_ENCODER,
         }
@@ -153,7 +157,7 @@ def _check_same(job: Job, old: dict[str, Any]) -> None:
     old["settings"] = Settings("", "").recorded() | old.get("settings", {})
     before, now = ({**values.pop("settings"), **values} for values in (old, new))
     differs = [
-        "other pictures or captions"
+        "other pictures, captions or scores"
         if name == "source_sha256"
         else f"{name} {before.get(name)!r}, not {value!r}"
         for name, value in now.items()
@@ -259,12 +263,14 @@ def _write_npz(job: Job) -> Manifest:
     stats, rows = Stats(), []
     for example, image, text in usable(job, job.items(), stats):
         pixels = middle_square(image.data, size)
-        rows.append((example.id, example.caption, pixels, text.data))
+        rows.append((example, pixels, text.data))
     summary = _sum_up(job, [stats.report("arrays")])
     _check_unchanged(job)
-    ids, captions, images, text = zip(*rows)
+    examples, images, text = zip(*rows)
     row_bytes = embeddings.row_bytes(embedder.encoder.dim, embedder.dtype)
-    arrays = memory.arrays(images, text, ids, row_bytes)
+    ids, captions = zip(*((example.id, example.caption) for example in examples))
+    scores = [list(example.scores.values()) for example in examples]
+    arrays = memory.arrays(images, text, ids, row_bytes, scores)
     sides = {str(size): len(ids)}
     summary["shards"][0] |= {"sha256": memory.sha256(arrays), "sides": sides}
     manifest = _make_manifest(job, summary)
@@ -317,7 +323,9 @@ def usable(
             if isinstance(item, sources.Problem):
                 stats.skip(item)
             else:
-                good.append(item)
+                example, image = item
+                scores = job.scores.of(example, image)
+                good.append((dataclasses.replace(example, scores=scores), image))
         captions = [example.caption for example, _ in good]
         texts = [_NULL_TEXT if job.embedder else None] * len(good)
         if job.embedder and not no_captions:
@@ -340,6 +348,7 @@ def _write_records(path: pathlib.Path, rows: Iterable) -> None:
             "text": text.data,
             "side": image.side,
         }
+        | {f"scores/{name}": value for name, value in example.scores.items()}
         for example, image, text in rows
     )
     records.write_shard(path, fields)

@@ -62,6 +62,9 @@ class Settings:
     image_column: str = _setting("column of pictures", "")
     caption_lines: int = _setting("first lines of a .txt; 0: all", 0, least=0)
     no_captions: bool = _setting("pictures alone: train without text", False)
+    scores: Any = _setting(  # in Python also a `scores.ScoreFunction`
+        "numbers of pictures, by name or id: FILE.csv, .jsonl or .parquet", ""
+    )
     runner: str = _setting("a runner of Apache Beam, with --encoder=none", "")
     runner_options: str = _setting("its options: '--project=... --region=...'", "")
 
@@ -112,5 +115,7 @@ class Settings:
             raise UserError("a .npz file needs one process and an --encoder")
         if self.is_npz and 0 < self.stored_size < self.image_size:
             raise UserError("--stored_size is below --image_size of a .npz file")
+        if self.scores and not embeds:
+            raise UserError("--scores are kept in records, which need an --encoder")
         if self.runner and (embeds or not alone):
             raise UserError("--runner needs --encoder=none and no --process_count")

@@ -37,6 +37,8 @@ class Example:
     caption: str  # stripped; empty for the null text only
     read: Callable[[], bytes]  # the image's file
     parts: int = 1  # files, members or rows of the source that it is made of
+    # Numbers by name, NaN for what is not known; set when its image is stored.
+    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -1,6 +1,7 @@
 """What became of the examples: counted shard by shard, and summed up."""
 
 import collections
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from imagen_jax.preparing.images import StoredImage
 from imagen_jax.preparing.sources import Example, Problem, Rest
 from imagen_jax.text.embeddings import Embedded
 
-_SUMS = ("reencoded", "image_bytes", "cut_captions", "text_bytes")
+_SUMS = ("reencoded", "image_bytes", "cut_captions", "text_bytes", "scored")
 # What a manifest keeps of the report on a file.
 _SHARD = ("file", "examples", "sha256", "bytes", "head_sha256", "sides")
 
@@ -20,6 +21,7 @@ class Stats:
         self._skipped, self._holds = [], 0
         self._account = collections.Counter()
         self._sides, self._lengths = collections.Counter(), collections.Counter()
+        self._unknown = collections.Counter()
         self._sums = dict.fromkeys(_SUMS, 0) | {"error_sum": 0.0, "error_worst": 0.0}
 
     def skip(self, problem: Problem) -> None:
@@ -39,6 +41,9 @@ class Stats:
         self._sides[image.side] += 1
         sums["reencoded"] += image.reencoded
         sums["image_bytes"] += len(image.data)
+        unknown = {name: math.isnan(value) for name, value in example.scores.items()}
+        self._unknown.update(unknown)
+        sums["scored"] += not all(unknown.values())
         if text:
             self._lengths[text.tokens] += 1
             sums["cut_captions"] += text.cut
@@ -57,6 +62,7 @@ class Stats:
             "skipped": self._skipped,
             "holds": self._holds,
             "account": self._account,
+            "scores": self._unknown,
         } | self._sums
 
 
@@ -69,15 +75,18 @@ def in_words(account: Mapping[str, int]) -> str:
 def total(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Sums up all reports under a manifest's names."""
     names = ("examples", *_SUMS)
-    sums = {name: sum(report[name] for report in reports) for name in names}
+    # Older reports lack the newest.
+    sums = {name: sum(report.get(name, 0) for report in reports) for name in names}
     lengths = [item for report in reports for item in report["lengths"].items()]
     tokens = sum(int(n) * count for n, count in lengths)
     mean = sum(report["error_sum"] for report in reports) / max(tokens, 1)
     worst = max(report["error_worst"] for report in reports)
     holds = sum(report.get("holds", 0) for report in reports)
     account = collections.Counter({"used": 0, "quarantined": 0})
+    unknown = collections.Counter()
     for report in reports:
         account.update(report.get("account", {}))
+        unknown.update(report.get("scores", {}))
     # Of a job that began before there were accounts nobody knows.
     if not all("account" in report for report in reports):
         holds, account = 0, collections.Counter()
@@ -86,6 +95,7 @@ def total(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return sums | {
         "holds": holds,
         "account": dict(sorted(account.items())),
+        "scores": dict(unknown),
         "tokens_max": max((int(n) for n, _ in lengths), default=0),
         "tokens_mean": round(tokens / max(sums["examples"], 1), 2),
         # Seven digits are more than a cosine of bfloat16 rows has.

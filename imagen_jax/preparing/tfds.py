@@ -70,6 +70,8 @@ def write_info(folder: pathlib.Path, manifest: Manifest, examples: list[int]) ->
         "text": text,
         "side": np.int64,
     }
+    if manifest.scores:
+        features["scores"] = dict.fromkeys(manifest.scores, np.float32)
     name, version = "imagen_records", tfds.core.Version("1.0.0")
     sides = [int(side) for shard in manifest.shards for side in shard["sides"]]
     info = tfds.core.DatasetInfo(

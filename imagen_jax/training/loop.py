@@ -2,8 +2,9 @@
 
 import contextlib
 import faulthandler
+import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +21,11 @@ from imagen_jax.files import read_json
 from imagen_jax.sharding import check_batch_size
 from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.claim import FILE_NAME, Claim
+from imagen_jax.training.heldout import (
+    HELD_OUT,
+    compile_heldout_loss,
+    heldout_loss,
+)
 from imagen_jax.training.metrics import (
     IntervalMeans,
     MetricWriter,
@@ -46,6 +52,7 @@ def train(
     mesh: Mesh,
     preview: Preview | None = None,
     stopwatch: Stopwatch | None = None,
+    heldout: Iterable[Batch] = (),
 ) -> TrainState:
     """Trains from where `first_state` starts; returns the state after the last step.
 
@@ -58,6 +65,7 @@ def train(
       mesh: of all devices.
       preview: what is sampled as training goes.
       stopwatch: of this run, already running.
+      heldout: examples that are not trained on, the same batches at every iteration.
 
     Raises:
       UserError: for a workdir of another config or that cannot be written, a batch that
@@ -68,6 +76,8 @@ def train(
         cfg.training.batch_size, mesh, "training.batch_size", cfg.training.microbatches
     )
     best, known = cfg.training.best_metric, ["loss", *bucket_names()]
+    if heldout:
+        known += [*HELD_OUT, *itertools.chain(*map(bucket_names, HELD_OUT))]
     if best not in known:
         raise UserError(
             f"config.training.best_metric is {best!r}; it takes one of {known}"
@@ -81,7 +91,7 @@ def train(
             checkpointer = Checkpointer(workdir, cfg.training)
             stack.enter_context(contextlib.closing(checkpointer))
             stack.callback(faulthandler.cancel_dump_traceback_later)
-            return _run(cfg, batches, mesh, preview, checkpointer, writer)
+            return _run(cfg, batches, mesh, preview, heldout, checkpointer, writer)
     except OSError as error:
         raise UserError(
             f"the workdir {workdir} cannot be written ({' '.join(str(error).split())}):"
@@ -179,7 +189,7 @@ def _check_workdir(cfg: StageConfig, workdir: str) -> None:
         )
 
 
-def _run(cfg, batches, mesh, preview, checkpointer, writer):
+def _run(cfg, batches, mesh, preview, heldout, checkpointer, writer):
     """The steps from `first_state` on, with all that is done between them."""
     training, stopwatch = cfg.training, writer.stopwatch
     workdir = checkpointer.workdir
@@ -199,7 +209,8 @@ def _run(cfg, batches, mesh, preview, checkpointer, writer):
     step_fn = compile_train_step(cfg, mesh)
     recovery = Recovery(cfg, batches, mesh, checkpointer, writer)
     means = IntervalMeans(cfg, writer, bar, unlogged)
-    loss, previewed = None, False
+    loss, previewed, measure = None, False, None
+    heldout_every = training.heldout_every_steps or training.checkpoint_every_steps
 
     stopwatch.switch("step")
     with bar, stopping() as stops_after:
@@ -228,8 +239,9 @@ def _run(cfg, batches, mesh, preview, checkpointer, writer):
                 and training.sample_every_steps
                 and (step % training.sample_every_steps == 0 or step == last)
             )
+            measures = heldout and (step % heldout_every == 0 or step == last)
             stops = stops_after(step)
-            if saves or samples or stops:
+            if saves or samples or stops or measures:
                 means.fetch(step)
             faulthandler.cancel_dump_traceback_later()
             if means.spent:
@@ -238,7 +250,12 @@ def _run(cfg, batches, mesh, preview, checkpointer, writer):
                 means = IntervalMeans(cfg, writer, bar)
                 step = int(state.step)
                 bar.update(step - bar.n)
-                saves, samples = step == last, False
+                saves, samples, measures = step == last, False, False
+            if measures:
+                bucket = "evaluation" if measure else "compile"
+                with stopwatch.bucket(bucket), means.pause():
+                    measure = measure or compile_heldout_loss(cfg, mesh)
+                    means.add_heldout(heldout_loss(measure, state, heldout))
             if saves or stops:
                 unlogged = list(means.unlogged)
                 if step == last:

@@ -295,8 +295,15 @@ class IntervalMeans:
         if self.unlogged and not self.spent:
             self._write(step)
 
+    def add_heldout(self, values: Mapping[str, float]) -> None:
+        """Takes the `heldout_loss` after the last fetched step; it has its own line."""
+        self.unlogged[-1]["heldout"] = values
+
     def _write(self, step: int) -> None:
         rows, self.unlogged = self.unlogged, []
+        for number, row in enumerate(rows, step - len(rows) + 1):
+            if "heldout" in row:
+                self.writer.scalars(number, row["heldout"])
         skipped = rows[-1]["skipped_updates"]
         line = {"skipped_updates": skipped, **_means(rows)}
         now = time.perf_counter()
@@ -320,9 +327,13 @@ class IntervalMeans:
             self._clock += time.perf_counter() - began
 
     def since_checkpoint(self) -> dict[str, float]:
-        """Means of the fetched steps since the last call, to choose the best by."""
+        """What is known since the last call, to choose the best checkpoint by.
+
+        Means of the fetched steps, and the last held-out losses.
+        """
         rows, self._unsaved = self._unsaved, []
-        return _means(rows)
+        heldout = [row["heldout"] for row in rows if "heldout" in row]
+        return _means(rows) | (heldout[-1] if heldout else {})
 
 
 def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -335,13 +346,18 @@ def _means(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         np.sum([row["loss_by_logsnr"][name] for row in rows], axis=0)
         for name in ("sum", "count")
     )
-    ranges = zip(bucket_names(), total, count, strict=True)
-    return means | {name: float(s / n) for name, s, n in ranges if n}
+    return means | by_range("loss_by_logsnr", total, count)
 
 
-def bucket_names() -> list[str]:
+def by_range(name: str, total: np.ndarray, count: np.ndarray) -> dict[str, float]:
+    """Means of what `diffusion.loss.loss_by_logsnr` has summed and counted."""
+    ranges = zip(bucket_names(name), total, count, strict=True)
+    return {own: float(s / n) for own, s, n in ranges if n}
+
+
+def bucket_names(name: str = "loss_by_logsnr") -> list[str]:
     """Names of the mean losses in ranges of log-SNR, the lowest range first."""
     edges = [f"{edge:g}" for edge in LOGSNR_EDGES]
     between = ["_to_".join(pair) for pair in itertools.pairwise(edges)]
     ranges = [f"to_{edges[0]}", *between, f"from_{edges[-1]}"]
-    return [f"loss_by_logsnr/{name}" for name in ranges]
+    return [f"{name}/{own}" for own in ranges]

@@ -12,7 +12,9 @@ from imagen_jax.config import StageConfig, to_json
 from imagen_jax.training.goodput import Report, goodput
 
 _POINTS = 500  # of a curve
-_CURVES = {"loss": True, "gradient_norm": True, "learning_rate": False}  # log axis?
+# Whether an axis is logarithmic.
+_CURVES = {"loss": True, "heldout_loss": True, "heldout_ema_loss": True}
+_CURVES |= {"gradient_norm": True, "learning_rate": False}
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 1em auto;
@@ -39,8 +41,11 @@ def page(
     newest pictures first, by paths that the page can name.
     """
     report = goodput(events)
-    thinned = [metrics[i] for i in range(0, len(metrics), 1 + len(metrics) // _POINTS)]
+    every = 1 + len(metrics) // _POINTS
+    # Held-out losses have lines of their own, which are few.
+    thinned = [x for i, x in enumerate(metrics) if i % every == 0 or "heldout" in x]
     rows = list(map(json.loads, [*thinned, *metrics[-1:]]))
+    steps = [row for row in rows if "heldout_loss" not in row]
     curves = "".join(
         curve(
             name.replace("_", " "),
@@ -66,7 +71,7 @@ def page(
 <title>{html.escape(cfg.name)}: {report.last_step}</title>
 <style>{_STYLE}</style>
 <h1>{html.escape(cfg.name)}, {cfg.image_size} pixels</h1>
-<p>{_progress(cfg, report, rows[-1] if rows else {})}</p>
+<p>{_progress(cfg, report, steps[-1] if steps else {})}</p>
 <div class="curves">
 {curves}</div>
 <h2>Previews</h2>

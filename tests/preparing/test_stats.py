@@ -1,4 +1,5 @@
 import json
+import math
 
 import numpy as np
 import pytest
@@ -17,8 +18,9 @@ def test_totals():
         Embedded(b"12", 1, True, np.array([0.5])),
     ]
     full, empty = Stats(), Stats()
-    for image, text, parts in zip(images, texts, (2, 1)):
-        full.add(Example(0, "", "", bytes, parts), image, text)
+    scores = [{"a": 1.0, "b": 0.0}, {"a": math.nan, "b": 0.5}]
+    for image, text, parts, own in zip(images, texts, (2, 1), scores):
+        full.add(Example(0, "", "", bytes, parts, own), image, text)
     empty.skip(Problem("a", "why", 3))
     full.pass_over(Rest(3))
     empty.pass_over(Rest(7, {".ogg": 4}))
@@ -36,6 +38,8 @@ def test_totals():
         "image_bytes": 7,
         "text_bytes": 6,
         "cut_captions": 1,
+        "scores": {"a": 1, "b": 0},
+        "scored": 2,
         "tokens_max": 2,
         "tokens_mean": 1.5,
         "cosine_error": {"mean": 0.25, "worst": 0.5},
