@@ -3,6 +3,7 @@
 A test that wants one device takes `jax.devices()[:1]`.
 """
 
+import gc
 import importlib.util
 import os
 
@@ -16,7 +17,11 @@ os.environ["XLA_FLAGS"] = (
 # Tests compile far longer than they run, and so a third less. libtpu, which some tests
 # compile with, ends the process that has a flag it does not know.
 if importlib.util.find_spec("libtpu") is None:
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += (
+        " --xla_cpu_use_fusion_emitters=false"
+        " --xla_llvm_disable_expensive_passes=true"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
 # The same small programs are compiled in many tests and in the doors' processes.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
@@ -25,6 +30,10 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 # TensorFlow's start-up messages would bury a failing subprocess's own.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+# Tracing makes many objects and few circles: collecting them took a tenth of the time.
+gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items):

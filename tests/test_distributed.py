@@ -155,7 +155,7 @@ def train_alone(run, records, notes, steps: int) -> None:
     done = subprocess.run(
         noting(run, records, notes, f"--config.training.steps={steps}"),
         cwd=ROOT,
-        env=environment() | {"XLA_FLAGS": ""},
+        env=environment(),
         capture_output=True,
         text=True,
     )

@@ -21,6 +21,7 @@ from absl import flags
 from PIL import Image
 
 from imagen_jax import cli
+from imagen_jax.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
 # A cascade that trains in seconds: two steps of the smallest networks.
@@ -46,9 +47,10 @@ def once(*given: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One device, as a laptop has it; little time for the compiler."""
-    flags = "--xla_backend_optimization_level=0"
-    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    """One device, as a laptop has it; compiled as tests/conftest.py says."""
+    flags = os.environ["XLA_FLAGS"].split()
+    flags = [f for f in flags if "host_platform_device_count" not in f]
+    return {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
 
 
 def door(verb: str, *arguments: str, env=None) -> subprocess.CompletedProcess:
@@ -283,33 +285,22 @@ def test_bad_calls_of_train(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kib", [8, 60])
-def test_no_room_for_a_run_is_one_line(cascade, tmp_path, kib):
-    """For its logs or its checkpoints: no file may be longer."""
-    command = [
-        sys.executable,
-        "-m",
-        "imagen_jax.train",
-        "--config=configs/tiny.py:base",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data.records={cascade[0]}",
-        *once(*TINY, "--config.training.steps=200"),
-        "--config.training.log_every_steps=1",
-        "--config.training.checkpoint_every_steps=20",
-        "--compilation_cache=False",  # or it would hold what was cut
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    """Records that are read without TensorFlow, which takes long to import."""
+    path = tmp_path_factory.mktemp("npz") / "records.npz"
+    prepare("shapes:16", str(path), image_size=16, text_length=16, progress=False)
+    return path
+
+
+def training(workdir: Path, records: Path, *more: str) -> list[str]:
+    """The command of an endless training; its programs are the same in all tests."""
+    return [
+        *(sys.executable, "-m", "imagen_jax.train"),
+        *("--config=configs/tiny.py:base", f"--workdir={workdir}"),
+        f"--config.data.records={records}",
+        *once(*TINY, *ENDLESS, *more),
     ]
-    done = subprocess.run(
-        ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "bash", *command],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    said = error(done)
-    assert done.returncode == 1 and "File too large" in said
-    assert said.count("\n") == 1 and "start the same command again" in said
 
 
 @pytest.mark.slow
@@ -317,16 +308,7 @@ def test_ctrl_c_saves_and_leaves_with_status_3(cascade, tmp_path):
     """Until then no other run gets the workdir."""
     records, _, _ = cascade
     workdir = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "imagen_jax.train",
-        "--config=configs/tiny.py:base",
-        f"--workdir={workdir}",
-        f"--config.data.records={records}",
-        *once(*TINY, *ENDLESS),
-        "--config.training.log_every_steps=1",
-    ]
+    command = training(workdir, records, "--config.training.log_every_steps=1")
     with subprocess.Popen(
         command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
     ) as process:
@@ -350,19 +332,17 @@ SMALL_DISK = 'mount -t tmpfs -o size="$0" none "$1" && shift && exec "$@"'
 
 
 @pytest.mark.slow
-def test_a_small_disk_is_full(cascade, tmp_path):
+def test_a_small_disk_is_full(npz, tmp_path):
     """A file system of 3 MiB: checkpoints take 0.3, and none is removed."""
-    disk, (records, _, _) = tmp_path / "disk", cascade
+    disk = tmp_path / "disk"
     disk.mkdir()
     small = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SMALL_DISK]
     small += ["3m", str(disk)]
     if not shutil.which("unshare") or subprocess.run([*small, "true"]).returncode:
         pytest.skip("no file systems can be mounted here")
-    command = [sys.executable, "-m", "imagen_jax.train"]
-    command += ["--config=configs/tiny.py:base", f"--workdir={disk / 'run'}"]
-    command += [f"--config.data.records={records}", *once(*TINY, *ENDLESS)]
-    command += ["--config.training.checkpoint_every_steps=2"]
-    command += ["--config.training.keep_checkpoints=1000"]
+    often = "--config.training.checkpoint_every_steps=2"
+    keeping = "--config.training.keep_checkpoints=1000"
+    command = training(disk / "run", npz, often, keeping)
     done = subprocess.run(
         [*small, *command], cwd=ROOT, env=environment(), capture_output=True, text=True
     )
@@ -370,6 +350,24 @@ def test_a_small_disk_is_full(cascade, tmp_path):
     said = error(done)
     assert "No space left" in said and said.count("\n") == 1, done.stderr[-3000:]
     assert "start the same command again" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [8, 60])
+def test_no_room_for_a_run_is_one_line(npz, tmp_path, kib):
+    """For its logs or its checkpoints: no file may be longer."""
+    lines = "--config.training.log_every_steps=1"
+    often = "--config.training.checkpoint_every_steps=20"
+    command = training(tmp_path / "run", npz, lines, often)
+    # Programs of the cache are used; one that is added to it would be cut.
+    environ = environment() | {"JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": str(2**40)}
+    limited = ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "bash", *command]
+    done = subprocess.run(
+        limited, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300
+    )
+    said = error(done)
+    assert done.returncode == 1 and "File too large" in said
+    assert said.count("\n") == 1 and "start the same command again" in said
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_a_process_that_is_killed_goes_on(tmp_path):
     def start(output):
         (tmp_path / "p.txt").write_text("".join(f"circle {i}\n" for i in range(30)))
         command = [sys.executable, "-c", PROCESS, f"--prompts={tmp_path / 'p.txt'}"]
-        command += ["--stage=x", f"--output={output}", "--batch_size=4", "--steps=100"]
+        command += ["--stage=x", f"--output={output}", "--batch_size=4", "--steps=20"]
         return subprocess.Popen(
             command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL
         )

@@ -1,6 +1,7 @@
 """The smallest stages that have everything, and batches for them."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,22 @@ def sr_stage(**changes) -> StageConfig:
     return stage(name="sr", image_size=16, lowres_size=8, model=model, **changes)
 
 
+def params(cfg: StageConfig):
+    """Parameters as large as fresh ones, none of which is zero; nothing is compiled."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        normal = rng.normal(size=leaf.shape)
+        if leaf.ndim > 1:
+            drawn = normal * math.prod(leaf.shape[:-1]) ** -0.5
+        else:
+            drawn = (path[-1].key == "scale") + 0.1 * normal
+        return drawn.astype(leaf.dtype)
+
+    shapes = nn.unbox(network.abstract_params(cfg))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Untrained:
     """`Weights` of a stage that has only been initialised."""
@@ -72,10 +89,8 @@ class Untrained:
     step: int = 3
 
     def load(self, like):
-        params = nn.unbox(network.init(self.cfg, jax.random.key(0)))
-        # What starts at zero would hide the network.
         return jax.tree.map(
-            lambda a, place: jax.device_put(a + 0.05, place.sharding), params, like
+            lambda a, place: jax.device_put(a, place.sharding), params(self.cfg), like
         )
 
 

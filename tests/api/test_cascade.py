@@ -27,13 +27,7 @@ CONFIGS = [
 
 def _stage(cfg, mesh, batch_size=8):
     sampler = dataclasses.replace(cfg.sampler, batch_size=batch_size)
-    params = nn.unbox(network.init(cfg, jax.random.key(0)))
-    # What starts at zero would hide most of the network.
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
-    params = jax.tree.map(
-        lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), params
-    )
-    params = jax.device_put(params, sharding.replicated(mesh))
+    params = jax.device_put(tiny.params(cfg), sharding.replicated(mesh))
     cfg = dataclasses.replace(cfg, sampler=sampler)
     return cascade.Stage(params=params, cfg=cfg, apply=network.apply)
 
@@ -104,7 +98,7 @@ def test_the_networks_input_carries_the_noise_that_it_is_told():
         model=tiny.ONE_LEVEL, training={"batch_size": 32}, sampler={"steps": 1}
     )
     cfg = dataclasses.replace(cfg, image_size=64, lowres_size=32)
-    params = nn.unbox(network.init(cfg, jax.random.key(0)))
+    params = tiny.params(cfg)
     kept = np.square(_cubic(np.array([-1.25, -0.25, 0.75, 1.75]))).sum() ** 2
     grey = float(to_float(jnp.uint8(128)))
     seen = {}

@@ -17,15 +17,18 @@ from imagen_jax import config
 from imagen_jax.batch import Cond
 from imagen_jax.models import layers, network
 
-CROP, WHOLE = 192, 384
+CROP, WHOLE = 96, 192
 # How far a pixel reaches: the first convolution 1; each level at 1 / s of the size
 # 1 or 2 * s for its resampling and 2 * s for each of its blocks, down and up.
-REACH = 1 + sum(2 * s + 2 * 2 * s for s in (2, 4, 8))
+REACH = 1 + sum(2 * s + 2 * 2 * s for s in (2, 4))
 
 
 def _stage():
     values = sr1024.get_config("tiny").to_dict()
-    values["model"] |= {"num_res_blocks": (1, 1, 1), "channels": (16, 16, 32)}
+    model = values["model"]
+    model |= {"num_res_blocks": (1, 1), "channels": (16, 32)}
+    for name in ("self_attention", "text_attention"):
+        model[name] = model[name][-2:]
     return config.from_dict(values)
 
 

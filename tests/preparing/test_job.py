@@ -98,6 +98,8 @@ class _Starter:
     def __init__(self):
         self.process = subprocess.Popen(
             [sys.executable, "-c", STARTER],
+            # Each of its processes compiles the encoder.
+            env=os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,10 +1,10 @@
 """Jobs on sources that deserve no trust: damaged, changing, with names of any kind."""
 
+import contextlib
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.preparing import job, settings
 from tests import tars
 from tests.npz import captions
+from tests.test_doors import call, door
 
 COUNT = 12
 
@@ -250,11 +251,15 @@ NAMES = [
 ]
 
 
-def _run(*arguments, limit="unlimited"):
-    """Calls the door; no file may have more than `limit` KiB."""
-    command = [sys.executable, "-m", "imagen_jax.prepare", *arguments]
-    limited = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command]
-    return subprocess.run(limited, capture_output=True, text=True, timeout=300)
+@contextlib.contextmanager
+def _no_longer_files(kib):
+    """No file can be made longer, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kib, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _unprintable(text):
@@ -262,8 +267,8 @@ def _unprintable(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["", ".npz"])
-def test_names_are_escaped_on_the_terminal(pictures, tmp_path, ending):
+@pytest.mark.parametrize(("ending", "run"), [("", door), (".npz", call)])
+def test_names_are_escaped_on_the_terminal(pictures, tmp_path, ending, run):
     """In the summary and in errors; files have them as they are."""
     for name in NAMES:
         with open(os.path.join(os.fsencode(pictures), name), "wb") as file:
@@ -271,7 +276,8 @@ def test_names_are_escaped_on_the_terminal(pictures, tmp_path, ending):
         with open(os.path.join(os.fsencode(pictures), name[:-3] + b"txt"), "w") as file:
             file.write("x")
     output = tmp_path / f"re\x07cords{ending}"
-    done = _run(f"--source=folder:{pictures}", f"--output={output}", "--image_size=16")
+    ask = [f"--source=folder:{pictures}", f"--output={output}", "--image_size=16"]
+    done = run("prepare", *ask)
     assert done.returncode == 0, done.stderr
     assert "6 skipped" in done.stdout and not _unprintable(done.stdout + done.stderr)
     lines = done.stdout.splitlines()
@@ -280,10 +286,10 @@ def test_names_are_escaped_on_the_terminal(pictures, tmp_path, ending):
         rows = (output / "quarantine.jsonl").read_text().splitlines()
         names = {os.fsencode(json.loads(row)["file"]) for row in rows}
         assert names == set(NAMES)
-    again = _run(f"--source=folder:{pictures}", f"--output={output}", "--image_size=16")
+    again = call("prepare", *ask)
     assert "already prepared" in again.stdout and not _unprintable(again.stdout)
     ask = [f"--source=folder:{pictures}", f"--output={tmp_path / 'x'}"]
-    refused = _run(*ask, "--max_bad_share=0", "--encoder=none")
+    refused = call("prepare", *ask, "--max_bad_share=0", "--encoder=none")
     assert refused.returncode == 1 and not _unprintable(refused.stderr)
     last = refused.stderr.splitlines()[-1]
     assert last.startswith("error: 6 of 18 examples") and ", first '" in last
@@ -313,7 +319,8 @@ def test_no_room_is_said_in_one_line(pictures, tmp_path, output, more, limit):
     """A limit on the size of files, in place of a full disk."""
     output = tmp_path / output
     ask = [f"--source=folder:{pictures}", f"--output={output}", "--image_size=16"]
-    done = _run(*ask, *more, limit=limit)
+    with _no_longer_files(limit):
+        done = call("prepare", *ask, *more)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: the disk of ") and done.stderr.count("error:") == 1

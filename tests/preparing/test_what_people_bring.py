@@ -5,7 +5,6 @@ What a source holds is used, named in the quarantine, or passed over by kind.
 
 import os
 import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -18,6 +17,7 @@ from imagen_jax.preparing.job import open_source
 from imagen_jax.preparing.settings import Settings
 from imagen_jax.preparing.sources import Example, Problem, Rest, expand_braces
 from tests.people import JPEG, PNG, outcome, png, tar, tree
+from tests.test_doors import call
 
 LINK, SOFT = tarfile.LNKTYPE, tarfile.SYMTYPE
 
@@ -196,8 +196,10 @@ def test_braces_of_a_source(tmp_path):
     ],
 )
 def test_an_unquoted_source(tmp_path, words, message):
-    command = f"{sys.executable} -m imagen_jax.prepare {words} --output={tmp_path}/out"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    """As the shell hands it on."""
+    command = ["bash", "-c", f"printf '%s\\n' {words} --output={tmp_path}/out"]
+    given = subprocess.run(command, capture_output=True, text=True).stdout
+    done = call("prepare", *given.splitlines())
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 

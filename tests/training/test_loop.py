@@ -162,7 +162,8 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
 
 def of_run(steps, decay_steps, learning_rate=0.01, **training):
     optimizer = {"decay_steps": decay_steps, "learning_rate": learning_rate}
-    training = {"steps": steps, **training}
+    # Saved at its end only.
+    training = {"steps": steps, "checkpoint_every_steps": 100, **training}
     return tiny.stage(model=tiny.ONE_LEVEL, optimizer=optimizer, training=training)
 
 

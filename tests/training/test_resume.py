@@ -26,6 +26,8 @@ def cfg(tmp_path_factory):
         model=tiny.ONE_LEVEL,
         data={"records": path},
         text={"length": 4, "dim": 64, "encoder": ""},
+        # Saved at the end of each part only.
+        training={"checkpoint_every_steps": 100},
     )
     return tiny.with_steps(open_sources(cfg)[0], STEPS)
 
