@@ -178,10 +178,9 @@ class TrainingConfig:
     # Workdir (averaged parameters), `export` or .safetensors file to start from; ""
     # for none.
     init_from: str = ""
-    # Examples of which the held-out loss is, in whole batches; steps between two
-    # measures, 0 for every checkpoint's.
-    heldout_images: Count = 1024
+    # Steps between two measures of the held-out loss; 0: at each checkpoint.
     heldout_every_steps: CountOrZero = 0
+    heldout_images: Count = 1024  # examples that it is of, in whole batches
     preview_images: Count = 16  # examples of a preview grid
     # Captions of your own that previews show, too: ('a red circle', 'two squares').
     preview_prompts: tuple[str, ...] = ()

@@ -2,10 +2,13 @@
 
 python -m imagen_jax.prepare --source=folder:DIR --output=RECORDS --encoder=tiny
 
+python -m imagen_jax.prepare --report=RECORDS
+
 Verifies every picture, embeds every caption with the frozen text encoder, and writes
 a folder of records, or with --output=FILE.npz one file that training reads without
 TensorFlow. Killed, it continues when it is started again. Several processes share the
-work with --process_index and --process_count. docs/prepare.md has the rest.
+work with --process_index and --process_count. --report, alone, writes a data card of
+records: a page and JSON. docs/prepare.md has the rest.
 """
 
 import dataclasses

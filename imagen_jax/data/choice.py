@@ -14,9 +14,8 @@ from imagen_jax.errors import UserError
 
 _TESTS = {"<": operator.lt, "<=": operator.le, "==": operator.eq}
 _TESTS |= {">": operator.gt, ">=": operator.ge}
-_PARTS = re.compile(
-    r"\s*(.+?)\s*(<=|>=|==|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)\s*", re.ASCII
-).fullmatch
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_PARTS = re.compile(rf"\s*(.+?)\s*(<=|>=|==|<|>)\s*({_NUMBER})\s*").fullmatch
 
 
 def choice(

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def arrays(
     text: list[bytes],
     ids: list[int],
     row_bytes: int,
-    scores: list[list[float]],
+    scores: Sequence[Sequence[float]] = (),
 ) -> dict[str, np.ndarray]:
     """The arrays of a .npz file, without captions and manifest.
 

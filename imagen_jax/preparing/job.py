@@ -157,7 +157,7 @@ def _check_same(job: Job, old: dict[str, Any]) -> None:
     old["settings"] = Settings("", "").recorded() | old.get("settings", {})
     before, now = ({**values.pop("settings"), **values} for values in (old, new))
     differs = [
-        "other pictures, captions or scores"
+        "other pictures or captions, or other scores"
         if name == "source_sha256"
         else f"{name} {before.get(name)!r}, not {value!r}"
         for name, value in now.items()

@@ -36,8 +36,8 @@ def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
     given = []
     monkeypatch.setattr(run, "train", lambda *args: given.append(args))
     run.train_stage(run.resolve(values), "workdir")
-    ((cfg, workdir, batches, mesh, preview, _),) = given
-    assert workdir == "workdir" and mesh.size == 8
+    ((cfg, workdir, batches, mesh, preview, _, heldout),) = given
+    assert workdir == "workdir" and mesh.size == 8 and heldout == ()
     told = capsys.readouterr().out
     assert told == (
         "training base on 8 x cpu (1 processes), "
@@ -58,7 +58,7 @@ def test_a_preview_has_the_prompts_that_were_asked_for(values, monkeypatch):
     cfg = run.resolve(values)
     training = dataclasses.replace(cfg.training, preview_prompts=tuple(prompts))
     run.train_stage(dataclasses.replace(cfg, training=training), "workdir")
-    ((_, _, batches, _, preview, _),) = given
+    ((_, _, batches, _, preview, _, _),) = given
     assert preview.captions[3:] == tuple(prompts) and len(preview.image) == 3
     every = [jax.device_get(next(batches)) for _ in range(2)]
     text = {int(i): t for batch in every for i, t in zip(batch.id, batch.text)}

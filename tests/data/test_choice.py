@@ -187,7 +187,7 @@ def test_which_are_held_out_is_a_rule_for_ever(scored):
 
 
 @pytest.mark.parametrize("test", ["<", "<=", "==", ">", ">="])
-@pytest.mark.parametrize("number", ["5", "5.5", "-1", "1e1"])
+@pytest.mark.parametrize("number", ["5", "5.5", "-1", "1e1", ".5E+1", "5."])
 def test_tests(scored, test, number):
     data = config.DataConfig(filter=(f"aesthetic {test} {number}",))
     is_chosen = choice.choice(data, _source(scored))
@@ -199,7 +199,8 @@ def test_tests(scored, test, number):
 @pytest.mark.parametrize(
     "text",
     ["aesthetic", "asthetic>=5", "aesthetic>=high", "aesthetic!=5", ">5", "aesthetic>"]
-    + ["5<aesthetic", "", "aesthetic>=5 and nsfw<1", "aesthetic=5"],
+    + ["5<aesthetic", "", "aesthetic>=5 and nsfw<1", "aesthetic=5", "nsfw>1..2"]
+    + ["nsfw<nan", "nsfw<1_0", "nsfw<.", "nsfw<1e", "nsfw<<1"],
 )
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 def test_tests_that_cannot_be_read(stage, scored, mesh, text, name):

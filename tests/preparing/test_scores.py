@@ -169,7 +169,7 @@ def test_a_function_sees_what_is_stored(pictures, tmp_path, name):
     assert manifest.scores == {"red": 0, "number": 0}
     found = _stored(output)
     assert found == {f"number {i}": {"red": i, "number": i} for i in range(COUNT)}
-    with pytest.raises(UserError, match="other pictures, captions or scores"):
+    with pytest.raises(UserError, match="or other scores"):
         prepare.prepare(source, str(output), **OPTIONS)
 
 
@@ -203,7 +203,7 @@ def test_scores_belong_to_a_job(pictures, tmp_path):
     assert files[0] == files[1]
     rows[0]["nsfw"] = 0.75
     for other in ({}, {"scores": _write(tmp_path / "other.csv", rows)}):
-        with pytest.raises(UserError, match="other pictures, captions or scores"):
+        with pytest.raises(UserError, match="or other scores"):
             prepare.prepare(source, str(one), **other, **options)
 
 

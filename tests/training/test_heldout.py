@@ -15,7 +15,7 @@ from imagen_jax import prepare
 from imagen_jax.api import run
 from imagen_jax.batch import Cond
 from imagen_jax.config import MeshConfig
-from imagen_jax.data.pipeline import open_sources, read_heldout
+from imagen_jax.data.pipeline import open_records, open_sources, read_heldout
 from imagen_jax.diffusion.loss import LOGSNR_EDGES, losses, noise_batch
 from imagen_jax.errors import Stopped, UserError
 from imagen_jax.models import network
@@ -274,13 +274,18 @@ def test_a_run_of_records_trains_on_the_others(tmp_path, monkeypatch):
     )[0]
     seen = []
 
-    class Noted(run.Stream):
+    class Noted:
+        def __init__(self, cfg, mesh):
+            self.stream = open_records(cfg, mesh)
+            self.get_state = self.stream.get_state
+            self.set_state = self.stream.set_state
+
         def __next__(self):
-            batch = super().__next__()
+            batch = next(self.stream)
             seen.extend(np.asarray(batch.id).tolist())
             return batch
 
-    monkeypatch.setattr("imagen_jax.data.pipeline.Stream", Noted)
+    monkeypatch.setattr(run, "open_records", Noted)
     state = run.train_stage(cfg, str(tmp_path / "run"))
     mesh = make_mesh(cfg.mesh)
     held = read_heldout(cfg, mesh)
