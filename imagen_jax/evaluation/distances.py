@@ -11,8 +11,9 @@ import numpy as np
 from imagen_jax.errors import UserError
 from imagen_jax.files import appearing, parse_json, read_arrays
 
-# Of precision and recall; pictures in a subset of KID's; rows of distances in memory.
-NEIGHBOURS, _SUBSET, _ROWS = 3, 1000, 1000
+# Of precision and recall; pictures in a subset of KID's; rows of distances in memory,
+# of which torch takes several copies.
+NEIGHBOURS, _SUBSET, _ROWS = 3, 1000, 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +37,10 @@ def statistics(features: np.ndarray) -> Statistics:
 def merge(a: Statistics, b: Statistics) -> Statistics:
     """Those of the features of both (Chan, Golub and LeVeque, 1979)."""
     n, step = a.n + b.n, b.mean - a.mean
-    scatter = a.covariance * (a.n - 1) + b.covariance * (b.n - 1)
-    scatter += np.outer(step, step) * (a.n * b.n / n)
-    return Statistics(n, a.mean + step * (b.n / n), scatter / (n - 1))
+    covariance = a.covariance * ((a.n - 1) / (n - 1))
+    covariance += b.covariance * ((b.n - 1) / (n - 1))
+    covariance += np.outer(step, step * (a.n * b.n / n / (n - 1)))
+    return Statistics(n, a.mean + step * (b.n / n), covariance)
 
 
 def frechet(a: Statistics, b: Statistics) -> float:

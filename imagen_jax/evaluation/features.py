@@ -29,7 +29,8 @@ _PLACES = {
 # By which middle squares are reduced, to bytes: "imagen" is our reading of the paper,
 # which does not tell; "clean" is GigaGAN's way.
 FILTERS = {"imagen": Image.Resampling.BICUBIC, "clean": Image.Resampling.LANCZOS}
-_BATCH = 64
+# Pictures of a batch; and those in the network at a time, where each takes 12 MB.
+_BATCH, _AT_ONCE = 64, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,12 @@ def open_extractor(features: str, weights: str, preset: str) -> Extractor:
         ) from None
 
     def run(pictures: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(resize(pictures, size, preset)).to(device)
+        parts = []
         with torch.inference_mode():
-            return network(pixels).cpu().numpy()
+            for own in batches(pictures, _AT_ONCE):
+                pixels = torch.from_numpy(resize(own, size, preset)).to(device)
+                parts.append(network(pixels).cpu().numpy())
+        return np.concatenate(parts)
 
     width = run(np.zeros((1, 8, 8, 3), np.uint8)).shape[1]
     # Weights that a name does not stand for are told with every figure.
@@ -85,10 +89,12 @@ def sha256_of(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def batches(pictures: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Pictures `[S, S, 3]` as arrays `[N, S, S, 3]`, the last one shorter."""
+def batches(
+    pictures: Iterable[np.ndarray], count: int = _BATCH
+) -> Iterator[np.ndarray]:
+    """Pictures `[S, S, 3]` as arrays `[count, S, S, 3]`, the last one shorter."""
     pictures = iter(pictures)
-    while batch := list(itertools.islice(pictures, _BATCH)):
+    while batch := list(itertools.islice(pictures, count)):
         yield np.stack(batch)
 
 
