@@ -183,7 +183,7 @@ def door(tmp_path, monkeypatch):
     stages["clean"] = tiny.untrained(
         diffusion={"lowres_augmentation": False}, sampler={"aug_level": 0.0}
     )
-    monkeypatch.setattr(sample, "open_stages", lambda names: stages[names[0]])
+    monkeypatch.setattr(sample, "open_stages", lambda names, _: stages[names[0]])
 
     def door(*arguments, stage="both"):
         given = [] if any("--output=" in a for a in arguments) else [f"--output={out}"]
@@ -309,7 +309,7 @@ PROCESS = """
 from imagen_jax import cli, sample
 from tests import tiny
 
-sample.open_stages = lambda names: tiny.untrained()
+sample.open_stages = lambda *names: tiny.untrained()
 sample.define_flags()
 cli.run(sample.main)
 """

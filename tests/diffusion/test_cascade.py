@@ -118,7 +118,10 @@ def test_programs_have_one_row_or_a_batch(inputs, count, devices, want):
     made = _sample([stage], _mesh(devices), **_take(inputs, rows))
     assert made[0].shape == (count, 4, 4, 3) and seen == {want}
     # One alone always is.
-    assert cascade._rows(2, 1, _mesh()) == 1 and cascade._rows(2, 2, _mesh()) == 2
+    assert (
+        cascade.batch_rows(2, 1, _mesh()) == 1
+        and cascade.batch_rows(2, 2, _mesh()) == 2
+    )
 
 
 def test_some_of_the_pictures_are_made_by_the_program_of_all(inputs, pictures):

@@ -40,7 +40,11 @@ def job(folder, prompts=PROMPTS, **changes):
     sizes = [one.cfg.image_size for one in STAGES]
     made = [networks.pictures(found.count, 32)[:, ::4, ::4], None]
     made[1] = networks.pictures(found.count, 32)[:, : sizes[1], : sizes[1]]
-    sampled.write(found, made)
+    with sampled._entered(found) as lines:
+        for stage, pictures in enumerate(made):
+            for number, picture in enumerate(pictures):
+                sampled._save(found, number, stage, picture, ())
+        sampled._tell(found, lines, 0)
     return folder
 
 

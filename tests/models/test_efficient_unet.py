@@ -85,7 +85,7 @@ def test_far_from_its_edge_a_crop_is_the_whole_picture():
 
     # Not jitted: the moments of the first run are constants of the second.
     whole = run(noted, z, cond)
-    assert len(seen) > 10
+    assert len(seen) >= 10
     inner = CROP - 2 * REACH
     assert inner >= 16
     want = np.asarray(_cut(whole, start + REACH, inner))
