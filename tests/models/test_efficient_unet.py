@@ -17,18 +17,15 @@ from imagen_jax import config
 from imagen_jax.batch import Cond
 from imagen_jax.models import layers, network
 
-CROP, WHOLE = 96, 192
+CROP, WHOLE = 192, 384
 # How far a pixel reaches: the first convolution 1; each level at 1 / s of the size
 # 1 or 2 * s for its resampling and 2 * s for each of its blocks, down and up.
-REACH = 1 + sum(2 * s + 2 * 2 * s for s in (2, 4))
+REACH = 1 + sum(2 * s + 2 * 2 * s for s in (2, 4, 8))
 
 
 def _stage():
     values = sr1024.get_config("tiny").to_dict()
-    model = values["model"]
-    model |= {"num_res_blocks": (1, 1), "channels": (16, 32)}
-    for name in ("self_attention", "text_attention"):
-        model[name] = model[name][-2:]
+    values["model"] |= {"num_res_blocks": (1, 1, 1), "channels": (16, 16, 32)}
     return config.from_dict(values)
 
 
@@ -85,7 +82,7 @@ def test_far_from_its_edge_a_crop_is_the_whole_picture():
 
     # Not jitted: the moments of the first run are constants of the second.
     whole = run(noted, z, cond)
-    assert len(seen) >= 10
+    assert len(seen) > 10
     inner = CROP - 2 * REACH
     assert inner >= 16
     want = np.asarray(_cut(whole, start + REACH, inner))
