@@ -14,6 +14,7 @@ import runpy
 import sys
 import textwrap
 import threading
+import warnings
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -293,6 +294,8 @@ def _quiet_libraries() -> None:
         error = record.exc_info and record.exc_info[1]
         return not (is_known(error) or _NO_NEWS in str(record.msg))
 
+    # Writes that had not begun when Orbax gave up.
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     for module, name in ((threading, "excepthook"), (sys, "unraisablehook")):
         tell = getattr(module, f"__{name}__")
         hook = functools.partial(lambda tell, e: is_known(e.exc_value) or tell(e), tell)

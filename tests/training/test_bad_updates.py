@@ -196,5 +196,5 @@ def test_eight_devices_decide_alike(eight):
 
 @pytest.mark.parametrize("factor", [0.5, 1.0, -2.0, math.nan])
 def test_a_factor_that_would_skip_what_is_normal_is_refused(factor):
-    with pytest.raises(UserError, match="spike_factor is .*(more than 1|in \[0, inf)"):
+    with pytest.raises(UserError, match=r"spike_factor is .*(more than 1|in \[0, inf)"):
         tiny.stage(training={"spike_factor": factor})
