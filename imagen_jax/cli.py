@@ -14,8 +14,8 @@ import runpy
 import sys
 import textwrap
 import threading
-import warnings
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
