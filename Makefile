@@ -4,7 +4,7 @@
 PYTHON ?= $(shell python3.11 --version >/dev/null 2>&1 && echo python3.11 || echo python3)
 VENV ?= .venv
 
-.PHONY: demo test check lint
+.PHONY: demo test check lint dist
 
 # Trains and samples a small cascade on captioned shapes, in demo/. With the tunable,
 # Linux backs the temporaries of a step with large pages.
@@ -22,6 +22,11 @@ check: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# A wheel and the sources, in dist/.
+dist: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet build
+	$(VENV)/bin/python -m build
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)

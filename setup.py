@@ -10,16 +10,35 @@ VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "imagen_jax/__init__.py").read_text(), re.M
 )[1]
 
-# Lower bounds are the releases that the tests have run with.
 setup(
     name="imagen-jax",
     version=VERSION,
     description="Train and sample Imagen cascades with JAX",
+    long_description=(ROOT / "README.md").read_text("utf8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The imagen-jax contributors",
+    keywords="jax flax imagen diffusion text-to-image super-resolution tpu",
+    project_urls={"Paper": "https://arxiv.org/abs/2205.11487"},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
     entry_points={"console_scripts": ["imagen-jax = imagen_jax.cli:main"]},
+    # imagen_jax/configs, a link, is among them.
     packages=find_packages(include=["imagen_jax", "imagen_jax.*"]),
-    package_data={"imagen_jax.evaluation": ["rate.html"]},
+    package_data={
+        "imagen_jax.api": ["*.md"],
+        "imagen_jax.evaluation": ["rate.html"],
+    },
+    # Lower bounds are releases that `.ci/wheel oldest` runs with.
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",

@@ -1,13 +1,13 @@
 """The paper's base: text to 64 pixels (arXiv 2205.11487, App. F.1, Sec. 4.1).
 
---config=configs/base64.py[:2b | :1b | :500m | :300m | :tiny]
+--config=base64[:2b | :1b | :500m | :300m | :tiny]
 
 [P] is printed in the paper, [O] ours where it is silent; the reason stands beside it.
 """
 
 import functools
 
-from configs import common
+from imagen_jax.configs import common
 
 
 def get_config(variant: str = "2b"):

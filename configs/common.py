@@ -63,5 +63,5 @@ def pick(variants: dict, variant: str) -> ml_collections.ConfigDict:
     """The config that is named after the colon in --config=FILE:VARIANT."""
     if variant not in variants:
         names = " or ".join(f":{name}" for name in variants)
-        raise ValueError(f"this config has variants: write {names} after the file name")
+        raise ValueError(f"this config has variants: write {names} after its name")
     return variants[variant]()

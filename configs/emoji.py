@@ -4,7 +4,7 @@ docs/emoji.md has the commands and their samples. The values are ours, chosen so
 each stage trains in about 25 minutes on two CPU cores.
 """
 
-from configs import common
+from imagen_jax.configs import common
 
 
 def get_config(variant: str = ""):

@@ -1,11 +1,11 @@
 """The paper's second super-resolution stage: 256 to 1024 pixels (App. F.3, Sec. 2.5).
 
---config=configs/sr1024.py[:tiny]
+--config=sr1024[:tiny]
 
 [P] is printed in the paper, [O] ours where it is silent; the reason stands beside it.
 """
 
-from configs import common, sr256
+from imagen_jax.configs import common, sr256
 
 
 def get_config(variant: str = "400m"):

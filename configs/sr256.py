@@ -1,11 +1,11 @@
 """The paper's first super-resolution stage: 64 to 256 pixels (App. B.1, F.2).
 
---config=configs/sr256.py[:tiny]
+--config=sr256[:tiny]
 
 [P] is printed in the paper, [O] ours where it is silent; the reason stands beside it.
 """
 
-from configs import common
+from imagen_jax.configs import common
 
 
 def get_config(variant: str = "600m"):

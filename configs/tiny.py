@@ -2,15 +2,15 @@
 
 python -m imagen_jax.prepare --source=shapes:20000 --image_size=32 \
     --output=runs/shapes --encoder=tiny --text_length=16
-python -m imagen_jax.train --config=configs/tiny.py:base --workdir=runs/base \
+python -m imagen_jax.train --config=tiny:base --workdir=runs/base \
     --config.data.records=runs/shapes
-python -m imagen_jax.train --config=configs/tiny.py:sr --workdir=runs/sr \
+python -m imagen_jax.train --config=tiny:sr --workdir=runs/sr \
     --config.data.records=runs/shapes
 
 The values are ours, measured to be good on two CPU cores (benchmarks/README.md).
 """
 
-from configs import common
+from imagen_jax.configs import common
 
 
 def get_config(variant: str = ""):

@@ -203,7 +203,7 @@ def time_data(cfg: StageConfig, mesh: Mesh, seconds: float) -> dict[str, Any]:
 
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
-    config_flags.DEFINE_config_file("config", None, "FILE.py[:variant]")
+    config_flags.DEFINE_config_file("config", None, "NAME or FILE.py[:variant]")
     kinds = ["train", "sample", "data", "compile", "params"]
     flags.DEFINE_enum("what", None, kinds, "what to measure")
     flags.DEFINE_string("json", None, "file that gets the figures")

@@ -21,11 +21,13 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from absl import flags
 
+from imagen_jax import __version__
 from imagen_jax.config import StageConfig
 from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printable
 
 # What Orbax tells of what is as it should be.
 _NO_NEWS = "Given directory is read only"
+_CONFIGS = pathlib.Path(__file__).with_name("configs")
 DOORS = (
     *("prepare", "train", "sample", "evaluate", "rate", "export"),
     *("goodput", "plan", "benchmark", "demo"),
@@ -37,6 +39,8 @@ def main() -> None:
     door = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if door in ("--help", "-h"):
         print(f"usage: imagen-jax {'|'.join(DOORS)} --help")
+    elif door == "--version":
+        print(f"imagen-jax {__version__}")
     elif door in DOORS:
         command = [sys.executable, "-m", f"imagen_jax.{door}", *sys.argv[2:]]
         os.execv(sys.executable, command)
@@ -208,12 +212,20 @@ def _repeated(argv: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def _load_config(text: str) -> Any:
-    """What the FILE.py[:VARIANT] of --config makes, or a `ValueError` of one line."""
+    """What the NAME or FILE.py of --config[:VARIANT] makes, or a one-line `ValueError`.
+
+    A NAME is that of a config of the package, whatever the working directory holds.
+    """
     from ml_collections import ConfigDict
 
     name, *variant = text.split(":", 1)
+    named = {file.stem: str(file) for file in sorted(_CONFIGS.glob("[a-z]*.py"))}
+    name = named.get(name, name)
     if not os.path.isfile(name):
-        raise ValueError(f"there is no file {name!r}; give FILE.py or FILE.py:VARIANT")
+        raise ValueError(
+            f"there is no file {name!r}; give FILE.py or one of {', '.join(named)}, "
+            "with :VARIANT if it has some"
+        )
     try:
         defined = runpy.run_path(name)
         if "get_config" not in defined:
@@ -230,7 +242,7 @@ def _load_config(text: str) -> Any:
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"get_config() returns a {type(config).__name__}, not an "
-            "ml_collections.ConfigDict; begin with configs/common.py's"
+            "ml_collections.ConfigDict; begin with imagen_jax.configs.common's"
         )
     return config.lock()
 

@@ -25,6 +25,7 @@ from imagen_jax.api.cascade import open_stages, with_sampler
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.api.samples import Job, make
 from imagen_jax.config import MeshConfig, StageConfig
+from imagen_jax.configs import tiny
 from imagen_jax.errors import UserError, printable
 from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
@@ -60,12 +61,6 @@ svg { background: #fafafa; max-width: 100%; height: auto; }
 
 def _stage_config(name: str, scale: float, records: pathlib.Path) -> StageConfig:
     """A stage of configs/tiny.py with `scale` times its training steps."""
-    try:
-        from configs import tiny
-    except ModuleNotFoundError:
-        raise UserError(
-            "configs/tiny.py is not found: run the demo from the root of the clone"
-        ) from None
     config = tiny.get_config(name)
     config.data.records = str(records)
     steps = max(10, round(config.training.steps * scale))

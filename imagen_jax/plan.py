@@ -39,7 +39,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
-    config_flags.DEFINE_config_file("config", None, "FILE.py[:variant]")
+    config_flags.DEFINE_config_file("config", None, "NAME or FILE.py[:variant]")
     flags.DEFINE_string("topology", None, "slice to plan for: v4-512, v5litepod-16 ...")
     flags.DEFINE_string("mesh", None, "for example data:-1,fsdp:16")
     flags.DEFINE_enum("what", "train", ["train", "sample"], "which program")

@@ -27,7 +27,7 @@ from imagen_jax.training.replay import print_replay
 
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
-    config_flags.DEFINE_config_file("config", None, "FILE.py[:variant]")
+    config_flags.DEFINE_config_file("config", None, "NAME or FILE.py[:variant]")
     flags.DEFINE_string("workdir", None, "folder of this run, or gs://BUCKET/FOLDER")
     cli.define_distributed()
     flags.DEFINE_string("replay", None, "a bundle, WORKDIR/bundles/STEP; alone")

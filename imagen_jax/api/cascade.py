@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -15,7 +16,7 @@ from imagen_jax.batch import pad_text
 from imagen_jax.config import StageConfig, from_json
 from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_cascade
 from imagen_jax.errors import UserError
-from imagen_jax.files import read_json
+from imagen_jax.files import is_file_name, read_json
 from imagen_jax.models import network
 from imagen_jax.stores import check_store
 from imagen_jax.text.embeddings import from_bytes, to_bytes
@@ -24,6 +25,8 @@ from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.weights import Weights, open_weights
 
+# Of an exported cascade: its stages' folders, and what its card tells beside configs.
+CASCADE, CASCADE_VERSION = "cascade.json", 1
 # Prompts that are embedded in one call, and bytes of all that stay in memory.
 _CHUNK, _IN_MEMORY = 256, 2**26
 
@@ -33,10 +36,15 @@ def open_stages(
 ) -> list[Weights]:
     """Opens the newest complete checkpoint of each workdir, or an exported folder.
 
-    Of a workdir in `steps` it is the newest that is not beyond that step. Raises
-    `UserError` for any other folder, or stages trained on different text encoders.
+    An exported cascade stands for its stages. Of a workdir in `steps` it is the newest
+    that is not beyond that step. Raises `UserError` for any other folder, or stages
+    trained on different text encoders.
     """
-    trained = [open_weights(path, (steps or {}).get(path)) for path in workdirs]
+    paths = []
+    for path in workdirs:
+        names = read_cascade(path).get("stages")
+        paths += [f"{path.rstrip('/')}/{name}" for name in names] if names else [path]
+    trained = [open_weights(path, (steps or {}).get(path)) for path in paths]
     for one in trained:
         if one.cfg is None:
             raise UserError(
@@ -52,6 +60,33 @@ def open_stages(
         )
         raise UserError(f"the stages were trained on different text ({found})")
     return trained
+
+
+def read_cascade(folder: str) -> dict[str, Any]:
+    """What `CASCADE` of an exported cascade says; {} for any other folder.
+
+    "stages" are names of folders in it, base first; "license" a name; "data" a list of
+    figures by name; "evaluations" a list of lines. `UserError` for another file.
+    """
+    check_store(folder)
+    path, what = epath.Path(folder) / CASCADE, f"the {CASCADE} of an export"
+    if not path.exists():
+        return {}
+    found = read_json(path, what)
+    if (version := found.pop("format_version", None)) != CASCADE_VERSION:
+        raise UserError(
+            f"{path} has format version {version!r}, this program reads "
+            f"{CASCADE_VERSION}: use the release that wrote it"
+        )
+    kinds = {"stages": str, "data": dict, "evaluations": str}
+    are_right = isinstance(found.get("license"), str) and all(
+        isinstance(values := found.get(name), list)
+        and all(isinstance(value, kind) for value in values)
+        for name, kind in kinds.items()
+    )
+    if not (are_right and found["stages"] and all(map(is_file_name, found["stages"]))):
+        raise UserError(f"{path} is not {what}: copy it again")
+    return found
 
 
 def checkpoints(workdir: str) -> tuple[StageConfig, set[int]]:

@@ -17,6 +17,7 @@ from etils import epath
 from imagen_jax.data import memory, start_tensorflow
 from imagen_jax.data.manifest import Manifest, read_manifest
 from imagen_jax.errors import UserError
+from imagen_jax.files import read_json
 from imagen_jax.images import Unusable, opened, png
 from imagen_jax.preparing.card_page import page
 from imagen_jax.preparing.duplicates import NEAR, dhash, near_pairs
@@ -74,13 +75,24 @@ def write_card(records: str) -> epath.Path:
         name: [[shown[place] for place in own] for own in places]
         for name, places in (("pictures", spread), ("duplicates", pairs))
     }
-    path = epath.Path(records)
-    start = path / "card" if path.is_dir() else path.with_suffix(".card")
+    start = _start(records)
     text = json.dumps(card, indent=1, ensure_ascii=False) + "\n"
     epath.Path(f"{start}.json").write_text(text)
     made = epath.Path(f"{start}.html")
     made.write_text(page(card, pictures))
     return made
+
+
+def read_card(records: str) -> dict[str, Any] | None:
+    """What `write_card` counted in records; None if it did not."""
+    path = epath.Path(f"{_start(records)}.json")
+    return read_json(path, "a data card") if path.exists() else None
+
+
+def _start(records: str) -> epath.Path:
+    """How the paths of a card begin."""
+    path = epath.Path(records)
+    return path / "card" if path.is_dir() else path.with_suffix(".card")
 
 
 def _rows(records: str, manifest: Manifest) -> Iterator[dict[str, Any]]:
