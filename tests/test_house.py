@@ -21,6 +21,7 @@ MAX_LINES = 400
 # floor and the doors; a door can be run.
 ARROWS = {
     "floor": set(),
+    "configs": {"floor"},
     "diffusion": {"floor"},
     "models": {"floor"},
     "shapes": {"floor"},
@@ -40,7 +41,7 @@ ONLY_IN = {
     "optax": {"training"},
     "orbax": {"training"},
     "absl": {"doors"},
-    "ml_collections": {"doors"},
+    "ml_collections": {"doors", "configs"},
     "scipy": {"shapes"},
     **dict.fromkeys(("PIL", "tqdm", "etils"), set(ARROWS) - {"diffusion", "models"}),
 }
