@@ -35,6 +35,7 @@ setup(
     # imagen_jax/configs, a link, is among them.
     packages=find_packages(include=["imagen_jax", "imagen_jax.*"]),
     package_data={
+        "imagen_jax": ["py.typed"],
         "imagen_jax.api": ["*.md"],
         "imagen_jax.evaluation": ["rate.html"],
     },

@@ -36,8 +36,8 @@ from imagen_jax.api.cascade import (
     load,
     open_stages,
     read_cascade,
-    sample_prompts,
 )
+from imagen_jax.api.library import load_cascade
 from imagen_jax.api.model_card import Told, cascade_card, gaps, stage_card
 from imagen_jax.config import MeshConfig
 from imagen_jax.data.pipeline import read_sources
@@ -190,7 +190,8 @@ def _write_stage(
             "weight_map": {n: file for file, names in shards.items() for n in names},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    config = json.dumps(description(cfg, stage.step), indent=2)
+    described = description(cfg, stage.step) | {"digest": stage.digest}
+    config = json.dumps(described, indent=2)
     (folder / CONFIG).write_text(config + "\n")
     return list(shards), sum(x.size for x in flat.values())
 
@@ -283,15 +284,13 @@ def _make_samples(
     """Samples the cascade in `folder` into it; returns the lines of its pictures."""
     if not prompts:
         return []
-    stages, mesh = open_stages([str(folder)]), make_mesh(MeshConfig())
-    seeds = np.arange(len(prompts), dtype=np.uint32)
-    *_, made = sample_prompts(stages, prompts, seeds, mesh, encoder_weights)
+    cascade = load_cascade(folder, encoder_weights=encoder_weights)
     lines = []
-    for seed, (prompt, picture) in enumerate(zip(prompts, made)):
+    for seed, picture in enumerate(cascade(prompts)):
         file = f"samples/{seed:04d}.png"
         (folder / file).parent.mkdir(exist_ok=True)
         images.save(folder / file, picture)
-        lines.append({"file": file, "prompt": prompt, "seed": seed})
+        lines.append({"file": file, "prompt": prompts[seed], "seed": seed})
     return lines
 
 

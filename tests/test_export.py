@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from imagen_jax import images
 from imagen_jax.api.cascade import CASCADE, open_stages
+from imagen_jax.api.library import load_cascade
 from imagen_jax.api.model_card import Told
 from imagen_jax.api.samples import Job, make
 from imagen_jax.errors import UserError
@@ -111,9 +112,9 @@ def test_samples_are_what_the_folder_makes(made, tmp_path):
     lines = [json.loads(line) for line in lines]
     assert [line["prompt"] for line in lines] == [*PROMPTS, PROMPTS[0]]
     assert [line["seed"] for line in lines] == [0, 1, 2]
-    stages = open_stages([str(made / "one")])
-    job = Job(str(tmp_path / "out"), stages, [line["prompt"] for line in lines])
-    make(job, make_mesh(BASE.mesh))
+    cascade = load_cascade(made / "one")
+    job = Job(str(tmp_path / "out"), cascade.trained, [one["prompt"] for one in lines])
+    make(job, cascade)
     for line, picture in zip(lines, job.read(), strict=True):
         kept = images.read(made / "one" / line["file"])
         np.testing.assert_array_equal(kept, picture)
