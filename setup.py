@@ -42,11 +42,11 @@ setup(
     # Lower bounds are releases that `.ci/wheel oldest` runs with.
     install_requires=[
         "absl-py>=2.1",
-        "etils[epath]>=1.9",
+        "etils[epath]>=1.9.1",
         "flax>=0.12",
         "jax>=0.10",
         "ml-collections>=1.0",
-        "ml-dtypes>=0.5",
+        "ml-dtypes>=0.5.1",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
@@ -56,7 +56,7 @@ setup(
         "safetensors>=0.8",
         "scipy>=1.14",
         "sentencepiece>=0.2.3",
-        "tensorboardX>=2.6",
+        "tensorboardX>=2.6.2.2",
         "tensorstore>=0.1.86",
         "tqdm>=4.66",
         # Only imagen_jax/data and imagen_jax/preparing import these.

@@ -243,6 +243,8 @@ def _figures(records: str) -> list[dict[str, Any]]:
         )
         scripts = captions["scripts"]["counts"].items()
         figures = {
+            # Not its path.
+            "source": card["source"]["source"].partition(":")[0],
             "pictures": f"{pictures['number']:,}",
             "shorter side in pixels": _span(pictures["shorter_side"]["quantiles"]),
             "words of a caption": _span(captions["words"]["quantiles"]),
