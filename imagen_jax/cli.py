@@ -10,11 +10,9 @@ import os
 import pathlib
 import re
 import resource
-import runpy
 import sys
 import textwrap
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -27,7 +25,6 @@ from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printab
 
 # What Orbax tells of what is as it should be.
 _NO_NEWS = "Given directory is read only"
-_CONFIGS = pathlib.Path(__file__).with_name("configs")
 DOORS = (
     *("prepare", "train", "sample", "evaluate", "rate", "export"),
     *("goodput", "plan", "benchmark", "demo"),
@@ -212,33 +209,12 @@ def _repeated(argv: Sequence[str]) -> Iterator[tuple[str, int]]:
 
 
 def _load_config(text: str) -> Any:
-    """What the NAME or FILE.py of --config[:VARIANT] makes, or a one-line `ValueError`.
-
-    A NAME is that of a config of the package, whatever the working directory holds.
-    """
+    """What the word of --config makes, or a `ValueError` of one line."""
     from ml_collections import ConfigDict
 
-    name, *variant = text.split(":", 1)
-    named = {file.stem: str(file) for file in sorted(_CONFIGS.glob("[a-z]*.py"))}
-    name = named.get(name, name)
-    if not os.path.isfile(name):
-        raise ValueError(
-            f"there is no file {name!r}; give FILE.py or one of {', '.join(named)}, "
-            "with :VARIANT if it has some"
-        )
-    try:
-        defined = runpy.run_path(name)
-        if "get_config" not in defined:
-            raise ValueError(f"{name} defines no get_config()")
-        config = defined["get_config"](*variant)
-    except Exception as error:
-        why = " ".join(str(error).split())
-        if isinstance(error, ValueError):  # names no line: it is for the user
-            raise ValueError(why) from None
-        why = f"{type(error).__name__}: {why}"
-        calls = traceback.extract_tb(error.__traceback__)
-        own = [call.lineno for call in calls if call.filename == name]
-        raise ValueError(f"{why} (line {own[-1]})" if own else why) from None
+    from imagen_jax.api.run import run_config
+
+    config = run_config(text)
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"get_config() returns a {type(config).__name__}, not an "
