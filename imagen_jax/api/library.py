@@ -91,6 +91,7 @@ class Cascade:
     def __call__(
         self,
         prompts: str | Sequence[str],
+        *,
         safety: Safety | None = None,
         **options: Unpack[Options],
     ) -> list[Image.Image]:
@@ -107,6 +108,7 @@ class Cascade:
         self,
         image: Image.Image | bytes,
         prompt: str,
+        *,
         safety: Safety | None = None,
         **options: Unpack[Options],
     ) -> Image.Image:
@@ -127,6 +129,7 @@ class Cascade:
     def sample(
         self,
         prompts: str | Sequence[str],
+        *,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         lowres: np.ndarray | None = None,
@@ -153,7 +156,8 @@ class Cascade:
         """
         prompts, steps = _checked(prompts), self._steps
         count = len(prompts)
-        drawn = _drawn(range(seed, seed + count) if seeds is None else seeds, count)
+        counted = [seed + i for i in range(count)]
+        drawn = _drawn(counted if seeds is None else seeds, count)
         first = self._enlarging() if lowres is not None else 0
         used = with_sampler(self.trained, **settings)[first:]
         configs = [one.cfg for one in used]
@@ -270,8 +274,9 @@ def _drawn(seeds: Sequence[int], count: int) -> np.ndarray:
     """Seeds as `[count]` uint32."""
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds are given for {count} prompts")
-    if not all(0 <= each < 2**32 for each in seeds):
-        raise UserError("seeds lie in [0, 2**32)")
+    whole = [isinstance(each, int | np.integer) for each in seeds]
+    if not (all(whole) and all(0 <= each < 2**32 for each in seeds)):
+        raise UserError("seeds are whole numbers in [0, 2**32)")
     return np.array(seeds, np.uint32)
 
 

@@ -221,7 +221,8 @@ def test_safety_sees_pictures_and_prompts(cascade, capsys):
         (lambda c: c([b"a"]), "the prompt b'a' is no text"),
         (lambda c: c("caf\udce9"), r"the prompt 'caf\\udce9' is no text"),
         (lambda c: c(PROMPTS, seeds=[1, 2]), "2 seeds are given for 3 prompts"),
-        (lambda c: c(PROMPTS, seed=2**32 - 1), r"seeds lie in \[0, 2\*\*32\)"),
+        (lambda c: c(PROMPTS, seed=2**32 - 1), r"seeds are whole numbers in \[0"),
+        (lambda c: c("a", seed=1.5), "seeds are whole numbers"),
         (
             lambda c: c("a", guidance=[1.0] * 3),
             "guidance is given 3 times for 2 stages",
