@@ -44,7 +44,7 @@ setup(
         "absl-py>=2.1",
         "etils[epath]>=1.9.1",
         "flax>=0.12",
-        "jax>=0.10",
+        "jax>=0.10.1",
         "ml-collections>=1.0",
         "ml-dtypes>=0.5.1",
         "numpy>=2.0",
@@ -62,7 +62,7 @@ setup(
         # Only imagen_jax/data and imagen_jax/preparing import these.
         "seqio>=0.0.20",
         "tensorflow>=2.21",
-        "tensorflow-datasets>=4.9.9",
+        "tensorflow-datasets>=4.9.10",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],

@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagen_jax import images, sharding
 from imagen_jax.api import loaded
-from imagen_jax.api.cascade import all_cells
+from imagen_jax.api.cascade import all_cells, with_sampler
 from imagen_jax.api.library import Cascade, load_cascade
 from imagen_jax.api.samples import Job, make
 from imagen_jax.config import MeshConfig
@@ -170,17 +170,17 @@ def test_threads_take_turns(cascade, result):
         np.testing.assert_array_equal(pictures, result.images)
 
 
-def test_settings_are_for_all_stages_or_each(cascade):
-    configs = cascade._configs(
-        {"steps": 3, "guidance": [2.0, None], "sampler": ("ddim", "dpmpp")}
-    )
-    samplers = [cfg.sampler for cfg in configs]
-    assert [s.steps for s in samplers] == [3, 3]
-    assert [s.guidance for s in samplers] == [2.0, 1.0]
-    assert [s.name for s in samplers] == ["ddim", "dpmpp"]
-    assert cascade._configs({"steps": None}) == list(cascade.config)
-    same = cascade._configs({"guidance": np.array([2.0, 1.0]), "steps": np.int64(3)})
-    assert [cfg.sampler.steps for cfg in same] == [3, 3]
+def test_settings_are_for_all_stages_or_each():
+    def samplers(**settings):
+        return [one.cfg.sampler for one in with_sampler(STAGES, **settings)]
+
+    changed = samplers(steps=3, guidance=[2.0, None], sampler=("ddim", "dpmpp"))
+    assert [s.steps for s in changed] == [3, 3]
+    assert [s.guidance for s in changed] == [2.0, 1.0]
+    assert [s.name for s in changed] == ["ddim", "dpmpp"]
+    assert samplers(steps=None, grid=[]) == samplers()
+    changed = samplers(guidance=np.array([2.0, 1.0]), steps=np.int64(3))
+    assert [(s.guidance, s.steps) for s in changed] == [(2.0, 3), (1.0, 3)]
 
 
 def test_enlarging(cascade, result):
@@ -221,8 +221,12 @@ def test_safety_sees_pictures_and_prompts(cascade, capsys):
         (lambda c: c([b"a"]), "the prompt b'a' is no text"),
         (lambda c: c("caf\udce9"), r"the prompt 'caf\\udce9' is no text"),
         (lambda c: c(PROMPTS, seeds=[1, 2]), "2 seeds are given for 3 prompts"),
-        (lambda c: c(PROMPTS, seed=2**32 - 1), r"seeds lie in \[0, 2\*\*32\)"),
-        (lambda c: c("a", guidance=[1.0] * 3), "guidance has 3 values for 2 stages"),
+        (lambda c: c(PROMPTS, seed=2**32 - 1), r"seeds are whole numbers in \[0"),
+        (lambda c: c("a", seed=1.5), "seeds are whole numbers"),
+        (
+            lambda c: c("a", guidance=[1.0] * 3),
+            "guidance is given 3 times for 2 stages",
+        ),
         (lambda c: c("a", guidance=float("nan")), "guidance is nan; it must be in"),
         (lambda c: c("a", sampler="ddpx"), "did you mean 'ddpm'"),
         (lambda c: c("a", guidence=2.0), "no setting 'guidence' .did you mean 'guid"),
