@@ -84,6 +84,7 @@ setup(
         "parity": ["torch>=2.6", "transformers>=5.0", "diffusers>=0.36"],
         # Formatting changes between minor releases of ruff.
         "test": [
+            "huggingface-hub>=1.0",
             "hypothesis>=6.100",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
