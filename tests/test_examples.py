@@ -28,10 +28,9 @@ def test_its_samples_show_what_they_are_to_show():
     for line in map(json.loads, lines):
         picture = images.read(EXAMPLES / "shapes" / line["file"])
         verdict = judge(picture, line["prompt"])
-        right += [
-            is_right for is_right in vars(verdict).values() if is_right is not None
-        ]
-    assert len(lines) == 8 and sum(right) / len(right) > 0.8
+        right.append(False not in vars(verdict).values())
+    # The other two: one below another, and two crosses that touch.
+    assert (len(right), sum(right)) == (8, 6)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
