@@ -58,6 +58,7 @@ _CARD, _LINES = "README.md", "samples.jsonl"
 _SAMPLE = r"samples/\d{4,}\.png"
 # Of what a card tells that is in `CASCADE`, for the next export.
 _KEPT = ("license", "data", "evaluations")
+_COUNTS = ("equal_files", "equal_captions", "near_pictures")  # of a data card
 
 
 def export(
@@ -238,29 +239,23 @@ def _figures(records: str) -> list[dict[str, Any]]:
         return []
     found = []
     for card in filter(None, (read_card(source.path) for source in sources)):
-        pictures, captions, equal = (
-            card[name] for name in ("pictures", "captions", "duplicates")
-        )
-        scripts = captions["scripts"]["counts"].items()
+        source, pictures, captions = map(card.get, ("source", "pictures", "captions"))
+        counts, scripts = card["duplicates"], captions["scripts"]["counts"].items()
+        medians = [
+            numbers["quantiles"].get("50 %", "unknown")
+            for numbers in (pictures["shorter_side"], captions["words"])
+        ]
         figures = {
-            # Not its path.
-            "source": card["source"]["source"].partition(":")[0],
-            "pictures": f"{pictures['number']:,}",
-            "shorter side in pixels": _span(pictures["shorter_side"]["quantiles"]),
-            "words of a caption": _span(captions["words"]["quantiles"]),
-            "captions by script": ", ".join(f"{k}: {n:,}" for k, n in scripts),
-            "equal files": f"{equal['equal_files']:,}",
-            "equal captions": f"{equal['equal_captions']:,}",
-            "near-duplicates": f"{equal['near_pictures']:,} pictures",
-            "sha256 of the content": card["source"]["content_sha256"],
+            "source": source["source"].partition(":")[0],  # not its path
+            "pictures": pictures["number"],
+            "shorter side in pixels, median": medians[0],
+            "words of a caption, median": medians[1],
+            "captions by script": ", ".join(f"{name} {n:,}" for name, n in scripts),
+            **{name.replace("_", " "): counts[name] for name in _COUNTS},
+            "sha256 of the content": source["content_sha256"],
         }
         found.append(figures)
     return found
-
-
-def _span(quantiles: Mapping[str, float]) -> str:
-    ends = map(quantiles.get, ("0 %", "100 %", "50 %"))
-    return "{:g} to {:g}, median {:g}".format(*ends) if quantiles else "unknown"
 
 
 def _keep_samples(source: epath.Path, folder: pathlib.Path) -> list[dict[str, Any]]:
@@ -318,8 +313,6 @@ def main() -> None:
     """Exports what the flags ask for."""
     args = flags.FLAGS
     shard_bytes = int(args.shard_gb * 1e9)
-    if not re.fullmatch(r"[a-z0-9.-]*", args.license):
-        raise UserError(f"--license={args.license}: give a name such as apache-2.0")
     if len(args.stage) == 1 and not read_cascade(args.stage[0]):
         (stage,) = args.stage
         files = export(stage, args.output, shard_bytes, args.dtype, args.license)

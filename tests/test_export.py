@@ -154,6 +154,8 @@ def test_the_card_tells_what_is_known(made, tmp_path):
     ):
         assert words in text, words
     assert "checkpoint 3" not in text and "What it was" not in text
+    with pytest.raises(UserError, match="is no license"):
+        Told("mit\ntags: [own]")
     told = Told("apache-2.0")
     export_cascade([str(made / "one")], str(tmp_path / "two"), 10**9, told=told)
     text = (tmp_path / "two/README.md").read_text("utf8")

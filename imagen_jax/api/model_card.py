@@ -4,11 +4,13 @@ import dataclasses
 import html
 import json
 import pathlib
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagen_jax import __version__
+from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import SIZES
 from imagen_jax.training.weights import Weights
 
@@ -21,6 +23,10 @@ class Told:
     data: Sequence[Mapping[str, Any]] = ()  # figures of each set of records, by name
     evaluations: Sequence[str] = ()  # lines that `evaluate` printed
     samples: Sequence[Mapping[str, Any]] = ()  # "file", "prompt" and "seed" of each
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[a-z0-9.-]*", self.license):
+            raise UserError(f"{self.license!r} is no license: as Hugging Face names it")
 
 
 def stage_card(stage: Weights, count: int, dtype: str, folder: str, told: Told) -> str:
