@@ -1,8 +1,8 @@
 """Measures a stage: what it weighs, how it compiles, how fast it trains.
 
-python -m imagen_jax.benchmark --config=configs/sr256.py:tiny --what=train \
+python -m imagen_jax.benchmark --config=sr256:tiny --what=train \
     [--json=FILE] [--seconds=20] [--config.training.batch_size=4]
-python -m imagen_jax.benchmark --config=configs/base64.py --what=compile \
+python -m imagen_jax.benchmark --config=base64 --what=compile \
     --topology=v4-512 --config.mesh.fsdp=16
 
 "params" counts parameters per block. "compile" compiles a training step for the

@@ -1,9 +1,9 @@
 """Plans a stage for devices that may be absent: does it fit, what will it cost?
 
-python -m imagen_jax.plan --config=configs/base64.py --topology=v4-512 \
+python -m imagen_jax.plan --config=base64 --topology=v4-512 \
     --mesh=data:-1,fsdp:16 [--json=FILE]
-python -m imagen_jax.plan --config=configs/sr256.py --topology=v5p-256 --search
-python -m imagen_jax.plan --config=configs/sr1024.py --topology=v4-8 --what=sample
+python -m imagen_jax.plan --config=sr256 --topology=v5p-256 --search
+python -m imagen_jax.plan --config=sr1024 --topology=v4-8 --what=sample
 
 Compiles the training step, or sampler, for a TPU slice (pip install libtpu) or for the
 devices here, and prints what it takes of each chip: see docs/plan.md. Exit status 1

@@ -47,7 +47,8 @@ def define_flags() -> None:
 
 def define_job() -> None:
     """Defines the flags that `sample` reads."""
-    flags.DEFINE_multi_string("stage", None, "workdir of a stage; in order, base first")
+    stage = "workdir or export of a stage, base first; or an exported cascade"
+    flags.DEFINE_multi_string("stage", None, stage)
     flags.DEFINE_multi_string("prompt", [], "a caption; repeat for more pictures")
     kinds = "a file of captions: one a line, .csv, .tsv, .jsonl, or COCO's .json"
     flags.DEFINE_string("prompts", "", kinds)

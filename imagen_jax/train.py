@@ -1,6 +1,6 @@
 """Trains one stage of a cascade; run again, it resumes.
 
-python -m imagen_jax.train --config=configs/tiny.py:base --workdir=DIR \
+python -m imagen_jax.train --config=tiny:base --workdir=DIR \
     --config.data.records=RECORDS --config.optimizer.learning_rate=3e-4
 
 The workdir, a folder or gs://BUCKET/FOLDER, gets config.json, checkpoints/,
