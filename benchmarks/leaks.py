@@ -3,8 +3,8 @@
 python -m benchmarks.leaks [--steps=2000] [--every=N] [--prompts=1000]
 
 Trains configs/tiny.py:base on drawn shapes, with a checkpoint every 20 steps and a
-preview every 50, or both every so many, then samples it, and prints what each process holds in every tenth of
-its time: the median of what /proc says each second.
+preview every 50, or both every N, then samples it, and prints what each process holds
+in every tenth of its time: the median of what /proc says each second.
 """
 
 import argparse
