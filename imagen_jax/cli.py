@@ -10,11 +10,9 @@ import os
 import pathlib
 import re
 import resource
-import runpy
 import sys
 import textwrap
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -22,10 +20,15 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 
 from imagen_jax.config import StageConfig
-from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printable
+from imagen_jax.errors import (
+    READ_ONLY,
+    Stopped,
+    UserError,
+    did_you_mean,
+    is_full,
+    printable,
+)
 
-# What Orbax tells of what is as it should be.
-_NO_NEWS = "Given directory is read only"
 DOORS = (
     *("prepare", "train", "sample", "evaluate", "rate", "export"),
     *("goodput", "plan", "benchmark", "demo"),
@@ -211,22 +214,9 @@ def _load_config(text: str) -> Any:
     """What the FILE.py[:VARIANT] of --config makes, or a `ValueError` of one line."""
     from ml_collections import ConfigDict
 
-    name, *variant = text.split(":", 1)
-    if not os.path.isfile(name):
-        raise ValueError(f"there is no file {name!r}; give FILE.py or FILE.py:VARIANT")
-    try:
-        defined = runpy.run_path(name)
-        if "get_config" not in defined:
-            raise ValueError(f"{name} defines no get_config()")
-        config = defined["get_config"](*variant)
-    except Exception as error:
-        why = " ".join(str(error).split())
-        if isinstance(error, ValueError):  # names no line: it is for the user
-            raise ValueError(why) from None
-        why = f"{type(error).__name__}: {why}"
-        calls = traceback.extract_tb(error.__traceback__)
-        own = [call.lineno for call in calls if call.filename == name]
-        raise ValueError(f"{why} (line {own[-1]})" if own else why) from None
+    from imagen_jax.api.run import run_config
+
+    config = run_config(text)
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"get_config() returns a {type(config).__name__}, not an "
@@ -282,7 +272,7 @@ def _takes(kind: Any) -> str:
 def _quiet_libraries() -> None:
     """Silences what libraries say that is no news to a user.
 
-    That is `_NO_NEWS` and, as our own line tells of a full disk, what each thread of
+    That is `READ_ONLY` and, as our own line tells of a full disk, what each thread of
     Orbax and TensorStore says of it.
     """
 
@@ -292,7 +282,7 @@ def _quiet_libraries() -> None:
 
     def is_news(record: logging.LogRecord) -> bool:
         error = record.exc_info and record.exc_info[1]
-        return not (is_known(error) or _NO_NEWS in str(record.msg))
+        return not (is_known(error) or READ_ONLY in str(record.msg))
 
     # Writes that had not begun when Orbax gave up.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")

@@ -1,16 +1,18 @@
 """A run as the doors start it: its config, preview and devices."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 from imagen_jax.api import run
+from imagen_jax.config import from_dict
 from imagen_jax.errors import UserError
 from imagen_jax.prepare import prepare
 from tests import npz, tiny
-from tests.test_docs import commands, parse
+from tests.test_docs import ROOT, commands, parse
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,26 @@ def test_the_records_say_what_their_text_is(values):
         run.resolve(values | {"data": {"records": "missing.npz"}})
 
 
+@pytest.mark.parametrize("kind", ["file", "ConfigDict", "StageConfig"])
+def test_a_run_from_python(values, monkeypatch, kind):
+    """Its config in each form, with other values laid over it."""
+    given, file = [], ROOT / "configs" / "tiny.py"
+    monkeypatch.setattr(run.loop, "train", lambda *args: given.append(args))
+    config = {
+        "file": f"{file}:base",
+        "ConfigDict": run.run_config(f"{file}:base"),
+        "StageConfig": from_dict(run.run_config(f"{file}:base").to_dict()),
+    }[kind]
+    more = {"training.batch_size": 8, "image_size": 8, "text.length": 0}
+    run.train(config, pathlib.Path(values["data"]["records"]), "workdir", more)
+    ((cfg, workdir, *_),) = given
+    assert (workdir, cfg.training.batch_size, cfg.image_size) == ("workdir", 8, 8)
+    assert cfg.text.length == 4 and cfg.optimizer.learning_rate == 3e-3
+
+
 def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(run, "train", lambda *args: given.append(args))
+    monkeypatch.setattr(run.loop, "train", lambda *args: given.append(args))
     run.train_stage(run.resolve(values), "workdir")
     ((cfg, workdir, batches, mesh, preview, _, heldout),) = given
     assert workdir == "workdir" and mesh.size == 8 and heldout == ()
@@ -53,7 +72,7 @@ def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
 
 def test_a_preview_has_the_prompts_that_were_asked_for(values, monkeypatch):
     """Embedded as `prepare` embeds captions."""
-    monkeypatch.setattr(run, "train", lambda *args: given.append(args))
+    monkeypatch.setattr(run.loop, "train", lambda *args: given.append(args))
     prompts, given = npz.captions(values["data"]["records"])[:2], []
     cfg = run.resolve(values)
     training = dataclasses.replace(cfg.training, preview_prompts=tuple(prompts))
@@ -91,7 +110,7 @@ def test_the_next_command_is_one():
 
 @pytest.mark.parametrize(("end", "told"), [(2, True), (4, False), (0, False)])
 def test_a_rate_of_0_on_purpose_is_told(values, monkeypatch, capsys, end, told):
-    monkeypatch.setattr(run, "train", lambda *args: None)
+    monkeypatch.setattr(run.loop, "train", lambda *args: None)
     optimizer = values["optimizer"] | {"decay_steps": end, "warmup_steps": 1}
     run.train_stage(run.resolve(values | {"optimizer": optimizer}), "workdir")
     said = (
@@ -104,7 +123,7 @@ def test_a_rate_of_0_on_purpose_is_told(values, monkeypatch, capsys, end, told):
 def test_a_gpu_that_jax_does_not_use_comes_before_the_devices(
     values, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run, "train", lambda *args: None)
+    monkeypatch.setattr(run.loop, "train", lambda *args: None)
     monkeypatch.setattr(run, "unused_gpu", lambda: "warning: there is a GPU")
     run.train_stage(run.resolve(values), "workdir")
     first, second = capsys.readouterr().out.splitlines()
