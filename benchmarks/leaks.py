@@ -1,10 +1,10 @@
 """Whether a long run needs more and more memory, threads or open files.
 
-python -m benchmarks.leaks [--steps=2000] [--prompts=1000]
+python -m benchmarks.leaks [--steps=2000] [--every=N] [--prompts=1000]
 
 Trains configs/tiny.py:base on drawn shapes, with a checkpoint every 20 steps and a
-preview every 50, then samples it, and prints what each process holds in every tenth of
-its time: the median of what /proc says each second.
+preview every 50, or both every N, then samples it, and prints what each process holds
+in every tenth of its time: the median of what /proc says each second.
 """
 
 import argparse
@@ -62,6 +62,7 @@ def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=1000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -74,8 +75,8 @@ def main() -> None:
             *("--config=configs/tiny.py:base", f"--workdir={run}"),
             f"--config.data.records={records}",
             f"--config.training.steps={args.steps}",
-            "--config.training.checkpoint_every_steps=20",
-            "--config.training.sample_every_steps=50",
+            f"--config.training.checkpoint_every_steps={args.every or 20}",
+            f"--config.training.sample_every_steps={args.every or 50}",
             "--config.training.log_every_steps=10",
         )
         print(table(f"{args.steps} steps", trained), flush=True)

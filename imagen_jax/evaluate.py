@@ -19,10 +19,11 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
 
@@ -116,26 +117,23 @@ class Measures:
     extractor: features.Extractor | None
     reference: distances.Statistics | None
     clip: alignment.Clip | None
-    judges: bool
+    judge: Callable[[np.ndarray, str], tuple[int, int]] | None
 
     def of(self, folder: str) -> list[dict[str, Any]]:
         """Prints and returns the figures of each group of samples in a folder."""
         results = []
         for samples in report.read_samples(folder):
-            found = report.evaluate(samples, self.extractor, self.reference, self.clip)
-            if self.judges:
-                found["figures"] |= judged(samples)
-            results.append(found)
+            by = self.extractor, self.reference, self.clip, self.judge
+            results.append(found := report.evaluate(samples, *by))
             print(printable(report.line(found)), flush=True)
         return results
 
 
-def judged(samples: report.Samples) -> dict[str, float]:
-    """The share of what captions of drawn shapes ask for that a judge finds."""
-    pictures = report.read_pictures(samples.files)
-    verdicts = [judge(*pair) for pair in zip(pictures, samples.captions, strict=True)]
-    asked = [v for one in verdicts for v in dataclasses.astuple(one) if v is not None]
-    return {"judged right": sum(asked) / len(asked)}
+def judged(picture: np.ndarray, caption: str) -> tuple[int, int]:
+    """How much the caption of a drawn scene asks for, and how much the judge finds."""
+    verdict = dataclasses.astuple(judge(picture, caption))
+    asked = [value for value in verdict if value is not None]
+    return len(asked), sum(asked)
 
 
 def open_measures(first: str) -> Measures:
@@ -150,7 +148,7 @@ def open_measures(first: str) -> Measures:
             distances.save_statistics(args.statistics, reference)
     if args.clip:
         clip = alignment.open_clip(args.clip)
-    return Measures(extractor, reference, clip, args.judge)
+    return Measures(extractor, reference, clip, judged if args.judge else None)
 
 
 def watch(workdir: str) -> None:

@@ -46,7 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_string("key", "", "score: what `build` wrote beside its folder")
     flags.DEFINE_string("json", "", "score: a file for the figures")
     flags.DEFINE_multi_string("samples", [], "page: a folder of `sample`; repeat")
-    scores = "page: JSON with figures by category, one for each --samples"
+    scores = "page: the --json of `evaluate`, one for each --samples"
     flags.DEFINE_multi_string("scores", [], scores)
 
 
@@ -108,15 +108,19 @@ def score(args, files: Sequence[str]) -> None:
 
 
 def _by_category(file: str) -> dict[str, dict[str, float]]:
-    """The "categories" of a report in JSON: of each, figures by their names."""
-    found = read_json(file, "figures by category").get("categories")
+    """The "categories" in a file of `evaluate --json`: of each, figures by names."""
+    found = read_json(file, "figures by category").get("results")
     try:
+        (found,) = (result["categories"] for result in found)
         return {
             category: {name: float(value) for name, value in figures.items()}
             for category, figures in found.items()
         }
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f'{file} has no figures by category ("categories")') from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{file} has no figures by category of one group of samples: give the "
+            "--json of `evaluate` for prompts with categories"
+        ) from None
 
 
 def page(args) -> None:

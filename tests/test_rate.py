@@ -150,8 +150,9 @@ def test_a_key_is_not_written_over(samples, study, tmp_path):
 
 def test_side_by_side(samples, tmp_path):
     scores = tmp_path / "one.json"
-    scores.write_text(json.dumps({"categories": {"One": {"CLIP score": 0.2612}}}))
-    (tmp_path / "none.json").write_text('{"categories": {}}')
+    found = {"categories": {"One": {"CLIP score": 0.2612}}}
+    scores.write_text(json.dumps({"results": [found]}))
+    (tmp_path / "none.json").write_text('{"results": [{"categories": {}}]}')
     given = [f"--samples={samples / name}" for name in ("secret_one", "secret_two")]
     given += [f"--scores={tmp_path / name}" for name in ("one.json", "none.json")]
     done = call("rate", "page", *given, f"--output={tmp_path / 'page'}")
@@ -168,10 +169,11 @@ def test_side_by_side(samples, tmp_path):
             whole = (samples / name).read_bytes()
             assert (tmp_path / "page" / name).read_bytes() == whole
     assert "http" not in text
-    scores.write_text('{"FID": 7.27}')
-    done = call("rate", "page", *given, f"--output={tmp_path / 'other'}")
-    assert done.returncode == 1 and "one.json has no figures by cate" in error(done)
-    assert not (tmp_path / "other").exists()
+    for other in ({"FID": 7.27}, {"results": [{"FID": 7}]}, {"results": [found] * 2}):
+        scores.write_text(json.dumps(other))
+        done = call("rate", "page", *given, f"--output={tmp_path / 'other'}")
+        assert done.returncode == 1 and "one.json has no figures by cate" in error(done)
+        assert not (tmp_path / "other").exists()
 
 
 def test_the_page_travels_with_the_package():

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ class Samples:
 
     files: Sequence[pathlib.Path]
     captions: Sequence[str] = ()  # one of each, or none
+    categories: Sequence[str] = ()  # of its prompt; "" has none
     # "stages" of `JOB`, in words "made by"; each one's "guidance" and "aug_level".
     made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -49,15 +50,17 @@ def read_samples(folder: str) -> list[Samples]:
     lines = read_lines(root / LINES, "samples")
     lines = [parse_json(line.encode(), wrong) for line in lines]
     pairs = [(line.get("file"), line.get("prompt")) for line in lines]
+    categories = [str(line.get("category", "")) for line in lines]
     if not (pairs and all(is_file_name(f) and isinstance(p, str) for f, p in pairs)):
         raise UserError(f"{wrong}: a line has a picture's file and its prompt")
     stages = _stages(root, pairs) if (root / JOB).exists() else {}
     groups = {}
-    for line, pair in zip(lines, pairs):
+    for line, pair, category in zip(lines, pairs, categories):
         values = {name: line.get(name) for name in ("guidance", "aug_level")}
-        groups.setdefault(json.dumps(values), (values, []))[1].append(pair)
+        own = groups.setdefault(json.dumps(values), (values, []))[1]
+        own.append((root / pair[0], pair[1], category))
     return [
-        Samples([root / f for f, _ in own], [p for _, p in own], stages | values)
+        Samples(*map(list, zip(*own)), stages | values)
         for values, own in groups.values()
     ]
 
@@ -130,10 +133,13 @@ def evaluate(
     extractor: Extractor | None = None,
     reference: Statistics | None = None,
     clip: Clip | None = None,
+    judge: Callable[[np.ndarray, str], tuple[int, int]] | None = None,
 ) -> dict[str, Any]:
     """Figures of samples and all that decides them, as JSON has it.
 
-    With an extractor and a reference their distances, with a CLIP the CLIP score.
+    With an extractor and a reference their distances; with a CLIP the CLIP score, and
+    with a judge, who tells of a picture and its caption how much is asked for and how
+    much of it is there, the share that is: both for each category, too.
     `UserError` when a picture is damaged or of another size, or captions are missing.
     """
     figures, about = {}, {"samples": len(samples.files)}
@@ -152,12 +158,34 @@ def evaluate(
         about |= own.about
         if min(own.n, reference.n or own.n) <= (width := extractor.width):
             about["note"] = f"too few pictures for the covariance of {width} features"
+    if (clip or judge) and not samples.captions:
+        raise UserError("the samples have no captions, which these figures need")
+    about |= clip.about if clip else {}
+    figures |= _fit(samples, clip, judge)
+    found = {"figures": figures, **about, **samples.made}
+    if (clip or judge) and any(samples.categories):
+        found["categories"] = {
+            name: _fit(_of_category(samples, name), clip, judge)
+            for name in dict.fromkeys(samples.categories)
+        }
+    return found
+
+
+def _fit(samples: Samples, clip: Clip | None, judge: Callable | None):
+    """How well pictures fit their captions."""
+    figures = {}
     if clip:
-        if not samples.captions:
-            raise UserError("the samples have no captions, which a CLIP score needs")
         figures |= clip_score(clip, read_pictures(samples.files), samples.captions)
-        about |= clip.about
-    return {"figures": figures, **about, **samples.made}
+    if judge:
+        pictures = read_pictures(samples.files)
+        asked, right = np.sum(list(map(judge, pictures, samples.captions)), axis=0)
+        figures["judged right"] = float(right / asked)
+    return figures
+
+
+def _of_category(samples: Samples, name: str) -> Samples:
+    rows = zip(samples.files, samples.captions, samples.categories)
+    return Samples(*zip(*(row for row in rows if row[2] == name)))
 
 
 def line(result: Mapping[str, Any]) -> str:
@@ -166,7 +194,7 @@ def line(result: Mapping[str, Any]) -> str:
     for name, value in result.items():
         if isinstance(value, list):
             value = ", ".join(map(str, value))
-        if name not in ("figures", "stages"):
+        if name not in ("figures", "stages", "categories"):
             parts.append(f"{name} {value[:8] if name.endswith('sha256') else value}")
     return "; ".join(parts)
 

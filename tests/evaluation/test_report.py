@@ -16,7 +16,7 @@ from imagen_jax.evaluation.features import Extractor
 from imagen_jax.evaluation.report import Samples, evaluate, line, measure
 from imagen_jax.images import save
 from tests import tiny
-from tests.evaluation import networks
+from tests.evaluation import folders, networks
 
 PROMPTS = ["a red circle", "two blue squares", "a red circle"]
 STAGES = tiny.untrained()
@@ -232,7 +232,7 @@ def test_the_clip_score_takes_the_captions_in_order(tmp_path):
         tmp_path / "a", [networks.coloured(n, i) for i, n in enumerate(names)]
     )
     clip = Clip({"clip": "reds", "clip_sha256": "b2" * 32}, reds)
-    with pytest.raises(UserError, match="no captions, which a CLIP score needs"):
+    with pytest.raises(UserError, match="no captions, which these figures need"):
         evaluate(own, clip=clip)
     result = evaluate(dataclasses.replace(own, captions=names), clip=clip)
     matched, shuffled = result["figures"].values()
@@ -241,6 +241,27 @@ def test_the_clip_score_takes_the_captions_in_order(tmp_path):
         result["captions_sha256"]
         == hashlib.sha256("\n".join(names).encode()).hexdigest()
     )
+
+
+def test_figures_of_a_category_are_those_of_its_pictures(tmp_path):
+    """A judge who finds two of three demands, or what the picture's red tells."""
+    folders.write(tmp_path)
+    (found,) = report.read_samples(str(tmp_path / "secret_one"))
+    assert tuple(found.categories) == folders.CATEGORIES * 3
+    clip = Clip({"clip": "reds", "clip_sha256": "b2" * 32}, reds)
+    asked = {caption: 1 + i for i, caption in enumerate(found.captions)}
+
+    def judge(picture, caption):
+        return 10, asked[caption]
+
+    result = evaluate(found, clip=clip, judge=judge)
+    assert result["figures"]["judged right"] == pytest.approx(21 / 60)
+    assert "categories" not in line(result)
+    for i, name in enumerate(folders.CATEGORIES):
+        files, captions = found.files[i::2], found.captions[i::2]
+        alone = evaluate(report.Samples(files, captions), clip=clip, judge=judge)
+        assert result["categories"][name] == alone["figures"]
+        assert alone["figures"]["judged right"] == pytest.approx((9 + 3 * i) / 30)
 
 
 def test_one_line_tells_all_that_decides(tmp_path):

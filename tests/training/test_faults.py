@@ -1,5 +1,6 @@
 """A run whose disk fails ends with one error, and goes on when that is over."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -89,8 +90,13 @@ def test_a_workdir_that_is_taken_away_while_it_trains(tmp_path):
 
     def take(taken):
         if taken == 3:
+            (tmp_path / "file").write_text("")
             shutil.move(run, tmp_path / "elsewhere")
-            run.write_text("")
+            while not run.is_file():
+                # A write that is under way may make the folder again.
+                shutil.rmtree(run, ignore_errors=True)
+                with contextlib.suppress(IsADirectoryError):
+                    os.rename(tmp_path / "file", run)
 
     with pytest.raises(UserError, match="cannot be written .*(Not a dir|NOT_FOUND)"):
         train(run, take)

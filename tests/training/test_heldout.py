@@ -200,8 +200,9 @@ def test_without_held_out_examples_nothing_is_measured(tmp_path, no_arithmetic):
     assert not [row for row in _lines(tmp_path) if "heldout_loss" in row]
 
 
-@pytest.mark.parametrize("log_every", [1, 2, 3, 100])
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("stop", "log_every"), [(1, 3), (3, 2), (4, 1), (4, 100), (5, 3)]
+)
 def test_lines_do_not_tell_where_a_run_was_stopped(tmp_path, quick, stop, log_every):
     """Stopped by a signal, at a step that measures or at another."""
     training = {"steps": 7, "log_every_steps": log_every, "heldout_every_steps": 2}
