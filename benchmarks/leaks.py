@@ -20,11 +20,11 @@ PARTS = 10
 
 
 def held(pid: int) -> tuple[int, int, int]:
-    """MiB of memory, threads and open files of a process."""
+    """MiB of memory of its own, threads and open files of a process."""
     folder = pathlib.Path("/proc", str(pid))
     status = (folder / "status").read_text()
     kib, threads = (
-        int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads")
+        int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("RssAnon", "Threads")
     )
     return kib // 1024, threads, len(list((folder / "fd").iterdir()))
 
