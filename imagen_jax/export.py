@@ -315,6 +315,10 @@ def main() -> None:
     shard_bytes = int(args.shard_gb * 1e9)
     if len(args.stage) == 1 and not read_cascade(args.stage[0]):
         (stage,) = args.stage
+        if args.prompt or args.evaluation:
+            raise UserError(
+                "--prompt and --evaluation are for cascades: give all --stage"
+            )
         files = export(stage, args.output, shard_bytes, args.dtype, args.license)
         told = Told(args.license)
     else:

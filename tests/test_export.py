@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from absl import flags
 from flax import traverse_util
 
 from imagen_jax import images
@@ -20,7 +22,7 @@ from imagen_jax.api.library import load_cascade
 from imagen_jax.api.model_card import Told
 from imagen_jax.api.samples import Job, make
 from imagen_jax.errors import UserError
-from imagen_jax.export import export_cascade
+from imagen_jax.export import export_cascade, main
 from imagen_jax.prepare import prepare
 from imagen_jax.preparing.card import write_card
 from imagen_jax.sharding import make_mesh
@@ -183,6 +185,21 @@ def test_all_or_nothing(made, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="give the stages in order"):
         export_cascade(workdirs[::-1], str(tmp_path / "out"), 10**9)
     assert not any(tmp_path.iterdir())
+
+
+def test_flags_of_a_cascade_are_refused_for_a_stage(
+    made, tmp_path, monkeypatch, capsys
+):
+    given = {"stage": [str(made / "base")], "output": str(tmp_path / "out")}
+    given |= {"shard_gb": 1.0, "dtype": "", "license": "mit", "evaluation": []}
+    values = types.SimpleNamespace(**given, prompt=PROMPTS)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    with pytest.raises(UserError, match="give all --stage of a cascade"):
+        main()
+    values.prompt = []
+    main()
+    assert "Fill in the gaps" in capsys.readouterr().out
+    assert "\nlicense: mit\n" in (tmp_path / "out/README.md").read_text()
 
 
 def change(**values):
