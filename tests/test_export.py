@@ -187,9 +187,7 @@ def test_all_or_nothing(made, tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_flags_of_a_cascade_are_refused_for_a_stage(
-    made, tmp_path, monkeypatch, capsys
-):
+def test_flags_of_a_cascade_are_for_cascades(made, tmp_path, monkeypatch, capsys):
     given = {"stage": [str(made / "base")], "output": str(tmp_path / "out")}
     given |= {"shard_gb": 1.0, "dtype": "", "license": "mit", "evaluation": []}
     values = types.SimpleNamespace(**given, prompt=PROMPTS)
