@@ -316,9 +316,7 @@ def main() -> None:
     if len(args.stage) == 1 and not read_cascade(args.stage[0]):
         (stage,) = args.stage
         if args.prompt or args.evaluation:
-            raise UserError(
-                "--prompt and --evaluation are for cascades: give all --stage"
-            )
+            raise UserError("--prompt and --evaluation: give all --stage of a cascade")
         files = export(stage, args.output, shard_bytes, args.dtype, args.license)
         told = Told(args.license)
     else:
