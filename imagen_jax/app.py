@@ -1,0 +1,307 @@
+"""A page in the browser: a prompt in, pictures out, stage by stage.
+
+python -m imagen_jax.app --stage=BASE_WORKDIR --stage=SR_WORKDIR [--output=DIR \
+    --host=127.0.0.1 --port=7860 --max_prompt_chars=500 --max_waiting=20]
+
+Whoever opens the page may ask; one picture is made at a time, in the order of asking.
+See docs/app.md.
+"""
+
+import html
+import importlib.util
+import os
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import flags
+
+from imagen_jax import cli
+from imagen_jax.api.desk import Desk, Shown
+from imagen_jax.api.library import load_cascade
+from imagen_jax.api.samples import check_output
+from imagen_jax.config import StageConfig
+from imagen_jax.errors import UserError
+
+# Each other number of steps is a program that is compiled and kept.
+_STEPS = (8, 16, 32, 64, 128, 256)
+_SAMPLERS, _THRESHOLDS = ("ddpm", "ddim", "dpmpp"), ("none", "static", "dynamic")
+# Bytes of a picture that is given, and of anything else that the page sends.
+_UPLOAD, _BODY = 20 * 2**20, 2**18
+# Seconds: how often files are looked for that are served no more, and after how long.
+_CACHE = (3600, 86_400)
+# The page loads nothing from elsewhere.
+_POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+# Pictures fill their frames, small ones pixel by pixel, below their names.
+_CSS = """
+.stage .image-container, .stage label {position: static !important}
+.stage .image-container > button, .stage .image-frame, .stage img {width: 100%}
+.stage img {object-fit: contain; image-rendering: pixelated}
+"""
+
+
+def refusal(scope: dict[str, Any]) -> int:
+    """The HTTP status for a request that the page would not make; 0 for others.
+
+    gradio would fetch addresses for whoever asks, and read bodies of any length.
+    """
+    if "file=http" in scope["path"].lower():
+        return 403
+    if scope["method"] != "POST":
+        return 0
+    length = dict(scope["headers"]).get(b"content-length", b"")
+    if not length.isdigit():
+        return 411
+    return 413 * (int(length) > (_UPLOAD if "/upload" in scope["path"] else _BODY))
+
+
+class Guard:
+    """ASGI middleware: refuses what `refusal` says, and adds the page's policy."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        """Passes a request on, or answers it without a body."""
+
+        async def answer(message):
+            if message["type"] == "http.response.start":
+                policy = (b"content-security-policy", _POLICY)
+                message = {**message, "headers": [*message.get("headers", ()), policy]}
+            await send(message)
+
+        if scope["type"] == "http" and (status := refusal(scope)):
+            headers = [(b"content-length", b"0")]
+            start = {"type": "http.response.start", "status": status}
+            await answer(start | {"headers": headers})
+            await answer({"type": "http.response.body"})
+        else:
+            await self.app(scope, receive, answer)
+
+
+def answering(request: Callable[..., Iterator[Shown]], show: Callable) -> Callable:
+    """A request for gradio: `show` makes values of what it shows.
+
+    Whatever goes wrong is a message to its user, and no traceback.
+    """
+
+    def answer(*values):
+        import gradio as gr
+
+        try:
+            for shown in request(*values):
+                yield show(shown)
+        except UserError as error:
+            # A message is HTML, and may quote what a stranger wrote.
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        except Exception:
+            traceback.print_exc()
+            text = "this one failed; whoever runs the app sees why in its terminal"
+            raise gr.Error(text, print_exception=False) from None
+
+    return answer
+
+
+def fields(cfg: StageConfig) -> list[Any]:
+    """The fields of a stage, in the order of `desk.SETTINGS`; some may be hidden."""
+    import gradio as gr
+
+    own = cfg.sampler
+    steps = sorted({own.steps, *_STEPS})
+    is_noised = bool(cfg.lowres_size and cfg.diffusion.lowres_augmentation)
+    small = {"min_width": 90}
+    gr.Markdown(f"**{cfg.image_size} x {cfg.image_size} pixels**")
+    with gr.Row():
+        return [
+            gr.Number(
+                None if own.guidance_schedule else own.guidance,
+                label="Guidance",
+                placeholder="a schedule",
+                step=0.5,
+                **small,
+            ),
+            gr.Dropdown(steps, value=own.steps, label="Steps", **small),
+            gr.Dropdown(_SAMPLERS, value=own.name, label="Sampler", **small),
+            gr.Dropdown(_THRESHOLDS, value=own.threshold, label="Threshold", **small),
+            gr.Number(
+                own.aug_level if is_noised else None,
+                label="Augmentation",
+                step=0.1,
+                visible=is_noised,
+                **small,
+            ),
+        ]
+
+
+def page(desk: Desk, most_waiting: int = 20) -> Any:
+    """The page of a desk, a `gradio.Blocks` that is not yet served.
+
+    Of requests beyond `most_waiting` gradio tells their users that it is busy.
+    """
+    # All that gradio writes, and all that it serves beside its own code.
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
+        os.environ[name] = str(desk.served.resolve())
+    os.environ.pop("GRADIO_ALLOWED_PATHS", None)
+    import gradio as gr
+
+    configs = desk.cascade.config
+    makes, enlarges = not configs[0].lowres_size, bool(configs[-1].lowres_size)
+
+    def show(shown: Shown) -> list[Any]:
+        sheet, kept = gr.skip(), [gr.skip(), gr.skip()]
+        if shown.sheet is not None:
+            sheet = gr.Image(shown.sheet, visible=True)
+        if shown.history is not None:
+            kept = [shown.history, [one.path for one in shown.history]]
+        return [*shown.pictures, sheet, shown.status, shown.seed, *kept]
+
+    def pick(history, event: gr.SelectData):
+        one = history[event.index]
+        return one.seed, f"seed {one.seed}: {one.prompt}"
+
+    with gr.Blocks(
+        title="imagen-jax", analytics_enabled=False, delete_cache=_CACHE
+    ) as blocks:
+        history, picked = gr.State([]), gr.State()
+        gr.Markdown("# imagen-jax")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                prompt = gr.Textbox(
+                    label="Prompt", lines=2, max_length=desk.most_chars, autofocus=True
+                )
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, min_width=120)
+                    is_new = gr.Checkbox(
+                        True, label="a new one each time", min_width=120
+                    )
+                make = gr.Button("Make a picture", variant="primary", visible=makes)
+                with gr.Accordion("Settings of each stage", open=False):
+                    values = [field for cfg in configs for field in fields(cfg)]
+                with gr.Accordion("Compare guidance", open=False, visible=makes):
+                    text = gr.Textbox("1, 2, 4, 8", label="Weights of the first stage")
+                    compare = gr.Button("Make a sheet")
+                with gr.Accordion(
+                    "Enlarge a picture", open=not makes, visible=enlarges
+                ):
+                    given = gr.File(label="A picture", type="binary", height=120)
+                    enlarge = gr.Button("Enlarge it, as the prompt says")
+            with gr.Column(scale=3, min_width=320):
+                status = gr.Markdown("nothing is made yet")
+                with gr.Row():
+                    stages = [
+                        gr.Image(
+                            label=f"{cfg.image_size} x {cfg.image_size}",
+                            format="png",
+                            interactive=False,
+                            buttons=["download", "fullscreen"],
+                            elem_classes=["stage"],
+                            scale=2 if cfg is configs[-1] else 1,
+                            min_width=100,
+                        )
+                        for cfg in configs
+                    ]
+                sheet = gr.Image(
+                    label="Guidance", format="png", interactive=False, visible=False
+                )
+                gallery = gr.Gallery(
+                    label="History",
+                    columns=6,
+                    fit_columns=False,
+                    height=150,
+                    allow_preview=False,
+                    interactive=False,
+                    buttons=[],
+                )
+                with gr.Row():
+                    line = gr.Textbox(label="Picked in the history", interactive=False)
+                    use = gr.Button("Use this seed", min_width=120, scale=0)
+        asked = [prompt, seed, is_new, history, *values]
+        # One request at a time, of whatever kind.
+        turn = {
+            "outputs": [*stages, sheet, status, seed, history, gallery],
+            "concurrency_id": "cascade",
+            "concurrency_limit": 1,
+            "show_progress_on": [status, *stages],
+        }
+        for name, inputs, events in (
+            ("generate", [], [make.click, prompt.submit]),
+            ("compare", [text], [compare.click]),
+            ("enlarge", [given], [enlarge.click]),
+        ):
+            answer = answering(getattr(desk, name), show)
+            gr.on(events, answer, [*inputs, *asked], api_name=name, **turn)
+        now = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gallery.select(pick, history, [picked, line], **now)
+        use.click(lambda one: (one or 0, one is None), picked, [seed, is_new], **now)
+    # Not even a script gets past the queue.
+    return blocks.queue(max_size=most_waiting, api_open=False)
+
+
+def launch(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
+    """Serves a page until its `close`; returns its address.
+
+    Raises `UserError` for a port that is taken.
+    """
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    system = ["system-ui", "sans-serif"]
+    try:
+        _, address, _ = blocks.launch(
+            server_name=host,
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            inline=False,
+            share=False,
+            show_error=False,
+            max_file_size=_UPLOAD,
+            ssr_mode=False,
+            mcp_server=False,
+            run_history=False,
+            enable_monitoring=False,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(Guard)]},
+            theme=gr.themes.Default(font=system, font_mono=["monospace"]),
+            css=_CSS,
+        )
+    except OSError as error:
+        raise UserError(
+            f"--host={host} --port={port} cannot be used: {error}"
+        ) from None
+    return address
+
+
+def define_flags() -> None:
+    """Defines this door's flags; main() reads them."""
+    flags.DEFINE_multi_string("stage", None, "workdir of a stage; in order, base first")
+    flags.DEFINE_string("encoder_weights", "", "file or folder of the text encoder")
+    flags.DEFINE_string("output", "runs/app", "folder for the pictures")
+    flags.DEFINE_string("host", "127.0.0.1", "address to serve at; 0.0.0.0 is any")
+    flags.DEFINE_integer("port", 7860, "to serve at", 1, 65_535)
+    flags.DEFINE_integer("max_prompt_chars", 500, "longer prompts are refused", 1)
+    flags.DEFINE_integer("max_waiting", 20, "requests that wait; more are refused", 1)
+    flags.mark_flag_as_required("stage")
+
+
+def main() -> None:
+    """Serves the page until Ctrl-C."""
+    args = flags.FLAGS
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("the app needs gradio: pip install 'imagen-jax[app]'")
+    check_output(args.output)
+    cascade = load_cascade(*args.stage, encoder_weights=args.encoder_weights)
+    desk = Desk(cascade, args.output, args.max_prompt_chars)
+    blocks = page(desk, args.max_waiting)
+    address = launch(blocks, args.host, args.port)
+    print(f"the app is at {address} (Ctrl-C ends it)", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        blocks.close(verbose=False)
+
+
+if __name__ == "__main__":
+    define_flags()
+    cli.run(main)
