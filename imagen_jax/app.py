@@ -35,9 +35,10 @@ _CACHE = (3600, 86_400)
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 # Pictures fill their frames, small ones pixel by pixel, below their names.
 _CSS = """
-.stage .image-container, .stage label {position: static !important}
-.stage .image-container > button, .stage .image-frame, .stage img {width: 100%}
-.stage img {object-fit: contain; image-rendering: pixelated}
+.drawn .image-container, .drawn label {position: static !important}
+.drawn .image-container > button, .drawn .image-frame, .drawn img {width: 100%}
+.drawn img {object-fit: contain}
+.small img {image-rendering: pixelated}
 """
 
 
@@ -110,7 +111,7 @@ def fields(cfg: StageConfig) -> list[Any]:
     own = cfg.sampler
     steps = sorted({own.steps, *_STEPS})
     is_noised = bool(cfg.lowres_size and cfg.diffusion.lowres_augmentation)
-    small = {"min_width": 90}
+    small = {"min_width": 110}
     gr.Markdown(f"**{cfg.image_size} x {cfg.image_size} pixels**")
     with gr.Row():
         return [
@@ -187,22 +188,25 @@ def page(desk: Desk, most_waiting: int = 20) -> Any:
                     given = gr.File(label="A picture", type="binary", height=120)
                     enlarge = gr.Button("Enlarge it, as the prompt says")
             with gr.Column(scale=3, min_width=320):
-                status = gr.Markdown("nothing is made yet")
+                status = gr.Markdown("nothing is made yet", min_height=60)
+                drawn = {
+                    "format": "png",
+                    "interactive": False,
+                    "buttons": ["download", "fullscreen"],
+                }
                 with gr.Row():
                     stages = [
                         gr.Image(
                             label=f"{cfg.image_size} x {cfg.image_size}",
-                            format="png",
-                            interactive=False,
-                            buttons=["download", "fullscreen"],
-                            elem_classes=["stage"],
                             scale=2 if cfg is configs[-1] else 1,
                             min_width=100,
+                            elem_classes=["drawn", "small"],
+                            **drawn,
                         )
                         for cfg in configs
                     ]
                 sheet = gr.Image(
-                    label="Guidance", format="png", interactive=False, visible=False
+                    label="Guidance", visible=False, elem_classes=["drawn"], **drawn
                 )
                 gallery = gr.Gallery(
                     label="History",
@@ -222,7 +226,7 @@ def page(desk: Desk, most_waiting: int = 20) -> Any:
             "outputs": [*stages, sheet, status, seed, history, gallery],
             "concurrency_id": "cascade",
             "concurrency_limit": 1,
-            "show_progress_on": [status, *stages],
+            "show_progress_on": [status],
         }
         for name, inputs, events in (
             ("generate", [], [make.click, prompt.submit]),

@@ -27,7 +27,7 @@ from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printab
 # What Orbax tells of what is as it should be.
 _NO_NEWS = "Given directory is read only"
 DOORS = (
-    *("prepare", "train", "sample", "evaluate", "rate", "export"),
+    *("prepare", "train", "sample", "app", "evaluate", "rate", "export"),
     *("goodput", "plan", "benchmark", "demo"),
 )
 
