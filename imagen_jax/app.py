@@ -42,6 +42,11 @@ _CSS = """
 """
 
 
+def has_gradio() -> bool:
+    """Whether the package that serves the page is installed."""
+    return importlib.util.find_spec("gradio") is not None
+
+
 def refusal(scope: dict[str, Any]) -> int:
     """The HTTP status for a request that the page would not make; 0 for others.
 
@@ -292,7 +297,7 @@ def define_flags() -> None:
 def main() -> None:
     """Serves the page until Ctrl-C."""
     args = flags.FLAGS
-    if importlib.util.find_spec("gradio") is None:
+    if not has_gradio():
         raise UserError("the app needs gradio: pip install 'imagen-jax[app]'")
     check_output(args.output)
     cascade = load_cascade(*args.stage, encoder_weights=args.encoder_weights)
