@@ -10,6 +10,7 @@ See docs/app.md.
 import html
 import importlib.util
 import os
+import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +32,8 @@ _SAMPLERS, _THRESHOLDS = ("ddpm", "ddim", "dpmpp"), ("none", "static", "dynamic"
 _UPLOAD, _BODY = 20 * 2**20, 2**18
 # Seconds: how often files are looked for that are served no more, and after how long.
 _CACHE = (3600, 86_400)
+# Users whose history is known: the latest. Each takes 0.1 MiB.
+_SESSIONS = 500
 # The page loads nothing from elsewhere.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 # Pictures fill their frames, small ones pixel by pixel, below their names.
@@ -163,8 +166,10 @@ def page(desk: Desk, most_waiting: int = 20) -> Any:
         return [*shown.pictures, sheet, shown.status, shown.seed, *kept]
 
     def pick(history, event: gr.SelectData):
-        one = history[event.index]
-        return one.seed, f"seed {one.seed}: {one.prompt}"
+        # Of users who were away for long nothing is known any more.
+        for one in history[event.index : event.index + 1]:
+            return one.seed, f"seed {one.seed}: {one.prompt}"
+        return None, ""
 
     with gr.Blocks(
         title="imagen-jax", analytics_enabled=False, delete_cache=_CACHE
@@ -266,6 +271,7 @@ def launch(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
             share=False,
             show_error=False,
             max_file_size=_UPLOAD,
+            state_session_capacity=_SESSIONS,
             ssr_mode=False,
             mcp_server=False,
             run_history=False,
@@ -305,6 +311,7 @@ def main() -> None:
     blocks = page(desk, args.max_waiting)
     address = launch(blocks, args.host, args.port)
     print(f"the app is at {address} (Ctrl-C ends it)", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         threading.Event().wait()
     finally:
