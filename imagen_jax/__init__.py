@@ -5,6 +5,8 @@
 
 import importlib
 import os
+import sys
+import types
 import typing
 import warnings
 
@@ -19,15 +21,25 @@ __all__ = ["load_cascade", "train"]
 if "tpu" not in os.environ.get("JAX_PLATFORMS", "tpu"):
     warnings.filterwarnings("ignore", module=r"jax\._src\.cloud_tpu_init")
 
-_ROOMS = {"load_cascade": "library", "train": "run"}
+_FILES = {"load_cascade": "library", "train": "run"}
 
 
 def __getattr__(name: str) -> typing.Any:
-    if name not in _ROOMS:
+    if name not in _FILES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.api.{_ROOMS[name]}")
-    return getattr(module, name)
+    return getattr(importlib.import_module(f"{__name__}.api.{_FILES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """As Python imports the command `imagen_jax.train`, the function keeps its name."""
+
+    def __setattr__(self, name: str, value: typing.Any) -> None:
+        if name not in _FILES:
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -127,7 +127,7 @@ def sample(output: str, steps: Mapping[str, int] | None = None) -> Job:
         open_stages(args.stage, steps),
         batch_size=args.batch_size,
         steps=args.steps,
-        name=args.sampler,
+        sampler=args.sampler,
         threshold=args.threshold,
         schedule=args.schedule,
         grid=args.grid,
@@ -142,7 +142,7 @@ def sample(output: str, steps: Mapping[str, int] | None = None) -> Job:
     size = trained[0].cfg.lowres_size
     if args.lowres and not size:
         raise UserError("--lowres is given, but the first stage is a base stage")
-    check_uses("lowres", args.lowres, len(prompts), "prompts")
+    check_uses("--lowres", args.lowres, len(prompts), "prompts")
     recorded = tuple(dict.fromkeys(sum(numbers("estimates", args.estimates, int), ())))
     fewest = min(one.cfg.sampler.steps for one in trained)
     if not set(recorded) <= set(range(fewest)):

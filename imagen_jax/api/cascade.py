@@ -7,6 +7,7 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
 from etils import epath
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from imagen_jax.batch import pad_text
 from imagen_jax.config import StageConfig, TextConfig, from_json
 from imagen_jax.diffusion.cascade import Settings, Stage
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.files import read_json
 from imagen_jax.models import network
 from imagen_jax.stores import check_store
@@ -72,30 +73,61 @@ def load(stage: Weights, mesh: Mesh) -> Stage:
     return Stage(params=params, cfg=stage.cfg, apply=network.apply)
 
 
-def with_sampler(trained: Sequence[Weights], **changes: Sequence) -> list[Weights]:
-    """The stages with other sampler settings.
+T = TypeVar("T")
+# A value for all stages, or one for each; None is a stage's own.
+PerStage = T | Sequence[T | None] | None
 
-    `changes` are fields of `SamplerConfig`, each a list: empty for the stages' own
-    values, of one value for all stages, or of one value per stage. Raises `UserError`
-    for another number of values, or a value out of range.
+
+class Sampling(TypedDict, total=False):
+    """How stages are sampled."""
+
+    guidance: PerStage[float]  # w of the paper's Eq. 2 at all steps; 1 is no guidance
+    # Noise on a super-resolution stage's input, in [0, 1]; of a base it means nothing.
+    aug_level: PerStage[float]
+    steps: PerStage[int]
+    sampler: PerStage[str]  # "ddpm", "ddim", "dpmpp" or one's own
+    threshold: PerStage[str]  # "none", "static" or "dynamic"
+    schedule: PerStage[str]  # "trained", "cosine" or "linear"
+    grid: PerStage[str]  # steps even in "time" or "logsnr"
+    batch_size: PerStage[int]  # pictures made together; a few are made one by one
+    guidance_schedule: PerStage[tuple[float, ...]]  # w of each step; () for one w
+
+
+def with_sampler(
+    trained: Sequence[Weights], **settings: Unpack[Sampling]
+) -> list[Weights]:
+    """The stages with other sampler settings; an empty list is the stages' own.
+
+    Raises `UserError` for another name or number of values, or a value out of range.
     """
-    for name, values in changes.items():
-        flag = "sampler" if name == "name" else name
-        check_uses(flag, values, len(trained))
+    changes: list[dict[str, Any]] = [{} for _ in trained]
+    for name, given in settings.items():
+        if name not in Sampling.__annotations__:
+            hint = did_you_mean(name, Sampling.__annotations__)
+            raise UserError(f"there is no setting {name!r}{hint}")
+        if isinstance(given, np.ndarray | np.generic):
+            given = given.tolist()
+        values = given if isinstance(given, list | tuple) else [given]
+        check_uses(name, values, len(trained))
+        for change, value in zip(changes, itertools.cycle(values)):
+            if value is not None:
+                change["name" if name == "sampler" else name] = value
+                # A weight holds for all steps.
+                if name == "guidance":
+                    change["guidance_schedule"] = ()
     result = []
-    for i, one in enumerate(trained):
-        new = {name: v[i % len(v)] for name, v in changes.items() if v}
-        sampler = dataclasses.replace(one.cfg.sampler, **new)
+    for one, change in zip(trained, changes):
+        sampler = dataclasses.replace(one.cfg.sampler, **change)
         cfg = dataclasses.replace(one.cfg, sampler=sampler)
         result.append(dataclasses.replace(one, cfg=cfg))
     return result
 
 
-def check_uses(flag: str, given: Sequence, count: int, what: str = "stages") -> None:
-    """Raises `UserError` unless a flag is given never, or once for all or for each."""
+def check_uses(name: str, given: Sequence, count: int, what: str = "stages") -> None:
+    """Raises `UserError` unless values are none, one for all or one for each."""
     if given and (not count or len(given) not in (1, count)):
         raise UserError(
-            f"--{flag} is given {len(given)} times for {count} {what}: "
+            f"{name} is given {len(given)} times for {count} {what}: "
             "give it once for all of them or once for each"
         )
 
@@ -153,7 +185,7 @@ def _choices(
     flag: str, lists: Sequence[Sequence[float]], stages: Sequence[int]
 ) -> list[dict[int, float]]:
     """Every combination of a flag's values, by the number of the stage."""
-    check_uses(flag, lists, len(stages), "stages that take it")
+    check_uses(f"--{flag}", lists, len(stages), "stages that take it")
     if len(lists) == 1:
         return [dict.fromkeys(stages, value) for value in lists[0]]
     return [dict(zip(stages, values)) for values in itertools.product(*lists)]

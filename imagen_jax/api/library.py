@@ -1,11 +1,9 @@
 """The library's face: a trained cascade that stays loaded between calls."""
 
-import contextlib
-import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar, Unpack
+from typing import NamedTuple, Unpack
 
 import jax
 import numpy as np
@@ -13,18 +11,16 @@ import tqdm
 from jax.sharding import Mesh
 from PIL import Image
 
-from imagen_jax.api.cascade import about, open_stages
+from imagen_jax.api.cascade import Sampling, about, open_stages, with_sampler
 from imagen_jax.api.loaded import Loaded
 from imagen_jax.config import MeshConfig, StageConfig
 from imagen_jax.diffusion.cascade import Stage, check_order, sample_cascade
-from imagen_jax.errors import UserError, did_you_mean
+from imagen_jax.errors import UserError
 from imagen_jax.images import Unusable
 from imagen_jax.preparing.images import stored_square
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.weights import Weights
 
-T = TypeVar("T")
-PerStage = T | Sequence[T | None] | None
 # `(stage, step, estimate)`: both count from 0; the estimate of x0 is of the pictures
 # that are made together, `[n, h, w, 3]` uint8.
 Callback = Callable[[int, int, np.ndarray], None]
@@ -32,18 +28,12 @@ Callback = Callable[[int, int, np.ndarray], None]
 Safety = Callable[[list[Image.Image], list[str]], Sequence[bool]]
 
 
-class Sampling(TypedDict, total=False):
-    """How to sample: a value for all stages or one per stage; None: the stage's own."""
+class Options(Sampling, total=False):
+    """What `Cascade.sample` takes and explains."""
 
-    guidance: PerStage[float]  # w of the paper's Eq. 2 at all steps; 1 is no guidance
-    # Noise on a super-resolution stage's input, in [0, 1]; of a base it means nothing.
-    aug_level: PerStage[float]
-    steps: PerStage[int]
-    sampler: PerStage[str]  # "ddpm", "ddim", "dpmpp" or one's own
-    threshold: PerStage[str]  # "none", "static" or "dynamic"
-    schedule: PerStage[str]  # "trained", "cosine" or "linear"
-    grid: PerStage[str]  # steps even in "time" or "logsnr"
-    batch_size: PerStage[int]  # pictures made together; a few are made one by one
+    seed: int
+    seeds: Sequence[int] | None
+    callback: Callback | None
 
 
 class Result(NamedTuple):
@@ -101,34 +91,26 @@ class Cascade:
     def __call__(
         self,
         prompts: str | Sequence[str],
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
+        *,
         safety: Safety | None = None,
-        callback: Callback | None = None,
-        **settings: Unpack[Sampling],
+        **options: Unpack[Options],
     ) -> list[Image.Image]:
         """The last stage's pictures, one for each prompt; a str is one prompt.
 
         Their `info` tells what made them; `imagen_jax.images.save(path, picture)` keeps
-        it in the file.
-
-        Args:
-          prompts, seed, seeds, callback, settings: as in `sample`.
-          safety: is given the pictures and the prompts; pictures for which it does not
-            answer True are replaced by black ones.
+        it in the file. Where `safety`, given the pictures and the prompts, does not
+        answer True, they are black.
         """
         prompts = _checked(prompts)
-        result = self.sample(prompts, seed, seeds, callback=callback, **settings)
-        return _pictures(result, prompts, safety)
+        return _pictures(self.sample(prompts, **options), prompts, safety)
 
     def upscale(
         self,
         image: Image.Image | bytes,
         prompt: str,
-        seed: int = 0,
+        *,
         safety: Safety | None = None,
-        callback: Callback | None = None,
-        **settings: Unpack[Sampling],
+        **options: Unpack[Options],
     ) -> Image.Image:
         """A picture, enlarged by the super-resolution stages.
 
@@ -141,13 +123,13 @@ class Cascade:
             lowres = stored_square(image, size)[None]
         except (OSError, SyntaxError, ValueError, Unusable) as error:
             raise UserError(f"the picture cannot be enlarged: {error}") from None
-        given = {"lowres": lowres, "callback": callback, **settings}
-        result = self.sample(prompt, seed, **given)
+        result = self.sample(prompt, lowres=lowres, **options)
         return _pictures(result, [prompt], safety)[0]
 
     def sample(
         self,
         prompts: str | Sequence[str],
+        *,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
         lowres: np.ndarray | None = None,
@@ -172,11 +154,13 @@ class Cascade:
         Raises:
           UserError: for anything that cannot be sampled.
         """
-        prompts = _checked(prompts)
+        prompts, steps = _checked(prompts), self._steps
         count = len(prompts)
-        drawn = _seeds(seed, seeds, count)
+        counted = [seed + i for i in range(count)]
+        drawn = _drawn(counted if seeds is None else seeds, count)
         first = self._enlarging() if lowres is not None else 0
-        configs = self._configs(settings)[first:]
+        used = with_sampler(self.trained, **settings)[first:]
+        configs = [one.cfg for one in used]
         if lowres is None:
             check_order(configs)
         else:
@@ -184,32 +168,32 @@ class Cascade:
 
         def stages() -> Iterator[Stage]:
             for number, cfg in enumerate(configs, first):
-                self._steps.begin(number, count)
+                steps.stage, steps.left = number, count
                 yield self.loaded.stage(number, cfg)
 
         def report(made: int) -> None:
             bar.update(made)
-            self._steps.end(made)
+            steps.end(made)
 
-        with self._turn, self._steps.told(callback) as on_step:
-            text, mask = self.loaded.encode(prompts)
-            with tqdm.tqdm(
+        with (
+            self._turn,
+            tqdm.tqdm(
                 total=count * len(configs),
                 desc="sample",
                 unit="picture",
                 disable=callback is not None,
-            ) as bar:
-                made, _ = sample_cascade(
-                    stages(),
-                    text,
-                    mask,
-                    drawn,
-                    self.loaded.mesh,
-                    lowres,
-                    report=report,
-                    on_step=on_step,
-                )
-        used = self.trained[first:]
+            ) as bar,
+        ):
+            steps.callback, steps.error = callback, None
+            made, _ = sample_cascade(
+                stages(),
+                *self.loaded.encode(prompts),
+                drawn,
+                self.loaded.mesh,
+                lowres,
+                report=report,
+                on_step=steps if callback else None,
+            )
         told = [about(*one, used, configs) for one in zip(prompts, drawn)]
         return Result(made[-1], made if return_stages else [], drawn, told)
 
@@ -227,70 +211,30 @@ class Cascade:
             )
         return numbers[0]
 
-    def _configs(self, settings: Sampling) -> list[StageConfig]:
-        """The stages' configs with other settings."""
-        changes: list[dict[str, Any]] = [{} for _ in self.config]
-        for name, given in settings.items():
-            if name not in Sampling.__annotations__:
-                hint = did_you_mean(name, Sampling.__annotations__)
-                raise UserError(f"there is no setting {name!r}{hint}")
-            if isinstance(given, np.ndarray | np.generic):
-                given = given.tolist()
-            is_list = isinstance(given, list | tuple)
-            values = given if is_list else [given] * len(changes)
-            if len(values) != len(changes):
-                raise UserError(
-                    f"{name} has {len(values)} values for {len(changes)} stages: give "
-                    "one for all of them or one for each"
-                )
-            for change, value in zip(changes, values):
-                if value is not None:
-                    change["name" if name == "sampler" else name] = value
-                    # A weight holds for all steps.
-                    if name == "guidance":
-                        change["guidance_schedule"] = ()
-        return [
-            dataclasses.replace(cfg, sampler=dataclasses.replace(cfg.sampler, **change))
-            for cfg, change in zip(self.config, changes)
-        ]
-
 
 class _Steps:
     """What programs call after each step, for good: it holds no weights."""
 
-    def __init__(self):
-        self._callback: Callback | None = None
-        self._error: Exception | None = None
-
-    @contextlib.contextmanager
-    def told(self, callback: Callback | None) -> Iterator["_Steps | None"]:
-        """Has `callback` called inside; yields what a program is to call."""
-        self._callback, self._error = callback, None
-        try:
-            yield self if callback else None
-        finally:
-            self._callback = None
-
-    def begin(self, stage: int, count: int) -> None:
-        """A stage of `count` pictures begins."""
-        self._stage, self._left = stage, count
-
-    def end(self, made: int) -> None:
-        """So many pictures are made. Raises what the callback raised."""
-        if self._callback:
-            jax.effects_barrier()
-        self._left -= made
-        if self._error:
-            raise self._error
+    callback: Callback | None = None
+    error: Exception | None = None
+    stage = left = 0  # the stage that runs, and pictures that it has yet to make
 
     def __call__(self, step: jax.Array, estimate: jax.Array) -> None:
         """`estimate` is of a whole batch, which may be filled up."""
-        if self._callback and not self._error:
+        if self.callback and not self.error:
             try:
-                shown = np.asarray(estimate)[: self._left]
-                self._callback(self._stage, int(step), shown)
+                shown = np.asarray(estimate)[: self.left]
+                self.callback(self.stage, int(step), shown)
             except Exception as error:  # JAX would wrap it in a page of its own.
-                self._error = error
+                self.error = error
+
+    def end(self, made: int) -> None:
+        """After a batch of so many pictures; raises what the callback raised."""
+        if self.callback:
+            jax.effects_barrier()
+        self.left -= made
+        if self.error:
+            raise self.error
 
 
 def _pictures(
@@ -326,14 +270,14 @@ def _checked(prompts: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def _seeds(seed: int, seeds: Sequence[int] | None, count: int) -> np.ndarray:
-    """`[count]` uint32."""
-    given = range(seed, seed + count) if seeds is None else list(seeds)
-    if len(given) != count:
-        raise UserError(f"{len(given)} seeds are given for {count} prompts")
-    if not all(0 <= each < 2**32 for each in given):
-        raise UserError("seeds lie in [0, 2**32)")
-    return np.array(given, np.uint32)
+def _drawn(seeds: Sequence[int], count: int) -> np.ndarray:
+    """Seeds as `[count]` uint32."""
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds are given for {count} prompts")
+    whole = [isinstance(each, int | np.integer) for each in seeds]
+    if not (all(whole) and all(0 <= each < 2**32 for each in seeds)):
+        raise UserError("seeds are whole numbers in [0, 2**32)")
+    return np.array(seeds, np.uint32)
 
 
 def _check_lowres(lowres: np.ndarray, count: int, size: int) -> None:

@@ -22,30 +22,26 @@ class Moment(NamedTuple):
     z: jax.Array  # [B, H, W, C], as the images below
     x0: jax.Array  # the estimate at this step, guided and thresholded
     x0_before: jax.Array  # that of the step before; zeros at the first one
-    logsnr_before: jax.Array  # scalars: of the step before (at the first one its own),
-    logsnr: jax.Array  # of this step
-    logsnr_next: jax.Array  # and of the `z` to make
+    # Log-SNR of the step before (at the first one its own), of this one, of the next.
+    levels: tuple[jax.Array, jax.Array, jax.Array]
     noise: Callable[[], jax.Array]  # draws this step's standard normal noise
 
 
 def _ddpm(now: Moment, sampler: SamplerConfig) -> jax.Array:
-    mean, deviation = gaussian.ancestral_step(
-        now.x0, now.z, now.logsnr, now.logsnr_next, sampler.gamma
-    )
+    levels = now.levels[1:]
+    mean, deviation = gaussian.ancestral_step(now.x0, now.z, *levels, sampler.gamma)
     return mean + deviation * now.noise()
 
 
-def _ddim(now: Moment, sampler: SamplerConfig) -> jax.Array:
-    return gaussian.ddim_step(now.x0, now.z, now.logsnr, now.logsnr_next)
-
-
-def _dpmpp(now: Moment, sampler: SamplerConfig) -> jax.Array:
-    levels = now.logsnr_before, now.logsnr, now.logsnr_next
-    return gaussian.dpmpp_step(now.x0, now.x0_before, now.z, *levels)
-
-
-# By `SamplerConfig.name`; one of your own is "own:NAME" (docs/extending.md).
-STEPS = {"ddpm": _ddpm, "ddim": _ddim, "dpmpp": _dpmpp}
+# The next `z`, by `SamplerConfig.name`; one of your own is "own:NAME"
+# (docs/extending.md).
+STEPS = {
+    "ddpm": _ddpm,
+    "ddim": lambda now, _: gaussian.ddim_step(now.x0, now.z, *now.levels[1:]),
+    "dpmpp": lambda now, _: gaussian.dpmpp_step(
+        now.x0, now.x0_before, now.z, *now.levels
+    ),
+}
 
 
 def guidance_weights(sampler: SamplerConfig) -> np.ndarray:
@@ -129,7 +125,7 @@ def sample(
         x0 = estimate(z, step)
         before = logsnr[jnp.maximum(step - 1, 0)]
         levels = before, logsnr[step], logsnr[step + 1]
-        now = Moment(z, x0, x0_before, *levels, lambda: normal(step + 1))
+        now = Moment(z, x0, x0_before, levels, lambda: normal(step + 1))
         z = STEPS[sampler.name](now, sampler)
         if kept:
             recorded = recorded.at[jnp.asarray(places)[step]].set(x0)

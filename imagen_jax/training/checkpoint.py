@@ -194,11 +194,6 @@ class Checkpointer:
         args = ocp.args.Composite(ema=ocp.args.StandardRestore(like))
         return self.manager.restore(step, args=args).ema
 
-    def checksums(self, step: int) -> dict[str, Any]:
-        """Those of the files of a step's average."""
-        listed = checksums.read(self._folder / str(step))
-        return {k: v for k, v in listed.items() if k.startswith("ema/")}
-
     def wait(self) -> None:
         """Waits for the last save; `UserError` when it could not be written."""
         try:

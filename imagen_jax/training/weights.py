@@ -18,6 +18,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import find_tensors, open_tensors, read_index, read_json
 from imagen_jax.models import network
 from imagen_jax.stores import check_store
+from imagen_jax.training import checksums
 from imagen_jax.training.checkpoint import SAMPLED, Checkpointer, described_stage
 
 SINGLE = "model.safetensors"
@@ -98,7 +99,7 @@ def open_weights(path: str, most: int | None = None) -> Weights:
         with contextlib.closing(Checkpointer(path)) as checkpointer:
             step = checkpointer.required(SAMPLED, most)
             cfg = checkpointer.stage(step)
-            known = _digest(cfg.name, step, checkpointer.checksums(step))
+        known = _digest(checksums.read(folder / "checkpoints" / str(step)))
         return Weights(path, cfg, step, _shapes(cfg), {}, known)
     described = read_json(folder / CONFIG, "the config.json of an export")
     cfg, step = described_stage(described, str(folder / CONFIG)), described.get("step")
@@ -112,7 +113,7 @@ def open_weights(path: str, most: int | None = None) -> Weights:
     return Weights(path, cfg, step, *find_tensors(files), known)
 
 
-def _digest(*known: Any) -> str:
+def _digest(known: Any) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
