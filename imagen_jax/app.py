@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -42,12 +43,8 @@ _CSS = """
 .drawn .image-container > button, .drawn .image-frame, .drawn img {width: 100%}
 .drawn img {object-fit: contain}
 .small img {image-rendering: pixelated}
+.grid-wrap {overflow-y: auto !important}
 """
-
-
-def has_gradio() -> bool:
-    """Whether the package that serves the page is installed."""
-    return importlib.util.find_spec("gradio") is not None
 
 
 def refusal(scope: dict[str, Any]) -> int:
@@ -117,7 +114,7 @@ def fields(cfg: StageConfig) -> list[Any]:
     import gradio as gr
 
     own = cfg.sampler
-    steps = sorted({own.steps, *_STEPS})
+    steps, samplers = sorted({own.steps, *_STEPS}), sorted({own.name, *_SAMPLERS})
     is_noised = bool(cfg.lowres_size and cfg.diffusion.lowres_augmentation)
     small = {"min_width": 110}
     gr.Markdown(f"**{cfg.image_size} x {cfg.image_size} pixels**")
@@ -131,7 +128,7 @@ def fields(cfg: StageConfig) -> list[Any]:
                 **small,
             ),
             gr.Dropdown(steps, value=own.steps, label="Steps", **small),
-            gr.Dropdown(_SAMPLERS, value=own.name, label="Sampler", **small),
+            gr.Dropdown(samplers, value=own.name, label="Sampler", **small),
             gr.Dropdown(_THRESHOLDS, value=own.threshold, label="Threshold", **small),
             gr.Number(
                 own.aug_level if is_noised else None,
@@ -141,6 +138,66 @@ def fields(cfg: StageConfig) -> list[Any]:
                 **small,
             ),
         ]
+
+
+def asking(desk: Desk) -> types.SimpleNamespace:
+    """What users fill in and press, by names; `values` are those of `settings`."""
+    import gradio as gr
+
+    ask, configs = types.SimpleNamespace(), desk.cascade.config
+    makes, enlarges = not configs[0].lowres_size, bool(configs[-1].lowres_size)
+    ask.prompt = gr.Textbox(
+        label="Prompt", lines=2, max_length=desk.most_chars, autofocus=True
+    )
+    with gr.Row():
+        ask.seed = gr.Number(0, label="Seed", precision=0, min_width=120)
+        ask.is_new = gr.Checkbox(True, label="new each time", min_width=120)
+    ask.generate = gr.Button("Make a picture", variant="primary", visible=makes)
+    with gr.Accordion("Settings of each stage", open=False):
+        ask.values = [field for cfg in configs for field in fields(cfg)]
+    with gr.Accordion("Compare guidance", open=False, visible=makes):
+        ask.weights = gr.Textbox("1, 2, 4, 8", label="Weights of the first stage")
+        ask.compare = gr.Button("Make a sheet")
+    with gr.Accordion("Enlarge a picture", open=not makes, visible=enlarges):
+        ask.file = gr.File(label="A picture", type="binary", height=120)
+        ask.enlarge = gr.Button("Enlarge it, as the prompt says")
+    return ask
+
+
+def showing(desk: Desk) -> types.SimpleNamespace:
+    """What users see of their requests, by names."""
+    import gradio as gr
+
+    see, configs = types.SimpleNamespace(), desk.cascade.config
+    drawn = {"format": "png", "interactive": False, "buttons": ["download"]}
+    see.status = gr.Markdown("nothing is made yet", min_height=80)
+    with gr.Row():
+        see.stages = [
+            gr.Image(
+                label=f"{cfg.image_size} x {cfg.image_size}",
+                scale=2 if cfg is configs[-1] else 1,
+                min_width=100,
+                elem_classes=["drawn", "small"],
+                **drawn,
+            )
+            for cfg in configs
+        ]
+    see.sheet = gr.Image(
+        label="Guidance", visible=False, elem_classes=["drawn"], **drawn
+    )
+    see.gallery = gr.Gallery(
+        label="History",
+        columns=6,
+        fit_columns=False,
+        height=150,
+        allow_preview=False,
+        interactive=False,
+        buttons=[],
+    )
+    with gr.Row():
+        see.picked = gr.Textbox(label="Picked in the history", interactive=False)
+        see.use = gr.Button("Use this seed", min_width=120, scale=0)
+    return see
 
 
 def page(desk: Desk, most_waiting: int = 20) -> Any:
@@ -153,9 +210,6 @@ def page(desk: Desk, most_waiting: int = 20) -> Any:
         os.environ[name] = str(desk.served.resolve())
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)
     import gradio as gr
-
-    configs = desk.cascade.config
-    makes, enlarges = not configs[0].lowres_size, bool(configs[-1].lowres_size)
 
     def show(shown: Shown) -> list[Any]:
         sheet, kept = gr.skip(), [gr.skip(), gr.skip()]
@@ -174,80 +228,39 @@ def page(desk: Desk, most_waiting: int = 20) -> Any:
     with gr.Blocks(
         title="imagen-jax", analytics_enabled=False, delete_cache=_CACHE
     ) as blocks:
-        history, picked = gr.State([]), gr.State()
+        history, chosen = gr.State([]), gr.State()
         gr.Markdown("# imagen-jax")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                prompt = gr.Textbox(
-                    label="Prompt", lines=2, max_length=desk.most_chars, autofocus=True
-                )
-                with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, min_width=120)
-                    is_new = gr.Checkbox(
-                        True, label="a new one each time", min_width=120
-                    )
-                make = gr.Button("Make a picture", variant="primary", visible=makes)
-                with gr.Accordion("Settings of each stage", open=False):
-                    values = [field for cfg in configs for field in fields(cfg)]
-                with gr.Accordion("Compare guidance", open=False, visible=makes):
-                    text = gr.Textbox("1, 2, 4, 8", label="Weights of the first stage")
-                    compare = gr.Button("Make a sheet")
-                with gr.Accordion(
-                    "Enlarge a picture", open=not makes, visible=enlarges
-                ):
-                    given = gr.File(label="A picture", type="binary", height=120)
-                    enlarge = gr.Button("Enlarge it, as the prompt says")
+                ask = asking(desk)
             with gr.Column(scale=3, min_width=320):
-                status = gr.Markdown("nothing is made yet", min_height=60)
-                drawn = {
-                    "format": "png",
-                    "interactive": False,
-                    "buttons": ["download", "fullscreen"],
-                }
-                with gr.Row():
-                    stages = [
-                        gr.Image(
-                            label=f"{cfg.image_size} x {cfg.image_size}",
-                            scale=2 if cfg is configs[-1] else 1,
-                            min_width=100,
-                            elem_classes=["drawn", "small"],
-                            **drawn,
-                        )
-                        for cfg in configs
-                    ]
-                sheet = gr.Image(
-                    label="Guidance", visible=False, elem_classes=["drawn"], **drawn
-                )
-                gallery = gr.Gallery(
-                    label="History",
-                    columns=6,
-                    fit_columns=False,
-                    height=150,
-                    allow_preview=False,
-                    interactive=False,
-                    buttons=[],
-                )
-                with gr.Row():
-                    line = gr.Textbox(label="Picked in the history", interactive=False)
-                    use = gr.Button("Use this seed", min_width=120, scale=0)
-        asked = [prompt, seed, is_new, history, *values]
-        # One request at a time, of whatever kind.
-        turn = {
-            "outputs": [*stages, sheet, status, seed, history, gallery],
-            "concurrency_id": "cascade",
-            "concurrency_limit": 1,
-            "show_progress_on": [status],
-        }
+                see = showing(desk)
+        asked = [ask.prompt, ask.seed, ask.is_new, history, *ask.values]
+        seen = [*see.stages, see.sheet, see.status, ask.seed, history, see.gallery]
         for name, inputs, events in (
-            ("generate", [], [make.click, prompt.submit]),
-            ("compare", [text], [compare.click]),
-            ("enlarge", [given], [enlarge.click]),
+            ("generate", [], [ask.generate.click, ask.prompt.submit]),
+            ("compare", [ask.weights], [ask.compare.click]),
+            ("enlarge", [ask.file], [ask.enlarge.click]),
         ):
-            answer = answering(getattr(desk, name), show)
-            gr.on(events, answer, [*inputs, *asked], api_name=name, **turn)
+            gr.on(
+                events,
+                answering(getattr(desk, name), show),
+                [*inputs, *asked],
+                seen,
+                api_name=name,
+                # One request at a time, of whatever kind.
+                concurrency_id="cascade",
+                concurrency_limit=1,
+                show_progress_on=[see.status],
+            )
         now = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        gallery.select(pick, history, [picked, line], **now)
-        use.click(lambda one: (one or 0, one is None), picked, [seed, is_new], **now)
+        see.gallery.select(pick, history, [chosen, see.picked], **now)
+        see.use.click(
+            lambda seed: (seed or 0, seed is None),
+            chosen,
+            [ask.seed, ask.is_new],
+            **now,
+        )
     # Not even a script gets past the queue.
     return blocks.queue(max_size=most_waiting, api_open=False)
 
@@ -281,9 +294,10 @@ def launch(blocks: Any, host: str = "127.0.0.1", port: int = 7860) -> str:
             theme=gr.themes.Default(font=system, font_mono=["monospace"]),
             css=_CSS,
         )
-    except OSError as error:
+    except OSError:
         raise UserError(
-            f"--host={host} --port={port} cannot be used: {error}"
+            f"--host={host} --port={port}: this port is taken, or the address is none "
+            "of this machine's"
         ) from None
     return address
 
@@ -303,7 +317,7 @@ def define_flags() -> None:
 def main() -> None:
     """Serves the page until Ctrl-C."""
     args = flags.FLAGS
-    if not has_gradio():
+    if importlib.util.find_spec("gradio") is None:
         raise UserError("the app needs gradio: pip install 'imagen-jax[app]'")
     check_output(args.output)
     cascade = load_cascade(*args.stage, encoder_weights=args.encoder_weights)

@@ -1,6 +1,7 @@
 """The app as browsers and scripts meet it, over HTTP and in Chromium."""
 
 import http.client
+import importlib.util
 import io
 import json
 import os
@@ -15,13 +16,15 @@ from PIL import Image
 from imagen_jax import app
 from imagen_jax.api import desk
 from imagen_jax.api.library import Cascade
+from imagen_jax.errors import UserError
 from tests import browser, tiny
 from tests.api import fake
 from tests.test_doors import call, error
 from tests.test_sample import png_header
 
 needs_gradio = pytest.mark.skipif(
-    not app.has_gradio(), reason="gradio is not installed: pip install '.[app]'"
+    importlib.util.find_spec("gradio") is None,
+    reason="gradio is not installed: pip install '.[app]'",
 )
 OWN = [None, 2, "ddim", "dynamic", None] * 2  # the page's fields of two stages
 SCRIPT = "<script>alert(1)</script> & <b>two</b> **squares**"
@@ -44,7 +47,7 @@ def test_requests_that_the_page_would_not_make():
 
 
 def test_without_gradio_a_line_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setattr(app, "has_gradio", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     done = call("app", f"--stage={tmp_path}", f"--output={tmp_path}")
     assert done.returncode == 1 and "pip install 'imagen-jax[app]'" in error(done)
 
@@ -117,13 +120,15 @@ def served(tmp_path_factory):
 
 
 @needs_gradio
-def test_nothing_is_asked_of_the_network(served):
+def test_nothing_is_asked_of_the_network_but_a_port(served):
     text = served.http.get("").text
     assert served.hosts and set(served.hosts) <= {"127.0.0.1", "localhost"}
     policy = served.http.get("").headers["content-security-policy"]
     assert policy.startswith("default-src 'self'") and "http" not in policy
     assert '"analytics_enabled":false' in text.replace(" ", "")
     assert not served.page.share
+    with pytest.raises(UserError, match="this port is taken"):
+        app.launch(app.page(served.desk), port=served.page.server_port)
 
 
 @needs_gradio
