@@ -10,6 +10,7 @@ See docs/app.md.
 import html
 import importlib.util
 import os
+import re
 import signal
 import threading
 import traceback
@@ -29,6 +30,13 @@ from imagen_jax.errors import UserError
 # Each other number of steps is a program that is compiled and kept.
 _STEPS = (8, 16, 32, 64, 128, 256)
 _SAMPLERS, _THRESHOLDS = ("ddpm", "ddim", "dpmpp"), ("none", "static", "dynamic")
+# What the page asks for; an address in place of a file would be fetched.
+_ROUTES = re.compile(
+    r"/(|config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*"
+    r"|gradio_api/(info|startup-events|queue/(join|data)|upload(_progress)?|run/\w+"
+    r"|heartbeat/\w+|cancel|reset|file=(?!http).*))",
+    re.IGNORECASE | re.DOTALL,
+)
 # Bytes of a picture that is given, and of anything else that the page sends.
 _UPLOAD, _BODY = 20 * 2**20, 2**18
 # Seconds: how often files are looked for that are served no more, and after how long.
@@ -48,12 +56,12 @@ _CSS = """
 
 
 def refusal(scope: dict[str, Any]) -> int:
-    """The HTTP status for a request that the page would not make; 0 for others.
+    """The HTTP status for a request that the page does not make; 0 for others.
 
-    gradio would fetch addresses for whoever asks, and read bodies of any length.
+    gradio has many more routes, and reads bodies of any length.
     """
-    if "file=http" in scope["path"].lower():
-        return 403
+    if not _ROUTES.fullmatch(scope["path"]):
+        return 404
     if scope["method"] != "POST":
         return 0
     length = dict(scope["headers"]).get(b"content-length", b"")
@@ -200,6 +208,13 @@ def showing(desk: Desk) -> types.SimpleNamespace:
     return see
 
 
+async def _no_address(url: str) -> None:
+    """Takes the place of what gradio fetches an address with that a request names."""
+    import gradio as gr
+
+    raise gr.Error("give a file, not its address", print_exception=False)
+
+
 def page(desk: Desk, most_waiting: int = 20) -> Any:
     """The page of a desk, a `gradio.Blocks` that is not yet served.
 
@@ -210,6 +225,8 @@ def page(desk: Desk, most_waiting: int = 20) -> Any:
         os.environ[name] = str(desk.served.resolve())
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)
     import gradio as gr
+
+    gr.processing_utils.async_ssrf_protected_get = _no_address
 
     def show(shown: Shown) -> list[Any]:
         sheet, kept = gr.skip(), [gr.skip(), gr.skip()]

@@ -35,9 +35,13 @@ def refused(path, method="GET", **headers):
     return app.refusal({"path": path, "method": method, "headers": pairs})
 
 
-def test_requests_that_the_page_would_not_make():
-    assert not refused("/gradio_api/file=/x/served/a.png")
-    assert refused("/gradio_api/file=https://example.com/") == 403
+def test_requests_that_the_page_does_not_make():
+    assert not refused("/") and not refused("/gradio_api/file=/x/served/a.png")
+    for path in (
+        *("file=https://example.com/", "file=HTTP://example.com", "proxy=x"),
+        *("deep_link", "process_recording", "monitoring", "run/", "file"),
+    ):
+        assert refused(f"/gradio_api/{path}") == refused(f"/{path}") == 404
     assert refused("/gradio_api/queue/join", "POST") == 411
     length = "content-length"
     assert not refused("/gradio_api/queue/join", "POST", **{length: "1000"})
@@ -138,30 +142,35 @@ def test_no_file_but_its_own_is_served(served):
     kept = served.desk.folder / "kept.txt"
     kept.write_text("a secret")
     own = served.desk.served
-    (own / "given.txt").write_text("no secret")
-    found = {f"{own}/given.txt": (200, b"no secret")}
+    (own / "given.txt").write_text("given")
+
+    def got(path):
+        # As it is: httpx would resolve "..".
+        line = http.client.HTTPConnection("127.0.0.1", served.page.server_port)
+        line.request("GET", f"/{path}")
+        answer = line.getresponse()
+        return answer.status, answer.read()
+
+    assert got(f"gradio_api/file={own}/given.txt") == (200, b"given")
     up = "../" * 12
     for path in (
         *("../../etc/passwd", "/etc/passwd", f"{up}etc/passwd", "/proc/self/environ"),
         *(secret, kept, f"{own}/../kept.txt", f"{own}/%2e%2e/kept.txt", own),
         *(secret.as_uri(), os.path.relpath(secret), "setup.py", f"{up[3:]}{secret}"),
-        *found,
     ):
         for route in ("gradio_api/file=", "gradio_api/file/", "static/", "assets/"):
-            # As it is: httpx would resolve "..".
-            line = http.client.HTTPConnection("127.0.0.1", served.page.server_port)
-            line.request("GET", f"/{route}{path}")
-            answer = line.getresponse()
-            got = answer.status, answer.read()
-            if path not in found or "static" in route or "assets" in route:
-                assert got[0] in (403, 404) and b"a secret" not in got[1], (route, path)
-            else:
-                assert got == found[path]
-    # As a picture to enlarge.
-    for path in (str(secret), "/etc/passwd"):
+            status, text = got(f"{route}{path}")
+            assert status in (403, 404) and b"secret" not in text.replace(
+                str(path).encode(), b""
+            ), (route, path)
+    # As a picture to enlarge, or as a prompt.
+    for path in (str(secret), "/etc/passwd", "http://example.com/a.png"):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        seen = served.ask("thief", "enlarge", given, "a circle", 5, False, None, *OWN)
-        assert not seen["success"] and "secret" not in json.dumps(seen)
+        for name, inputs in (("enlarge", [given, "a circle"]), ("generate", [given])):
+            seen = served.ask("thief", name, *inputs, 5, False, None, *OWN)
+            assert not seen["success"] and "secret" not in json.dumps(seen)
+            if path.startswith("http"):  # which is not fetched
+                assert seen["output"]["error"] == "give a file, not its address"
 
 
 @needs_gradio
