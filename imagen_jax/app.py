@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import signal
-import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator
@@ -344,7 +343,7 @@ def main() -> None:
     print(f"the app is at {address} (Ctrl-C ends it)", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        threading.Event().wait()
+        signal.pause()
     finally:
         blocks.close(verbose=False)
 

@@ -20,10 +20,15 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from absl import flags
 
 from imagen_jax.config import StageConfig
-from imagen_jax.errors import Stopped, UserError, did_you_mean, is_full, printable
+from imagen_jax.errors import (
+    READ_ONLY,
+    Stopped,
+    UserError,
+    did_you_mean,
+    is_full,
+    printable,
+)
 
-# What Orbax tells of what is as it should be.
-_NO_NEWS = "Given directory is read only"
 DOORS = (
     *("prepare", "train", "sample", "app", "evaluate", "rate", "export"),
     *("goodput", "plan", "benchmark", "demo"),
@@ -267,7 +272,7 @@ def _takes(kind: Any) -> str:
 def _quiet_libraries() -> None:
     """Silences what libraries say that is no news to a user.
 
-    That is `_NO_NEWS` and, as our own line tells of a full disk, what each thread of
+    That is `READ_ONLY` and, as our own line tells of a full disk, what each thread of
     Orbax and TensorStore says of it.
     """
 
@@ -277,7 +282,7 @@ def _quiet_libraries() -> None:
 
     def is_news(record: logging.LogRecord) -> bool:
         error = record.exc_info and record.exc_info[1]
-        return not (is_known(error) or _NO_NEWS in str(record.msg))
+        return not (is_known(error) or READ_ONLY in str(record.msg))
 
     # Writes that had not begun when Orbax gave up.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")

@@ -6,6 +6,8 @@ import errno
 import os
 from collections.abc import Iterable, Iterator
 
+# What Orbax warns of where checkpoints are only read, which is as it should be.
+READ_ONLY = "Given directory is read only"
 # No room, no quota, no larger file allowed.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -6,8 +6,10 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -56,6 +58,30 @@ def test_without_gradio_a_line_says_what_to_install(monkeypatch, tmp_path):
     assert done.returncode == 1 and "pip install 'imagen-jax[app]'" in error(done)
 
 
+@needs_gradio
+def test_the_door_serves_until_it_is_interrupted(tmp_path, monkeypatch):
+    def interrupted():
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}") as answer:
+            assert b"imagen-jax" in answer.read()
+        raise KeyboardInterrupt
+
+    port = free_port()
+    for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(app, "load_cascade", lambda *a, **k: fake.Cascade())
+    monkeypatch.setattr(signal, "pause", interrupted)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    done = call("app", "--stage=base", f"--output={tmp_path}", f"--port={port}")
+    assert done.returncode == 3 and "interrupted" in error(done)
+    assert f"the app is at http://127.0.0.1:{port}/" in done.stdout
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Served:
     """An app that is served to clients of HTTP."""
 
@@ -64,10 +90,7 @@ class Served:
 
         self.desk = desk.Desk(cascade, folder, most_chars=60)
         self.page = app.page(self.desk, most_waiting)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.address = app.launch(self.page, port=port)
+        self.address = app.launch(self.page, port=free_port())
         self.http = httpx.Client(base_url=self.address, trust_env=False, timeout=60)
         self.numbers = {
             one["api_name"]: one["id"]

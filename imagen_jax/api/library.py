@@ -164,7 +164,16 @@ class Cascade:
         if lowres is None:
             check_order(configs)
         else:
-            _check_lowres(lowres, count, configs[0].lowres_size)
+            want = (count, *[configs[0].lowres_size] * 2, 3)
+            if lowres.shape != want or lowres.dtype != np.uint8:
+                found = f"{lowres.dtype}{list(lowres.shape)}"
+                raise UserError(f"lowres is {found}; here it is uint8{list(want)}")
+        bar = tqdm.tqdm(
+            total=count * len(configs),
+            desc="sample",
+            unit="picture",
+            disable=callback is not None,
+        )
 
         def stages() -> Iterator[Stage]:
             for number, cfg in enumerate(configs, first):
@@ -175,15 +184,7 @@ class Cascade:
             bar.update(made)
             steps.end(made)
 
-        with (
-            self._turn,
-            tqdm.tqdm(
-                total=count * len(configs),
-                desc="sample",
-                unit="picture",
-                disable=callback is not None,
-            ) as bar,
-        ):
+        with self._turn, bar:
             steps.callback, steps.error = callback, None
             made, _ = sample_cascade(
                 stages(),
@@ -204,12 +205,10 @@ class Cascade:
 
     def _enlarging(self) -> int:
         """The number of the first super-resolution stage."""
-        numbers = [i for i, cfg in enumerate(self.config) if cfg.lowres_size]
-        if not numbers:
-            raise UserError(
-                "this cascade has no super-resolution stage to enlarge with"
-            )
-        return numbers[0]
+        for number, cfg in enumerate(self.config):
+            if cfg.lowres_size:
+                return number
+        raise UserError("this cascade has no super-resolution stage to enlarge with")
 
 
 class _Steps:
@@ -278,12 +277,3 @@ def _drawn(seeds: Sequence[int], count: int) -> np.ndarray:
     if not (all(whole) and all(0 <= each < 2**32 for each in seeds)):
         raise UserError("seeds are whole numbers in [0, 2**32)")
     return np.array(seeds, np.uint32)
-
-
-def _check_lowres(lowres: np.ndarray, count: int, size: int) -> None:
-    found, want = (lowres.shape, lowres.dtype), ((count, size, size, 3), np.uint8)
-    if found != want:
-        raise UserError(
-            f"lowres is {found[1]}{list(found[0])}; for {count} prompts this cascade "
-            f"takes uint8{list(want[0])}"
-        )

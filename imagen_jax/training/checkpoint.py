@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from imagen_jax import __version__
 from imagen_jax import config as config_lib
 from imagen_jax.config import StageConfig, TrainingConfig
-from imagen_jax.errors import UserError, printable
+from imagen_jax.errors import READ_ONLY, UserError, printable
 from imagen_jax.files import read_json
 from imagen_jax.training import checksums
 from imagen_jax.training.state import TrainState, abstract_state
@@ -33,6 +33,8 @@ SCHEMA_VERSION = 2
 # The items that resuming and sampling read.
 RESUMED = ("config", "ema", "iterator", "train")
 SAMPLED = ("config", "ema")
+
+logging.getLogger("absl").addFilter(lambda record: READ_ONLY not in str(record.msg))
 
 _UNLOGGED = "unlogged"
 _FAULT_BYTES = 256

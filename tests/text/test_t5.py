@@ -158,6 +158,7 @@ def test_identity(weights, tmp_path, spiece):
     assert again.identity == encoder.identity and again.dim == 64
     exact = text.load_encoder("t5_1_1_small", weights, "float32")
     assert text.load_encoder(exact.identity, weights).identity == exact.identity
+    assert exact.nbytes > encoder.nbytes > 0
     names = {encoder.identity, exact.identity}
     last = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
     other = _write(tmp_path / "a", spiece, lambda t: t[last].__imul__(1.25))
