@@ -41,7 +41,7 @@ _UPLOAD, _BODY = 20 * 2**20, 2**18
 # Seconds: how often files are looked for that are served no more, and after how long.
 _CACHE = (3600, 86_400)
 # Users whose history is known: the latest. Each takes 0.1 MiB.
-_SESSIONS = 500
+_SESSIONS = 200
 # The page loads nothing from elsewhere.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 # Pictures fill their frames, small ones pixel by pixel, below their names.

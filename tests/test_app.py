@@ -4,6 +4,7 @@ import http.client
 import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -69,6 +70,8 @@ def test_the_door_serves_until_it_is_interrupted(tmp_path, monkeypatch):
     for name in ("GRADIO_TEMP_DIR", "GRADIO_EXAMPLES_CACHE"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(app, "load_cascade", lambda *a, **k: fake.Cascade())
+    # uvicorn's would have absl close what was stderr before `call`.
+    monkeypatch.setattr(logging, "shutdown", lambda *_: None)
     monkeypatch.setattr(signal, "pause", interrupted)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     done = call("app", "--stage=base", f"--output={tmp_path}", f"--port={port}")
