@@ -40,7 +40,7 @@ _ROUTES = re.compile(
 _UPLOAD, _BODY = 20 * 2**20, 2**18
 # Seconds: how often files are looked for that are served no more, and after how long.
 _CACHE = (3600, 86_400)
-# Users whose history is known: the latest. Each takes 0.1 MiB.
+# The latest visits, whose histories are known. Each takes 0.1 MiB.
 _SESSIONS = 200
 # The page loads nothing from elsewhere.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -102,16 +102,19 @@ def answering(request: Callable[..., Iterator[Shown]], show: Callable) -> Callab
     def answer(*values):
         import gradio as gr
 
+        message = ""
         try:
             for shown in request(*values):
                 yield show(shown)
         except UserError as error:
             # A message is HTML, and may quote what a stranger wrote.
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+            message = html.escape(str(error))
         except Exception:
             traceback.print_exc()
-            text = "this one failed; whoever runs the app sees why in its terminal"
-            raise gr.Error(text, print_exception=False) from None
+            message = "this one failed; whoever runs the app sees why in its terminal"
+        # Not above: gradio keeps it for a while, and with it what it came from.
+        if message:
+            raise gr.Error(message, print_exception=False)
 
     return answer
 
@@ -166,7 +169,9 @@ def asking(desk: Desk) -> types.SimpleNamespace:
         ask.weights = gr.Textbox("1, 2, 4, 8", label="Weights of the first stage")
         ask.compare = gr.Button("Make a sheet")
     with gr.Accordion("Enlarge a picture", open=not makes, visible=enlarges):
-        ask.file = gr.File(label="A picture", type="binary", height=120)
+        ask.file = gr.File(label="A picture", height=120)
+        # Its own reads the file, or makes an empty one beside it.
+        ask.file.preprocess = lambda given: given and given.path
         ask.enlarge = gr.Button("Enlarge it, as the prompt says")
     return ask
 
@@ -236,7 +241,7 @@ def page(desk: Desk, most_waiting: int = 20) -> Any:
         return [*shown.pictures, sheet, shown.status, shown.seed, *kept]
 
     def pick(history, event: gr.SelectData):
-        # Of users who were away for long nothing is known any more.
+        # Of visits long ago nothing is known any more.
         for one in history[event.index : event.index + 1]:
             return one.seed, f"seed {one.seed}: {one.prompt}"
         return None, ""

@@ -89,8 +89,9 @@ def settings(values: Sequence[Any]) -> dict[str, list[Any]]:
     return {name: list(values[i :: len(SETTINGS)]) for i, name in enumerate(SETTINGS)}
 
 
-def check_picture(data: bytes | None) -> bytes:
+def read_picture(path: str | None) -> bytes:
     """The file of a picture to enlarge, or `UserError`; nothing of it is decoded."""
+    data = pathlib.Path(path).read_bytes() if path else b""
     if not data:
         raise UserError("give a picture first; this file is empty")
     try:
@@ -141,10 +142,10 @@ class Desk:
         file = images.png(pictures[-1], result.about[0])
         yield self._finished(pictures, file, prompt, seed, history)
 
-    def enlarge(self, data, prompt, seed, is_new, history, *values) -> Iterator[Shown]:
-        """The picture in a file's bytes, enlarged by the super-resolution stages."""
+    def enlarge(self, path, prompt, seed, is_new, history, *values) -> Iterator[Shown]:
+        """The picture in a file, enlarged by the super-resolution stages."""
         prompt, seed = checked(prompt, self.most_chars), chosen(seed, is_new)
-        make = functools.partial(self.cascade.upscale, check_picture(data), prompt)
+        make = functools.partial(self.cascade.upscale, read_picture(path), prompt)
         made = yield from self._run(make, seed, settings(values))
         yield self._finished(self._none, images.png(made), prompt, seed, history)
 

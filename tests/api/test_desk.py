@@ -27,14 +27,7 @@ OWN = [None] * 10
         (lambda: desk.weights("1, two"), "up to 8 weights with commas"),
         (lambda: desk.weights(""), "up to 8 weights with commas"),
         (lambda: desk.weights("1 " * 9), "up to 8 weights with commas"),
-        (lambda: desk.check_picture(None), "this file is empty"),
-        (lambda: desk.check_picture(b""), "this file is empty"),
-        (lambda: desk.check_picture(b"some text"), "no picture of a known format"),
-        # Its header is all there is of it.
-        (
-            lambda: desk.check_picture(png_header(50_000, 50_000)),
-            "50,000 x 50,000 pixels: at most 64 million",
-        ),
+        (lambda: desk.read_picture(None), "this file is empty"),
     ],
 )
 def test_what_a_user_can_mend_is_told(refuse, message):
@@ -42,11 +35,30 @@ def test_what_a_user_can_mend_is_told(refuse, message):
         refuse()
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "this file is empty"),
+        (b"some text", "no picture of a known format"),
+        # Its header is all there is of it.
+        (png_header(50_000, 50_000), "50,000 x 50,000 pixels: at most 64 million"),
+        (png_header(8000, 8000), None),
+    ],
+)
+def test_pictures_are_refused_by_their_headers(tmp_path, data, message):
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    if message:
+        with pytest.raises(UserError, match=message):
+            desk.read_picture(path)
+    else:
+        assert desk.read_picture(path) == data
+
+
 def test_what_is_taken():
     assert desk.checked(" a red\ncircle ", 12) == "a red\ncircle"
     assert desk.chosen(2.0**32 - 1, False) == 2**32 - 1
     assert desk.weights("1, 1.5,3 8") == [1, 1.5, 3, 8]
-    assert desk.check_picture(png_header(8000, 8000))
     assert len({desk.chosen(None, True) for _ in range(8)}) == 8
     values = [3.0, 25, "ddim", "static", None, 1.0, 16, "ddpm", "dynamic", 0.1]
     assert desk.settings(values) == {
