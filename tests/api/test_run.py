@@ -1,16 +1,18 @@
 """A run as the doors start it: its config, preview and devices."""
 
 import dataclasses
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
 from imagen_jax.api import run
+from imagen_jax.config import from_dict
 from imagen_jax.errors import UserError
 from imagen_jax.prepare import prepare
 from tests import npz, tiny
-from tests.test_docs import commands, parse
+from tests.test_docs import ROOT, commands, parse
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,23 @@ def test_the_records_say_what_their_text_is(values):
     assert (text.length, text.dim) == (4, 64) and text.encoder
     with pytest.raises(UserError, match="missing.npz"):
         run.resolve(values | {"data": {"records": "missing.npz"}})
+
+
+@pytest.mark.parametrize("kind", ["file", "ConfigDict", "StageConfig"])
+def test_a_run_from_python(values, monkeypatch, kind):
+    """Its config in each form, with other values laid over it."""
+    given, file = [], ROOT / "configs" / "tiny.py"
+    monkeypatch.setattr(run.loop, "train", lambda *args: given.append(args))
+    config = {
+        "file": f"{file}:base",
+        "ConfigDict": run.run_config(f"{file}:base"),
+        "StageConfig": from_dict(run.run_config(f"{file}:base").to_dict()),
+    }[kind]
+    more = {"training.batch_size": 8, "image_size": 8, "text.length": 0}
+    run.train(config, pathlib.Path(values["data"]["records"]), "workdir", more)
+    ((cfg, workdir, *_),) = given
+    assert (workdir, cfg.training.batch_size, cfg.image_size) == ("workdir", 8, 8)
+    assert cfg.text.length == 4 and cfg.optimizer.learning_rate == 3e-3
 
 
 def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
