@@ -69,6 +69,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         # Text encoders of Hugging Face (--encoder=hf:...).
         "encoders": ["torch>=2.6", "transformers>=5.0"],
+        "app": ["gradio>=6.31"],
         # `evaluate`. Before 0.4 torch-fidelity gave precision for recall.
         "eval": [
             "timm>=1.0.31",

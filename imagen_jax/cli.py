@@ -31,7 +31,7 @@ from imagen_jax.errors import (
 )
 
 DOORS = (
-    *("prepare", "train", "sample", "evaluate", "rate", "export"),
+    *("prepare", "train", "sample", "app", "evaluate", "rate", "export"),
     *("goodput", "plan", "benchmark", "demo"),
 )
 

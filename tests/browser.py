@@ -83,6 +83,10 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             self._run("Input.dispatchKeyEvent", type=kind, key=key)
 
+    def type(self, text: str) -> None:
+        """Writes where the cursor is."""
+        self._run("Input.insertText", text=text)
+
     def download(self, element: str):
         """Clicks on what gives a file; the file, when all of it is there."""
         before = set(self._downloads.glob("*.json"))

@@ -128,7 +128,7 @@ def test_pictures_to_start_from_are_what_prepare_stores(tmp_path, name):
         np.testing.assert_array_equal(stored, np.asarray(picture))
 
 
-def _png(width, height):
+def png_header(width, height):
     """A picture's header, and nothing of the picture."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = header, b"IDAT" + zlib.compress(b""), b"IEND"
@@ -147,10 +147,10 @@ def _png(width, height):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n", "a known format"),
         (b"P6 4 4 255 " + bytes(48), "no picture of a known format"),
         # A size is refused before the picture is decoded, whatever the size.
-        (_png(13_300, 13_300), "13300 by 13300 pixels are more than"),
-        (_png(30_000, 30_000), "30000 by 30000 pixels are more than"),
-        (_png(9, 3), "its shorter side has 3 of 4 pixels"),
-        (_png(4, 4), r"\w+: "),
+        (png_header(13_300, 13_300), "13300 by 13300 pixels are more than"),
+        (png_header(30_000, 30_000), "30000 by 30000 pixels are more than"),
+        (png_header(9, 3), "its shorter side has 3 of 4 pixels"),
+        (png_header(4, 4), r"\w+: "),
     ],
 )
 def test_files_that_are_no_picture_to_start_from(tmp_path, data, message):
