@@ -24,7 +24,8 @@ def held(pid: int) -> tuple[int, int, int]:
     folder = pathlib.Path("/proc", str(pid))
     status = (folder / "status").read_text()
     kib, threads = (
-        int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("RssAnon", "Threads")
+        int(re.search(rf"{name}:\s+(\d+)", status)[1])
+        for name in ("RssAnon", "Threads")
     )
     return kib // 1024, threads, len(list((folder / "fd").iterdir()))
 
