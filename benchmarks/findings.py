@@ -13,18 +13,14 @@ import argparse
 import pathlib
 import time
 
-import jax
 import numpy as np
 
 from configs import tiny
-from imagen_jax import images
-from imagen_jax.api.cascade import open_stages, sample_prompts, with_sampler
+from imagen_jax import images, load_cascade
 from imagen_jax.api.run import resolve, train_stage
-from imagen_jax.config import MeshConfig
 from imagen_jax.demo import summarise
 from imagen_jax.shapes import scenes
 from imagen_jax.shapes.judge import judge
-from imagen_jax.sharding import make_mesh
 
 WEIGHTS = (3.0, 10.0, 30.0)
 KINDS = ("none", "static", "dynamic")
@@ -43,9 +39,8 @@ SOLVERS = (
 
 
 def captions(count):
-    """Held-out captions and a seed for each."""
-    heldout = scenes.heldout(count, seed=2)
-    return [scenes.caption(scene) for scene in heldout], np.arange(count)
+    """Held-out captions."""
+    return [scenes.caption(scene) for scene in scenes.heldout(count, seed=2)]
 
 
 def accuracy(samples, prompts):
@@ -60,15 +55,14 @@ def save_sheet(path, samples, labels):
     images.save(path, images.grid(sheet, 8, np.repeat(labels, 8).tolist()))
 
 
-def threshold(folder, mesh, count):
+def threshold(folder, count):
     """One row per guidance weight, one column per kind, for the base alone."""
-    prompts, seeds = captions(count)
-    stages = open_stages([str(folder / "base")])
+    prompts = captions(count)
+    base = load_cascade(folder / "base")
     rows, shown, labels = {weight: [] for weight in WEIGHTS}, [], []
     for kind in KINDS:
         for weight in WEIGHTS:
-            changed = with_sampler(stages, threshold=[kind], guidance=[weight])
-            (samples,) = sample_prompts(changed, prompts, seeds, mesh)
+            samples = base.sample(prompts, threshold=kind, guidance=weight).images
             rows[weight].append(accuracy(samples, prompts))
             shown.append(samples[:8])
             labels.append(f"{kind} w {weight:g}")
@@ -82,7 +76,7 @@ def train_without_augmentation(folder) -> pathlib.Path:
     """The workdir of the demo's second stage, trained on clean low-res images."""
     workdir = folder / "sr_without_augmentation"
     config = tiny.sr()
-    steps = open_stages([str(folder / "sr")])[0].cfg.training.steps
+    steps = load_cascade(folder / "sr").config[0].training.steps
     config.data.records = str(folder / "records")
     config.diffusion.lowres_augmentation = False
     config.sampler.aug_level = 0.0
@@ -94,12 +88,12 @@ def train_without_augmentation(folder) -> pathlib.Path:
     return workdir
 
 
-def augmentation(folder, mesh, count):
+def augmentation(folder, count):
     """One row per stage and level, one column per amount of noise."""
-    prompts, seeds = captions(count)
-    without = open_stages([str(train_without_augmentation(folder))])
-    base, sr = (open_stages([str(folder / name)]) for name in ("base", "sr"))
-    (low,) = sample_prompts(base, prompts, seeds, mesh)
+    prompts = captions(count)
+    without = load_cascade(train_without_augmentation(folder))
+    base, sr = (load_cascade(folder / name) for name in ("base", "sr"))
+    low = base.sample(prompts).images
     normal = np.random.default_rng(0).normal(size=low.shape)
     noisy = [
         np.clip(np.round(low + scale * normal), 0, 255).astype(np.uint8)
@@ -108,13 +102,14 @@ def augmentation(folder, mesh, count):
     print(f"| stage | {' | '.join(map(str, NOISE))} |\n|---|{'---|' * len(NOISE)}")
     shown = [images.enlarge(each[:8], 32) for each in noisy]
     labels = [f"base: {scale}" for scale in NOISE]
-    runs = [("without augmentation", without)]
+    runs = [("without augmentation", without, None)]
     for level in LEVELS:
-        runs.append((f"with, level {level:g}", with_sampler(sr, aug_level=[level])))
-    for name, stages in runs:
+        runs.append((f"with, level {level:g}", sr, level))
+    for name, stage, level in runs:
         row = []
         for scale, lowres in zip(NOISE, noisy, strict=True):
-            (samples,) = sample_prompts(stages, prompts, seeds, mesh, lowres=lowres)
+            made = stage.sample(prompts, lowres=lowres, aug_level=level)
+            samples = made.images
             row.append(accuracy(samples, prompts))
             shown.append(samples[:8])
             labels.append(f"{name}: {scale}")
@@ -122,22 +117,17 @@ def augmentation(folder, mesh, count):
     save_sheet(folder / "augmentation.png", shown, labels)
 
 
-def solver(folder, mesh, count):
+def solver(folder, count):
     """One row per sampler, used by both stages; seconds include compilation."""
-    prompts, seeds = captions(count)
+    prompts = captions(count)
     print("| sampler | steps | grid | colour, shape | seconds |")
     print("|---|---|---|---|---|")
+    cascade = load_cascade(folder / "base", folder / "sr")
     for name, steps, grid in SOLVERS:
-        stages = with_sampler(
-            open_stages([str(folder / "base"), str(folder / "sr")]),
-            name=[name],
-            steps=[steps],
-            grid=[grid],
-        )
         start = time.perf_counter()
-        samples = sample_prompts(stages, prompts, seeds, mesh)
+        made = cascade.sample(prompts, sampler=name, steps=steps, grid=grid)
         seconds = time.perf_counter() - start
-        right = accuracy(samples[-1], prompts)
+        right = accuracy(made.images, prompts)
         print(f"| {name} | {steps} | {grid} | {right} | {seconds:.0f} |", flush=True)
 
 
@@ -149,10 +139,9 @@ def main():
     parser.add_argument("--what", choices=kinds, action="append")
     parser.add_argument("--captions", type=int, default=192)
     args = parser.parse_args()
-    mesh = make_mesh(MeshConfig(), jax.devices())
     for kind in args.what or kinds:
         print(f"\n{kind}, {args.captions} held-out captions\n", flush=True)
-        kinds[kind](pathlib.Path(args.demo), mesh, args.captions)
+        kinds[kind](pathlib.Path(args.demo), args.captions)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,9 @@ import dataclasses
 
 import numpy as np
 
-from imagen_jax.api.cascade import open_stages, sample_prompts
-from imagen_jax.config import MeshConfig
+from imagen_jax import load_cascade
 from imagen_jax.shapes import scenes
 from imagen_jax.shapes.judge import Verdict, judge
-from imagen_jax.sharding import make_mesh
 
 
 def main() -> None:
@@ -26,14 +24,13 @@ def main() -> None:
     args = parser.parse_args()
     drawn = scenes.heldout(args.captions, seed=7)
     prompts = [scenes.caption(scene) for scene in drawn] * args.seeds
-    stages = open_stages([f"{args.demo}/base", f"{args.demo}/sr"])
-    seeds = np.arange(len(prompts))
-    made = sample_prompts(stages, prompts, seeds, make_mesh(MeshConfig()))
+    cascade = load_cascade(f"{args.demo}/base", f"{args.demo}/sr")
+    made = cascade.sample(prompts)
     names = [field.name for field in dataclasses.fields(Verdict)]
     right = np.array(
         [
             dataclasses.astuple(judge(image, prompt))
-            for image, prompt in zip(made[-1], prompts, strict=True)
+            for image, prompt in zip(made.images, prompts, strict=True)
         ],
         float,  # None, where nothing is asked, becomes NaN
     ).reshape(args.seeds, args.captions, len(names))

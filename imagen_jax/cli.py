@@ -10,11 +10,9 @@ import os
 import pathlib
 import re
 import resource
-import runpy
 import sys
 import textwrap
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -211,22 +209,9 @@ def _load_config(text: str) -> Any:
     """What the FILE.py[:VARIANT] of --config makes, or a `ValueError` of one line."""
     from ml_collections import ConfigDict
 
-    name, *variant = text.split(":", 1)
-    if not os.path.isfile(name):
-        raise ValueError(f"there is no file {name!r}; give FILE.py or FILE.py:VARIANT")
-    try:
-        defined = runpy.run_path(name)
-        if "get_config" not in defined:
-            raise ValueError(f"{name} defines no get_config()")
-        config = defined["get_config"](*variant)
-    except Exception as error:
-        why = " ".join(str(error).split())
-        if isinstance(error, ValueError):  # names no line: it is for the user
-            raise ValueError(why) from None
-        why = f"{type(error).__name__}: {why}"
-        calls = traceback.extract_tb(error.__traceback__)
-        own = [call.lineno for call in calls if call.filename == name]
-        raise ValueError(f"{why} (line {own[-1]})" if own else why) from None
+    from imagen_jax.api.run import run_config
+
+    config = run_config(text)
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"get_config() returns a {type(config).__name__}, not an "

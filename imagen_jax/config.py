@@ -32,6 +32,9 @@ Rate = Annotated[float, "[0, 1)"]
 # Beyond these the signal or the noise is lost to float32.
 LogSNR = Annotated[float, "[-80, 80]"]
 
+# Fields that also take "own:NAME", which the user's code has put into
+# `models.network.ARCHITECTURES` or `diffusion.sampler.STEPS`.
+_OWN = ("config.model.architecture", "config.sampler.name")
 # Where numbers end whose interval does not: as devices compute and count.
 _MOST = {float: 3e38, int: 2**31 - 1}
 
@@ -40,7 +43,8 @@ _MOST = {float: 3e38, int: 2**31 - 1}
 class ModelConfig:
     """The network. Tuples have one entry per resolution level, the finest first."""
 
-    # The U-Net of ADM (paper F.1) or the Efficient U-Net (paper B.1).
+    # The U-Net of ADM (paper F.1), the Efficient U-Net (paper B.1), or "own:NAME"
+    # (docs/extending.md).
     architecture: Literal["unet", "efficient_unet"] = "unet"
     # Width and number of residual blocks of each level.
     channels: tuple[Size, ...] = (512, 1024, 1536, 2048)
@@ -215,7 +219,7 @@ class SamplerConfig:
     """How the stage is sampled unless the command says otherwise."""
 
     # "ddpm" (ancestral, paper Eq. 6), "ddim" (Eq. 5) or "dpmpp" (DPM-Solver++(2M),
-    # second order: for few steps).
+    # second order: for few steps); "own:NAME" (docs/extending.md).
     name: Literal["ddpm", "ddim", "dpmpp"] = "ddpm"
     steps: Size = 256  # network evaluations; with guidance, pairs of them
     # Maps even times to log-SNRs; "trained" is the training's.
@@ -343,7 +347,8 @@ def _cast(kind, value, path):
         return tuple(_cast(get_args(kind)[0], item, path) for item in value)
     if get_origin(kind) is Literal:
         words = get_args(kind)
-        if value not in words:
+        is_own = path in _OWN and str(value).startswith("own:")
+        if value not in words and not is_own:
             hint = did_you_mean(str(value), words)
             raise UserError(f"{path} is {value!r}; it takes one of {list(words)}{hint}")
         return value

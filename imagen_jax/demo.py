@@ -21,15 +21,15 @@ import numpy as np
 from absl import flags
 
 from imagen_jax import cli, images
-from imagen_jax.api.cascade import open_stages, with_sampler
+from imagen_jax.api.cascade import all_cells
+from imagen_jax.api.library import load_cascade
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.api.samples import Job, make
-from imagen_jax.config import MeshConfig, StageConfig
+from imagen_jax.config import StageConfig
 from imagen_jax.errors import UserError, printable
 from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes.judge import Verdict, judge
-from imagen_jax.sharding import make_mesh
 from imagen_jax.stores import check_disk
 from imagen_jax.training.metrics import METRICS
 from imagen_jax.training.page import curve
@@ -121,17 +121,16 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
     for name in _STAGES:
         train_stage(_stage_config(name, scale, records), str(folder / name))
 
-    mesh = make_mesh(MeshConfig())
-    trained = open_stages([str(folder / name) for name in _STAGES])
+    cascade = load_cascade(*(str(folder / name) for name in _STAGES))
     scenes = list(shapes.heldout(_JUDGED, seed=1))
     prompts = [shapes.caption(scene) for scene in scenes]
-    guidance = [one.cfg.sampler.guidance for one in trained]
-    unguided = with_sampler(trained, guidance=[1.0])
-    ways = {"guidance off": ("unguided", unguided), "guidance on": ("samples", trained)}
+    guidance = [cfg.sampler.guidance for cfg in cascade.config]
+    unguided = all_cells(cascade.config, [(1.0,)])
+    ways = {"guidance off": ("unguided", unguided), "guidance on": ("samples", ())}
     accuracy, made, verdicts = {}, {}, {}
-    for label, (name, stages) in ways.items():
-        job = Job(str(folder / name), stages, prompts)
-        make(job, mesh)
+    for label, (name, cells) in ways.items():
+        job = Job(str(folder / name), cascade.trained, prompts, cells=cells)
+        make(job, cascade)
         made[label] = job.read()
         pairs = zip(made[label], prompts, strict=True)
         verdicts[label] = [judge(*pair) for pair in pairs]
@@ -149,7 +148,7 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         **accuracy["guidance on"],
         "accuracy": accuracy,
         "guidance": dict(zip(_STAGES, guidance, strict=True)),
-        "training_steps": {t.cfg.name: t.step for t in trained},
+        "training_steps": {t.cfg.name: t.step for t in cascade.trained},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     curves = {name: read_curve(folder / name / METRICS) for name in _STAGES}

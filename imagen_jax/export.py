@@ -120,7 +120,8 @@ def export(workdir: str, output: str, shard_bytes: int) -> list[str]:
                 safetensors.numpy.save_file(arrays, path, {"format": "flax"})
         if len(shards) > 1:
             (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        config = json.dumps(description(cfg, stage.step), indent=2)
+        described = description(cfg, stage.step) | {"digest": stage.digest}
+        config = json.dumps(described, indent=2)
         (partial / CONFIG).write_text(config + "\n")
         (partial / _CARD).write_text(model_card(stage, count, place.resolve().name))
         if place.exists():

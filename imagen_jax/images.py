@@ -6,12 +6,13 @@ import functools
 import io
 import textwrap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from imagen_jax.errors import UserError
 
@@ -171,16 +172,26 @@ def _label(text: str, width: int) -> tuple[str, Any]:
     return "\n".join(textwrap.wrap(text, max(count, 1))), font
 
 
-def png(image: np.ndarray) -> bytes:
-    """`[H, W, 3]` uint8 as a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
+def png(
+    image: np.ndarray | Image.Image, about: Mapping[str, str] | None = None
+) -> bytes:
+    """`[H, W, 3]` uint8 or a Pillow image as a PNG file.
+
+    The texts of `about` are stored in it, by default those of the image's `info`.
+    """
+    file, stored = io.BytesIO(), PngInfo()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    for name, text in (image.info if about is None else about).items():
+        if isinstance(text, str):
+            stored.add_text(name, text)
+    image.save(file, "PNG", pnginfo=stored)
     return file.getvalue()
 
 
-def save(path, image: np.ndarray) -> None:
-    """Writes `[H, W, 3]` uint8 as the PNG `path`, local or gs://."""
-    epath.Path(path).write_bytes(png(image))
+def save(path, image, about: Mapping[str, str] | None = None) -> None:
+    """Writes what `png` makes to `path`, local or gs://."""
+    epath.Path(path).write_bytes(png(image, about))
 
 
 def save_sheet(

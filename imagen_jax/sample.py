@@ -19,14 +19,12 @@ from absl import flags
 
 from imagen_jax import cli, images
 from imagen_jax.api.cascade import all_cells, check_uses, open_stages, with_sampler
+from imagen_jax.api.library import Cascade
 from imagen_jax.api.samples import Job, check_output, make
-from imagen_jax.config import MeshConfig
-from imagen_jax.data import start_tensorflow
 from imagen_jax.errors import Stopped, UserError, printable
 from imagen_jax.evaluation import prompts as prompt_files
 from imagen_jax.evaluation.prompts import Prompt
-from imagen_jax.preparing.images import middle_square, verify
-from imagen_jax.sharding import make_mesh
+from imagen_jax.preparing.images import stored_square
 
 
 def read_lowres(path: str, size: int) -> np.ndarray:
@@ -34,21 +32,8 @@ def read_lowres(path: str, size: int) -> np.ndarray:
 
     Raises `UserError` when `prepare` would not take it.
     """
-
-    def sides(data: bytes) -> tuple[int, int] | None:
-        """As `middle_square` decodes it, by TensorFlow if need be."""
-        with images.opened(data) as picture:
-            if picture.format == "PNG" and picture.size == (size, size):
-                return picture.size
-        start_tensorflow()
-        from imagen_jax.data import preprocess
-
-        return preprocess.sides(data)
-
     try:
-        data = pathlib.Path(path).read_bytes()
-        stored = verify(data, min_side=size, sides=sides)
-        return middle_square(stored.data, size)
+        return stored_square(pathlib.Path(path).read_bytes(), size)
     except (OSError, images.Unusable) as error:
         raise UserError(f"--lowres={path} cannot be used: {error}") from None
 
@@ -142,7 +127,7 @@ def sample(output: str, steps: Mapping[str, int] | None = None) -> Job:
         open_stages(args.stage, steps),
         batch_size=args.batch_size,
         steps=args.steps,
-        name=args.sampler,
+        sampler=args.sampler,
         threshold=args.threshold,
         schedule=args.schedule,
         grid=args.grid,
@@ -157,7 +142,7 @@ def sample(output: str, steps: Mapping[str, int] | None = None) -> Job:
     size = trained[0].cfg.lowres_size
     if args.lowres and not size:
         raise UserError("--lowres is given, but the first stage is a base stage")
-    check_uses("lowres", args.lowres, len(prompts), "prompts")
+    check_uses("--lowres", args.lowres, len(prompts), "prompts")
     recorded = tuple(dict.fromkeys(sum(numbers("estimates", args.estimates, int), ())))
     fewest = min(one.cfg.sampler.steps for one in trained)
     if not set(recorded) <= set(range(fewest)):
@@ -174,9 +159,8 @@ def sample(output: str, steps: Mapping[str, int] | None = None) -> Job:
         [prompt.known() for prompt in prompts],
     )
     where = printable(job.folder.resolve())
-    mesh = make_mesh(MeshConfig(), jax.local_devices())
     try:
-        make(job, mesh, args.encoder_weights, args.show_steps)
+        make(job, Cascade(trained, args.encoder_weights), args.show_steps)
     except KeyboardInterrupt:
         done = job.count - len(job.missing())
         raise Stopped(

@@ -112,9 +112,9 @@ def until_it_trains(run, steps: int, processes) -> None:
 # The door, which notes the ids of its batches that are here, and what of a folder
 # Python opens for writing, makes and moves.
 NOTING = """
-import os, sys
+import importlib, os, sys
 import jax
-from imagen_jax import cli, train
+from imagen_jax import cli
 from imagen_jax.api import run
 folder, path = sys.argv.pop(1), sys.argv.pop(1) + os.environ.get("SLURM_PROCID", "0")
 writes, ids = open(path + ".writes", "w"), open(path + ".ids", "w")
@@ -140,6 +140,7 @@ class Noted:
 sys.addaudithook(note)
 open_records = run.open_records
 run.open_records = lambda cfg, mesh: Noted(open_records(cfg, mesh))
+train = importlib.import_module("imagen_jax.train")
 train.define_flags()
 cli.run(train.main)
 """

@@ -30,7 +30,9 @@ ARROWS = {
     "training": {"diffusion", "models", "floor"},
     "planning": {"training", "diffusion", "models", "floor"},
     "evaluation": {"floor"},
-    "api": {"training", "data", "text", "diffusion", "models", "floor"},
+    "api": {
+        *("training", "data", "preparing", "text", "diffusion", "models", "floor"),
+    },
 }
 ARROWS["doors"] = set(ARROWS)
 
@@ -62,6 +64,8 @@ def room_of(path: str, text: str) -> str:
     first, _, rest = path.partition("/")
     if rest:
         return first
+    if path == "__init__.py":  # the library's names, imported when they are used
+        return "doors"
     return "doors" if 'if __name__ == "__main__":' in text else "floor"
 
 
@@ -240,8 +244,8 @@ def test_the_house_stays_small():
     long = {str(f): n for f, n in lines.items() if n > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
-    assert len(package) <= 110
-    assert sum(package) <= 15_700
+    assert len(package) <= 112
+    assert sum(package) <= 16_250
 
 
 # One level without attention is enough to train and sample, and compiles fast.

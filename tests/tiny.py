@@ -87,6 +87,7 @@ class Untrained:
     path: str
     cfg: StageConfig
     step: int = 3
+    digest: str = "0123456789ab"
 
     def load(self, like):
         return jax.tree.map(

@@ -3,29 +3,31 @@
 import contextlib
 import dataclasses
 import itertools
+import json
+import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import numpy as np
-import tqdm
 from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.batch import pad_text
-from imagen_jax.config import StageConfig, from_json
-from imagen_jax.diffusion.cascade import Settings, Stage, check_order, sample_cascade
-from imagen_jax.errors import UserError
+from imagen_jax.config import StageConfig, TextConfig, from_json
+from imagen_jax.diffusion.cascade import Settings, Stage
+from imagen_jax.errors import UserError, did_you_mean
 from imagen_jax.files import read_json
 from imagen_jax.models import network
 from imagen_jax.stores import check_store
 from imagen_jax.text.embeddings import from_bytes, to_bytes
-from imagen_jax.text.encoders import TextEncoder, load_encoder
+from imagen_jax.text.encoders import TextEncoder
 from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.state import abstract_state
 from imagen_jax.training.weights import Weights, open_weights
 
 # Prompts that are embedded in one call, and bytes of all that stay in memory.
-_CHUNK, _IN_MEMORY = 256, 2**26
+_CHUNK, IN_MEMORY = 256, 2**26
 
 
 def open_stages(
@@ -71,30 +73,61 @@ def load(stage: Weights, mesh: Mesh) -> Stage:
     return Stage(params=params, cfg=stage.cfg, apply=network.apply)
 
 
-def with_sampler(trained: Sequence[Weights], **changes: Sequence) -> list[Weights]:
-    """The stages with other sampler settings.
+T = TypeVar("T")
+# A value for all stages, or one for each; None is a stage's own.
+PerStage = T | Sequence[T | None] | None
 
-    `changes` are fields of `SamplerConfig`, each a list: empty for the stages' own
-    values, of one value for all stages, or of one value per stage. Raises `UserError`
-    for another number of values, or a value out of range.
+
+class Sampling(TypedDict, total=False):
+    """How stages are sampled."""
+
+    guidance: PerStage[float]  # w of the paper's Eq. 2 at all steps; 1 is no guidance
+    # Noise on a super-resolution stage's input, in [0, 1]; of a base it means nothing.
+    aug_level: PerStage[float]
+    steps: PerStage[int]
+    sampler: PerStage[str]  # "ddpm", "ddim", "dpmpp" or one's own
+    threshold: PerStage[str]  # "none", "static" or "dynamic"
+    schedule: PerStage[str]  # "trained", "cosine" or "linear"
+    grid: PerStage[str]  # steps even in "time" or "logsnr"
+    batch_size: PerStage[int]  # pictures made together; a few are made one by one
+    guidance_schedule: PerStage[tuple[float, ...]]  # w of each step; () for one w
+
+
+def with_sampler(
+    trained: Sequence[Weights], **settings: Unpack[Sampling]
+) -> list[Weights]:
+    """The stages with other sampler settings; an empty list is the stages' own.
+
+    Raises `UserError` for another name or number of values, or a value out of range.
     """
-    for name, values in changes.items():
-        flag = "sampler" if name == "name" else name
-        check_uses(flag, values, len(trained))
+    changes: list[dict[str, Any]] = [{} for _ in trained]
+    for name, given in settings.items():
+        if name not in Sampling.__annotations__:
+            hint = did_you_mean(name, Sampling.__annotations__)
+            raise UserError(f"there is no setting {name!r}{hint}")
+        if isinstance(given, np.ndarray | np.generic):
+            given = given.tolist()
+        values = given if isinstance(given, list | tuple) else [given]
+        check_uses(name, values, len(trained))
+        for change, value in zip(changes, itertools.cycle(values)):
+            if value is not None:
+                change["name" if name == "sampler" else name] = value
+                # A weight holds for all steps.
+                if name == "guidance":
+                    change["guidance_schedule"] = ()
     result = []
-    for i, one in enumerate(trained):
-        new = {name: v[i % len(v)] for name, v in changes.items() if v}
-        sampler = dataclasses.replace(one.cfg.sampler, **new)
+    for one, change in zip(trained, changes):
+        sampler = dataclasses.replace(one.cfg.sampler, **change)
         cfg = dataclasses.replace(one.cfg, sampler=sampler)
         result.append(dataclasses.replace(one, cfg=cfg))
     return result
 
 
-def check_uses(flag: str, given: Sequence, count: int, what: str = "stages") -> None:
-    """Raises `UserError` unless a flag is given never, or once for all or for each."""
+def check_uses(name: str, given: Sequence, count: int, what: str = "stages") -> None:
+    """Raises `UserError` unless values are none, one for all or one for each."""
     if given and (not count or len(given) not in (1, count)):
         raise UserError(
-            f"--{flag} is given {len(given)} times for {count} {what}: "
+            f"{name} is given {len(given)} times for {count} {what}: "
             "give it once for all of them or once for each"
         )
 
@@ -152,7 +185,7 @@ def _choices(
     flag: str, lists: Sequence[Sequence[float]], stages: Sequence[int]
 ) -> list[dict[int, float]]:
     """Every combination of a flag's values, by the number of the stage."""
-    check_uses(flag, lists, len(stages), "stages that take it")
+    check_uses(f"--{flag}", lists, len(stages), "stages that take it")
     if len(lists) == 1:
         return [dict.fromkeys(stages, value) for value in lists[0]]
     return [dict(zip(stages, values)) for values in itertools.product(*lists)]
@@ -167,22 +200,26 @@ def settings(configs: Sequence[StageConfig]) -> Settings:
 class Texts:
     """Embeddings of prompts, in a file where they are many: one of T5-XXL takes a MiB.
 
-    The encoder is not kept: its weights leave the devices before those of stages come.
+    The encoder is not kept: it may have to leave the devices before the stages come.
     """
 
-    def __init__(
-        self, encoder: TextEncoder, length: int, prompts: Sequence[str], folder=None
-    ):
-        """Embeds prompts, and says which ones are cut to `length` tokens.
-
-        The file lies in `folder`, nameless, and ends with the process.
-        """
-        self._length, self._dim = length, encoder.dim
-        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=folder)
+    def __init__(self, cfg: TextConfig, folder: pathlib.Path | None = None):
+        """Holds none yet; the file lies in `folder`, nameless, and ends with this."""
+        self._cfg = cfg
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=folder)
         self._places: dict[str, tuple[int, int]] = {}
-        distinct = list(dict.fromkeys(prompts))
-        for start in range(0, len(distinct), _CHUNK):
-            chunk = distinct[start : start + _CHUNK]
+        self.nbytes = 0
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Those that are not embedded, each once."""
+        return [p for p in dict.fromkeys(prompts) if p not in self._places]
+
+    def add(self, encoder: TextEncoder, prompts: Sequence[str]) -> None:
+        """Embeds what is missing of prompts, and says which ones are cut."""
+        length, new = self._cfg.length, self.missing(prompts)
+        self._file.seek(self.nbytes)
+        for start in range(0, len(new), _CHUNK):
+            chunk = new[start : start + _CHUNK]
             for prompt, rows in zip(chunk, encoder.encode(chunk, length)):
                 if (tokens := len(encoder.tokenize(prompt))) > length:
                     print(
@@ -190,49 +227,34 @@ class Texts:
                         f"trained with {length}, the rest is cut"
                     )
                 data = to_bytes(rows)
-                self._places[prompt] = self._file.tell(), len(data)
-                self._file.write(data)
+                self._places[prompt] = self.nbytes, len(data)
+                self.nbytes += self._file.write(data)
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """`[N, L, D]` bfloat16 and the mask `[N, L]` of N of the prompts."""
         rows = []
         for start, size in map(self._places.get, prompts):
             self._file.seek(start)
-            rows.append(from_bytes(self._file.read(size), self._dim))
-        return pad_text(rows, self._length, self._dim)
+            rows.append(from_bytes(self._file.read(size), self._cfg.dim))
+        return pad_text(rows, self._cfg.length, self._cfg.dim)
 
 
-def sample_prompts(
-    trained: Sequence[Weights],
-    prompts: Sequence[str],
-    seeds: np.ndarray,
-    mesh: Mesh,
-    encoder_weights: str = "",
-    lowres: np.ndarray | None = None,
-) -> list[np.ndarray]:
-    """Encodes prompts and runs them through the stages, one stage in memory at a time.
+def about(
+    prompt: str, seed: int, stages: Sequence[Weights], configs: Sequence[StageConfig]
+) -> dict[str, str]:
+    """What the file of a picture tells of it, by the keywords of PNG.
 
-    Args:
-      trained: base first; `UserError` unless each takes what the one before it makes.
-      prompts, seeds: N prompts, and a seed in [0, 2**32) for each.
-      mesh: of all devices.
-      encoder_weights: of the text encoder, if it has none built in.
-      lowres: `[N, h, w, 3]` uint8, to start from where the first stage is no base.
-
-    Returns:
-      The pictures of each stage, `[N, H, W, 3]` uint8, all in memory; `samples.make`
-      writes them as they are made.
+    `stages` are those that made it, as `configs` say. "model" has the `Weights.digest`
+    of each; "Source" is the word of IPTC for what is made by a trained model.
     """
-    configs = [one.cfg for one in trained]
-    check_order(configs, made=0 if lowres is None else lowres.shape[1])
-    cfg = configs[0].text
-    encoder = load_encoder(cfg.encoder, encoder_weights)
-    text, mask = Texts(encoder, cfg.length, prompts)(prompts)
-    del encoder
-    stages = (load(one, mesh) for one in trained)
-    total = len(prompts) * len(trained)
-    with tqdm.tqdm(total=total, desc="sample", unit="picture") as bar:
-        made, _ = sample_cascade(
-            stages, text, mask, seeds, mesh, lowres, report=bar.update
-        )
-    return made
+    samplers = [cfg.sampler for cfg in configs]
+    guidance = [one.guidance_schedule or one.guidance for one in samplers]
+    return {
+        "prompt": prompt,
+        "seed": str(seed),
+        "guidance": json.dumps(guidance),
+        "model": " ".join(one.digest for one in stages),
+        "Software": "generated by imagen-jax",
+        "Source": "http://cv.iptc.org/newscodes/digitalsourcetype/"
+        "trainedAlgorithmicMedia",
+    }

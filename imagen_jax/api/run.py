@@ -1,6 +1,11 @@
 """A training run: a config, its records and a workdir."""
 
+import dataclasses
+import functools
+import os
+import runpy
 import shlex
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,19 +15,83 @@ import numpy as np
 from imagen_jax.batch import pad_text
 from imagen_jax.config import StageConfig, from_dict
 from imagen_jax.data.pipeline import (
+    OwnBatches,
     Stream,
+    open_batches,
     open_records,
     open_sources,
     read_heldout,
 )
-from imagen_jax.errors import printable
+from imagen_jax.errors import UserError, printable
+from imagen_jax.models import network
 from imagen_jax.sharding import make_mesh, unused_gpu
 from imagen_jax.stores import check_store
 from imagen_jax.text.encoders import load_encoder
-from imagen_jax.training.loop import train
+from imagen_jax.training import loop
 from imagen_jax.training.metrics import Stopwatch
 from imagen_jax.training.preview import Preview
 from imagen_jax.training.state import TrainState
+
+
+def train(
+    config: Any,
+    records: str | os.PathLike | OwnBatches,
+    workdir: str | os.PathLike,
+    overrides: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """Trains a stage, or goes on with it, as the command `train` does.
+
+    Args:
+      config: a `StageConfig`, what `get_config` of a config's file returns, or the
+        file, as "configs/tiny.py:base".
+      records: as `config.data.records`, or one's own batches: see `open_batches`.
+        With these the config says what their text is: `text.length`, `text.dim` and
+        `text.encoder`, which is to embed the prompts when the stage is sampled.
+      workdir: a folder or gs://BUCKET/FOLDER.
+      overrides: values of the config: `{"training.steps": 1000}`.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      UserError: for a value, records or a workdir that do not fit.
+      Stopped: on SIGINT or SIGTERM, after saving.
+    """
+    if isinstance(config, str):
+        try:
+            config = run_config(config)
+        except ValueError as error:
+            raise UserError(f"the config cannot be used: {error}") from None
+    is_stage = isinstance(config, StageConfig)
+    values = dataclasses.asdict(config) if is_stage else config.to_dict()
+    for name, value in (overrides or {}).items():
+        *groups, field = name.split(".")
+        group = functools.reduce(lambda g, key: g.setdefault(key, {}), groups, values)
+        group[field] = value
+    if not isinstance(records, str | os.PathLike):
+        return train_stage(from_dict(values), os.fspath(workdir), records)
+    values["data"]["records"] = os.fspath(records)
+    return train_stage(resolve(values), os.fspath(workdir))
+
+
+def run_config(text: str) -> Any:
+    """What the FILE.py[:VARIANT] of a config makes, or a `ValueError` of one line."""
+    name, *variant = text.split(":", 1)
+    if not os.path.isfile(name):
+        raise ValueError(f"there is no file {name!r}; give FILE.py or FILE.py:VARIANT")
+    try:
+        defined = runpy.run_path(name)
+        if "get_config" not in defined:
+            raise ValueError(f"{name} defines no get_config()")
+        return defined["get_config"](*variant)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        if isinstance(error, ValueError):  # names no line: it is for the user
+            raise ValueError(why) from None
+        why = f"{type(error).__name__}: {why}"
+        calls = traceback.extract_tb(error.__traceback__)
+        own = [call.lineno for call in calls if call.filename == name]
+        raise ValueError(f"{why} (line {own[-1]})" if own else why) from None
 
 
 def resolve(values: Mapping[str, Any]) -> StageConfig:
@@ -33,10 +102,13 @@ def resolve(values: Mapping[str, Any]) -> StageConfig:
     return open_sources(from_dict(values))[0]
 
 
-def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
+def train_stage(
+    cfg: StageConfig, workdir: str, source: OwnBatches | None = None
+) -> TrainState:
     """Trains the stage `cfg` in `workdir`, from its newest checkpoint or from scratch.
 
-    Prints one line that says on which devices.
+    On `config.data.records`, or the batches of `source`; see `open_batches`. Prints one
+    line that says on which devices.
 
     Raises:
       UserError: for records, a mesh or a workdir that do not fit.
@@ -44,6 +116,7 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
     """
     stopwatch = Stopwatch()
     check_store(workdir)
+    network.module(cfg.model)  # known, before anything is written
     mesh = make_mesh(cfg.mesh)
     if jax.process_index() == 0:
         if hint := unused_gpu():
@@ -60,12 +133,12 @@ def train_stage(cfg: StageConfig, workdir: str) -> TrainState:
                 f"the learning rate is 0 from step {end} on, the last is {last}: "
                 "config.optimizer.decay_steps says so (0 is the last step)"
             )
-    batches = open_records(cfg, mesh)
+    batches = open_batches(source, mesh) if source else open_records(cfg, mesh)
     preview = None
     if cfg.training.sample_every_steps:
         preview = open_preview(cfg, batches)
     heldout = read_heldout(cfg, mesh) if cfg.data.heldout_share else ()
-    return train(cfg, workdir, batches, mesh, preview, stopwatch, heldout)
+    return loop.train(cfg, workdir, batches, mesh, preview, stopwatch, heldout)
 
 
 def open_preview(cfg: StageConfig, batches: Stream) -> Preview:

@@ -20,10 +20,10 @@ from typing import IO, Any
 import jax
 import numpy as np
 import tqdm
-from jax.sharding import Mesh
 
 from imagen_jax import images
-from imagen_jax.api.cascade import Cell, Texts, all_cells, load, settings
+from imagen_jax.api.cascade import Cell, Texts, about, all_cells, settings
+from imagen_jax.api.library import Cascade
 from imagen_jax.diffusion.cascade import (
     Inputs,
     Settings,
@@ -34,7 +34,6 @@ from imagen_jax.diffusion.cascade import (
 from imagen_jax.errors import UserError
 from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
 from imagen_jax.stores import check_disk
-from imagen_jax.text.encoders import load_encoder
 from imagen_jax.training.weights import Weights
 
 JOB, LINES = "job.json", "samples.jsonl"
@@ -232,8 +231,11 @@ def _save(job: Job, number: int, stage: int, picture: np.ndarray, estimates) -> 
         path = job.path(number, stage, "_estimates")
         columns = min(8, len(labels))
         images.save_sheet(path, estimates, columns, labels, _caption(job, number))
+    prompt, seed, cell = job.asked(number)
+    used = slice(stage + 1)
+    told = about(prompt, seed, job.trained[used], cell.configs[used])
     with appearing(job.path(number, stage)) as partial:
-        images.save(partial, picture)
+        images.save(partial, picture, told)
 
 
 def _caption(job: Job, number: int, label: bool = True) -> str:
@@ -265,10 +267,8 @@ def _inputs(
     return Inputs(seeds, text, mask, *(each[cells] for each in values), lowres)
 
 
-def make(
-    job: Job, mesh: Mesh, encoder_weights: str = "", show_steps: bool = False
-) -> None:
-    """Makes what is missing of a job, stage by stage, one of them in memory at a time.
+def make(job: Job, cascade: Cascade, show_steps: bool = False) -> None:
+    """Makes what is missing of a job with the weights of its cascade, stage by stage.
 
     However many pictures there are, a batch of them is in memory. Several processes,
     each with a mesh of its own devices, share the pictures batch by batch; a picture
@@ -278,7 +278,7 @@ def make(
     Raises `UserError` when a stage does not take what the one before it makes, or the
     folder is another job's or cannot be written.
     """
-    configs = [one.cfg for one in job.trained]
+    configs, mesh = [one.cfg for one in job.trained], cascade.loaded.mesh
     check_order(configs, made=configs[0].lowres_size if job.lowres else 0)
     sizes = [batch_rows(cfg.sampler.batch_size, job.count, mesh) for cfg in configs]
     with _entered(job) as lines:
@@ -286,22 +286,21 @@ def make(
         told = _tell(job, lines, 0)
         if todo[-1].size:
             prompts = [job.asked(number)[0] for number in todo[-1]]
-            text = configs[0].text
-            encoder = load_encoder(text.encoder, encoder_weights)
-            texts = Texts(encoder, text.length, prompts, job.folder)
-            del encoder
+            texts = cascade.loaded.embedded(prompts, job.folder)
         total = sum(map(len, todo))
         with tqdm.tqdm(
             total=total, desc="sample", unit="picture", disable=jax.process_index() != 0
         ) as bar:
-            tell = (lambda i: bar.set_postfix(step=int(i) + 1)) if show_steps else None
+            tell = (
+                (lambda i, _: bar.set_postfix(step=int(i) + 1)) if show_steps else None
+            )
             for stage, numbers in enumerate(todo):
                 if not len(numbers):
                     continue
                 values = settings([cell.configs[stage] for cell in job.cells])
                 inputs = functools.partial(_inputs, job, texts, stage, values)
                 for made in sample_stage(
-                    load(job.trained[stage], mesh),
+                    cascade.loaded.stage(stage, configs[stage]),
                     numbers,
                     job.count,
                     inputs,

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 # Of a caption that `peek` shows.
 _CAPTION_BYTES = 512
+
+# Batches of one's own, or a function of n to the n-th and all that follow.
+OwnBatches = Iterable[Batch] | Callable[[int], Iterator[Batch]]
 
 
 def read_sources(records: str) -> list[Source]:
@@ -137,10 +140,12 @@ class Stream:
         """The next batch: fields as in `batch_spec`, global arrays."""
         if self._host is None:
             self._host = self._batches_from(self._consumed)
-            self._ahead = self._to_devices(next(self._host))
+            self._ahead = self._read()
         batch = self._ahead
+        if batch is None:
+            raise UserError(f"there are only {self._consumed} batches to train on")
         # Copied while the devices work on `batch`; not counted until it is handed out.
-        self._ahead = self._to_devices(next(self._host))
+        self._ahead = self._read()
         for fault in self._faults.pop(self._consumed, ()):
             self._damaged += 1
             if self._damaged > self._max_damaged:
@@ -151,6 +156,10 @@ class Stream:
             log.warning("passed over %s", fault)
         self._consumed += 1
         return batch
+
+    def _read(self) -> Batch | None:
+        batch = next(self._host, None)
+        return None if batch is None else self._to_devices(batch)
 
     def _to_devices(self, batch: Batch) -> Batch:
         return jax.tree.map(
@@ -164,9 +173,8 @@ class Stream:
         Captions are cut to 512 bytes. The position stays.
         """
         host = next(self._batches_from(self._consumed))
-        cut = [
-            caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in host.caption
-        ]
+        captions = [b""] * len(host.id) if host.caption is None else host.caption
+        cut = [caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in captions]
         text = np.stack([np.frombuffer(caption, np.uint8) for caption in cut])
         text = jax.make_array_from_process_local_data(self._sharding, text)
         first = jax.jit(
@@ -282,6 +290,31 @@ def open_records(
         cfg, sources, groups, host_reads, len(rows), faults, heldout
     )
     return Stream(batches_from, mesh, identity, faults, cfg.data.max_damaged)
+
+
+def open_batches(source: OwnBatches, mesh: Mesh) -> Stream:
+    """A stream of one's own batches, which hold this host's rows as numpy arrays.
+
+    A run that is resumed passes over those that it has had: they must come in the same
+    order again. Only a function can go back, which `on_spent_budget="rollback"` needs.
+    """
+    identity = {"records": "batches of one's own"}
+    if callable(source):
+        return Stream(source, mesh, identity)
+    numbered = enumerate(source)
+    newest = [next(numbered, None)]
+
+    def batches_from(wanted: int) -> Iterator[Batch]:
+        while newest[0]:
+            number, batch = newest[0]
+            if number > wanted:
+                raise UserError("one's own batches go back only if a function has them")
+            if number == wanted:
+                yield batch  # again if `peek` has had it
+                wanted += 1
+            newest[0] = next(numbered, None)
+
+    return Stream(batches_from, mesh, identity)
 
 
 def read_heldout(cfg: StageConfig, mesh: Mesh) -> list[Batch]:

@@ -19,6 +19,8 @@ from imagen_jax.diffusion.sampler import guidance_weights, sample
 from imagen_jax.errors import UserError
 from imagen_jax.sharding import batch_sharding, on_mesh, row_shards
 
+OnStep = Callable[[jax.Array, jax.Array], None]
+
 
 @flax.struct.dataclass
 class Stage:
@@ -57,13 +59,14 @@ class Inputs(NamedTuple):
     lowres: np.ndarray | None  # [N, h, w, 3] uint8; None for a base stage
 
 
-@functools.cache
+# Of a service that is asked for ever new settings the oldest programs go.
+@functools.lru_cache(64)
 def compile_sampler(
     apply: Callable[..., jax.Array],
     cfg: StageConfig,
     mesh: Mesh,
     recorded_steps: tuple[int, ...] = (),
-    on_step: Callable[[jax.Array], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """What `sample_cascade` does with a batch of a stage, as one program for the mesh.
 
@@ -110,7 +113,11 @@ def _program(cfg: StageConfig, settings: Settings) -> StageConfig:
     """
     pattern = tuple(2.0 if any_ else 1.0 for any_ in (settings.guidance != 1).any(0))
     sampler = dataclasses.replace(
-        cfg.sampler, guidance=1.0, guidance_schedule=pattern, aug_level=0.0
+        cfg.sampler,
+        guidance=1.0,
+        guidance_schedule=pattern,
+        aug_level=0.0,
+        batch_size=1,
     )
     return dataclasses.replace(cfg, sampler=sampler)
 
@@ -152,7 +159,7 @@ def sample_stage(
     settings: Settings,
     mesh: Mesh,
     recorded_steps: tuple[int, ...] = (),
-    on_step: Callable[[jax.Array], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Makes images of one stage, batch by batch.
 
@@ -198,6 +205,7 @@ def sample_cascade(
     settings: Sequence[Settings] | None = None,
     recorded_steps: tuple[int, ...] = (),
     report: Callable[[int], None] = lambda images: None,
+    on_step: OnStep | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Runs text through all stages, in the batches of `sample_stage`.
 
@@ -209,7 +217,7 @@ def sample_cascade(
       lowres: `[N, h, w, 3]` uint8, for a cascade that starts with a super-resolution
         stage.
       settings: for each stage those of its N images, instead of its config's.
-      recorded_steps: as in `sampler.sample`.
+      recorded_steps, on_step: as in `sampler.sample`.
       report: called with the number of images after each batch of each stage.
 
     Returns:
@@ -234,6 +242,7 @@ def sample_cascade(
             own,
             mesh,
             recorded_steps,
+            on_step,
         ):
             made.append(out)
             report(len(numbers))

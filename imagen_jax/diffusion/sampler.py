@@ -1,17 +1,47 @@
 """Samplers: DDPM, DDIM and DPM-Solver++ as steps of one `lax.scan`."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imagen_jax.batch import Cond
+from imagen_jax.batch import Cond, to_uint8
 from imagen_jax.config import DiffusionConfig, SamplerConfig
 from imagen_jax.diffusion import gaussian
 from imagen_jax.diffusion.guidance import guided_x0, threshold
 from imagen_jax.diffusion.loss import Denoiser
 from imagen_jax.diffusion.schedule import sampling_logsnr
+from imagen_jax.errors import UserError
+
+
+class Moment(NamedTuple):
+    """What a sampler makes its next `z` of."""
+
+    z: jax.Array  # [B, H, W, C], as the images below
+    x0: jax.Array  # the estimate at this step, guided and thresholded
+    x0_before: jax.Array  # that of the step before; zeros at the first one
+    # Log-SNR of the step before (at the first one its own), of this one, of the next.
+    levels: tuple[jax.Array, jax.Array, jax.Array]
+    noise: Callable[[], jax.Array]  # draws this step's standard normal noise
+
+
+def _ddpm(now: Moment, sampler: SamplerConfig) -> jax.Array:
+    levels = now.levels[1:]
+    mean, deviation = gaussian.ancestral_step(now.x0, now.z, *levels, sampler.gamma)
+    return mean + deviation * now.noise()
+
+
+# The next `z`, by `SamplerConfig.name`; one of your own is "own:NAME"
+# (docs/extending.md).
+STEPS = {
+    "ddpm": _ddpm,
+    "ddim": lambda now, _: gaussian.ddim_step(now.x0, now.z, *now.levels[1:]),
+    "dpmpp": lambda now, _: gaussian.dpmpp_step(
+        now.x0, now.x0_before, now.z, *now.levels
+    ),
+}
 
 
 def guidance_weights(sampler: SamplerConfig) -> np.ndarray:
@@ -30,7 +60,7 @@ def sample(
     sampler: SamplerConfig,
     weights: jax.Array,
     recorded_steps: Sequence[int] = (),
-    on_step: Callable[[jax.Array], None] | None = None,
+    on_step: Callable[[jax.Array, jax.Array], None] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one image per key.
 
@@ -44,7 +74,8 @@ def sample(
       weights: `[steps, B]`, w of Eq. 2 for each image. Those of the sampler only say at
         which steps no image is guided: where they are 1.
       recorded_steps: K steps, from 0, whose estimates of x0 are returned too.
-      on_step: called on the host with the number of each finished step.
+      on_step: called on the host, after each step, with its number and its estimate
+        of x0, `[B, H, W, C]` uint8.
 
     Returns:
       `[B, H, W, C]` float32, in [-1, 1] unless thresholding is "none", and
@@ -56,6 +87,11 @@ def sample(
         own = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         return jax.vmap(lambda key: jax.random.normal(key, shape))(own)
 
+    if sampler.name not in STEPS:
+        raise UserError(
+            f"the sampler {sampler.name!r} is not in diffusion.sampler.STEPS: run the "
+            "code that puts it there first (docs/extending.md)"
+        )
     logsnr = sampling_logsnr(diffusion, sampler)
     guided = guidance_weights(sampler) != 1
     # Where each step's estimate is kept; those not recorded overwrite the last place.
@@ -87,22 +123,14 @@ def sample(
     def body(carry, step):
         z, x0_before, recorded = carry
         x0 = estimate(z, step)
-        logsnr_t, logsnr_s = logsnr[step], logsnr[step + 1]
-        if sampler.name == "ddim":
-            z = gaussian.ddim_step(x0, z, logsnr_t, logsnr_s)
-        elif sampler.name == "dpmpp":
-            logsnr_before = logsnr[jnp.maximum(step - 1, 0)]
-            z = gaussian.dpmpp_step(x0, x0_before, z, logsnr_before, logsnr_t, logsnr_s)
-        else:
-            mean, deviation = gaussian.ancestral_step(
-                x0, z, logsnr_t, logsnr_s, sampler.gamma
-            )
-            z = mean + deviation * normal(step + 1)
+        before = logsnr[jnp.maximum(step - 1, 0)]
+        levels = before, logsnr[step], logsnr[step + 1]
+        now = Moment(z, x0, x0_before, levels, lambda: normal(step + 1))
+        z = STEPS[sampler.name](now, sampler)
         if kept:
             recorded = recorded.at[jnp.asarray(places)[step]].set(x0)
         if on_step:
-            # The pixel makes the call wait until the step is done.
-            jax.debug.callback(lambda i, _: on_step(i), step, x0[0, 0, 0, 0])
+            jax.debug.callback(on_step, step, to_uint8(x0))
         return (z, x0, recorded), None
 
     z = normal(0)

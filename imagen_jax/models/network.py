@@ -10,10 +10,23 @@ from flax.traverse_util import flatten_dict
 
 from imagen_jax.batch import Cond, text_shape
 from imagen_jax.config import ModelConfig, StageConfig
+from imagen_jax.errors import UserError
 from imagen_jax.models.efficient_unet import EfficientUNet
 from imagen_jax.models.unet import UNet
 
-_ARCHITECTURES = {"unet": UNet, "efficient_unet": EfficientUNet}
+# By `ModelConfig.architecture`, each called with the `ModelConfig`; one of your own is
+# "own:NAME" (docs/extending.md).
+ARCHITECTURES = {"unet": UNet, "efficient_unet": EfficientUNet}
+
+
+def module(cfg: ModelConfig) -> nn.Module:
+    """The network: `(z, logsnr, cond) -> output`, called as `apply` is."""
+    if cfg.architecture not in ARCHITECTURES:
+        raise UserError(
+            f"the network {cfg.architecture!r} is not in models.network.ARCHITECTURES: "
+            "run the code that puts it there first (docs/extending.md)"
+        )
+    return ARCHITECTURES[cfg.architecture](cfg)
 
 
 def apply(
@@ -32,8 +45,7 @@ def apply(
     those of flax's `Module.apply`.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    model = _ARCHITECTURES[cfg.architecture](cfg)
-    return model.apply({"params": params}, z, logsnr, cond, rngs=rngs, **options)
+    return module(cfg).apply({"params": params}, z, logsnr, cond, rngs=rngs, **options)
 
 
 def layer_maxima(cfg: ModelConfig, *args) -> list[dict[str, jax.Array]]:
@@ -61,7 +73,7 @@ def init(cfg: StageConfig, key: jax.Array):
 
 def _init(cfg: ModelConfig, inputs, key):
     inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
-    return _ARCHITECTURES[cfg.architecture](cfg).init(key, *inputs)["params"]
+    return module(cfg).init(key, *inputs)["params"]
 
 
 def abstract_params(cfg: StageConfig):

@@ -172,3 +172,25 @@ def middle_square(data: bytes, size: int) -> np.ndarray:
     from imagen_jax.data import preprocess
 
     return preprocess.picture(data, size).numpy()
+
+
+def stored_square(picture: bytes | Image.Image, size: int) -> np.ndarray:
+    """`middle_square` of what `prepare --image_size=SIZE` would store of a file.
+
+    A Pillow image is taken as a PNG file of it. Raises `Unusable` when `prepare` would
+    not take it.
+    """
+    if isinstance(picture, Image.Image):
+        picture = _encode(_rgb(picture.copy()), lossy=False)
+
+    def sides(data: bytes) -> tuple[int, int] | None:
+        """As `middle_square` decodes it, by TensorFlow if need be."""
+        with opened(data) as image:
+            if image.format == "PNG" and image.size == (size, size):
+                return image.size
+        start_tensorflow()
+        from imagen_jax.data import preprocess
+
+        return preprocess.sides(data)
+
+    return middle_square(verify(picture, min_side=size, sides=sides).data, size)

@@ -19,6 +19,7 @@ class TextEncoder(Protocol):
     # carry it, and `load_encoder` accepts it.
     identity: str
     dim: int  # width D of one token's embedding
+    nbytes: int  # what its weights take on a device
 
     def tokenize(self, caption: str) -> list[int]:
         """All tokens of the caption, the end token included."""

@@ -25,6 +25,7 @@ class TransformersEncoder:
         config = model.config
         self._layer = -2 if "clip" in config.model_type else -1
         self.dim = config.hidden_size
+        self.nbytes = sum(x.nbytes for x in model.parameters())
         self._longest = getattr(config, "max_position_embeddings", None)
         # The name of a folder, not its path: moved weights stay the same encoder.
         is_local = weights or pathlib.Path(name).is_dir()

@@ -65,6 +65,8 @@ class PretrainedT5:
         content = numbers.encode() + hashlib.sha256(content).digest()
         self.identity = f"{name}@{dtype}-{hashlib.sha256(content).hexdigest()[:12]}"
         self.dim = config.d_model
+        shards = (x.addressable_shards[0] for x in jax.tree.leaves(self._params))
+        self.nbytes = sum(shard.data.nbytes for shard in shards)
         # A TPU multiplies float32 in bfloat16 passes unless told otherwise.
         precision = "highest" if dtype == "float32" else "default"
 

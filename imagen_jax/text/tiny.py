@@ -41,6 +41,7 @@ class TinyEncoder:
 
     identity: str = "tiny@v2-seed0-2x64"
     dim: int = _CONFIG.d_model
+    nbytes: int = 0  # some millions: nothing that must make room
 
     def tokenize(self, caption: str) -> list[int]:
         """Words and punctuation marks, lower-cased and hashed; then the end."""

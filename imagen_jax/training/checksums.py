@@ -44,10 +44,7 @@ def faults(
     folder: epath.Path, items: Collection[str], part: int = 0, parts: int = 1
 ) -> list[str]:
     """Damaged files of some items, one line each, in share `part` of `parts`."""
-    try:
-        listed = read_json(folder / ITEM / _FILE, "the checksums of a checkpoint")
-    except UserError:
-        listed = {}
+    listed = read(folder)
     names = [name for name in sorted(listed) if name.split("/")[0] in items]
     if not names or ".." in "/".join(names).split("/"):
         return [f"{ITEM}/{_FILE} is missing or damaged"]
@@ -56,6 +53,14 @@ def faults(
         for name, found in _sums(folder, names[part::parts]).items()
         if found != listed[name]
     ]
+
+
+def read(folder: epath.Path) -> dict[str, list[int]]:
+    """`[bytes, CRC-32]` of every file of a checkpoint, none where they are damaged."""
+    try:
+        return read_json(folder / ITEM / _FILE, "the checksums of a checkpoint")
+    except UserError:
+        return {}
 
 
 def _files(path: epath.Path, name: str) -> Iterator[str]:

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import find_tensors, open_tensors, read_index, read_json
 from imagen_jax.models import network
 from imagen_jax.stores import check_store
+from imagen_jax.training import checksums
 from imagen_jax.training.checkpoint import SAMPLED, Checkpointer, described_stage
 
 SINGLE = "model.safetensors"
@@ -32,6 +35,9 @@ class Weights:
     step: int | None  # of the checkpoint; None for a file
     shapes: Mapping[str, tuple[int, ...]]  # of every parameter, by its dotted name
     files: Mapping[str, epath.Path]  # of every parameter; empty for a workdir
+    # 12 hexadecimal digits by which these weights are known: `export` keeps those of
+    # the checkpoint.
+    digest: str = ""
 
     def load(self, like: Any) -> Any:
         """The parameters, cast and placed like the abstract arrays of `like`."""
@@ -93,7 +99,8 @@ def open_weights(path: str, most: int | None = None) -> Weights:
         with contextlib.closing(Checkpointer(path)) as checkpointer:
             step = checkpointer.required(SAMPLED, most)
             cfg = checkpointer.stage(step)
-        return Weights(path, cfg, step, _shapes(cfg), {})
+        known = _digest(checksums.read(folder / "checkpoints" / str(step)))
+        return Weights(path, cfg, step, _shapes(cfg), {}, known)
     described = read_json(folder / CONFIG, "the config.json of an export")
     cfg, step = described_stage(described, str(folder / CONFIG)), described.get("step")
     if type(step) is not int:
@@ -101,7 +108,13 @@ def open_weights(path: str, most: int | None = None) -> Weights:
     files = [single]
     if not single.exists():
         files = [folder / name for name in read_index(index, "the index of an export")]
-    return Weights(path, cfg, step, *find_tensors(files))
+    # Version 0.2 wrote none.
+    known = str(described.get("digest") or _digest(described))
+    return Weights(path, cfg, step, *find_tensors(files), known)
+
+
+def _digest(known: Any) -> str:
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
 
 
 @functools.cache

@@ -58,8 +58,8 @@ def test_other_steps_go_with_weights_for_all_of_them():
         with_sampler(trained, steps=[4])
     (changed,) = with_sampler(trained, steps=[4], guidance_schedule=[()])
     assert changed.cfg.sampler.steps == 4
-    with pytest.raises(UserError, match="--sampler is given 2 times for 1 stages"):
-        with_sampler(trained, name=["ddpm", "ddim"])
+    with pytest.raises(UserError, match="sampler is given 2 times for 1 stages"):
+        with_sampler(trained, sampler=["ddpm", "ddim"])
 
 
 def test_settings_of_each_cell():

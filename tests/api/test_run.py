@@ -34,7 +34,7 @@ def test_the_records_say_what_their_text_is(values):
 
 def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
     given = []
-    monkeypatch.setattr(run, "train", lambda *args: given.append(args))
+    monkeypatch.setattr(run.loop, "train", lambda *args: given.append(args))
     run.train_stage(run.resolve(values), "workdir")
     ((cfg, workdir, batches, mesh, preview, _, heldout),) = given
     assert workdir == "workdir" and mesh.size == 8 and heldout == ()
@@ -53,7 +53,7 @@ def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
 
 def test_a_preview_has_the_prompts_that_were_asked_for(values, monkeypatch):
     """Embedded as `prepare` embeds captions."""
-    monkeypatch.setattr(run, "train", lambda *args: given.append(args))
+    monkeypatch.setattr(run.loop, "train", lambda *args: given.append(args))
     prompts, given = npz.captions(values["data"]["records"])[:2], []
     cfg = run.resolve(values)
     training = dataclasses.replace(cfg.training, preview_prompts=tuple(prompts))
@@ -91,7 +91,7 @@ def test_the_next_command_is_one():
 
 @pytest.mark.parametrize(("end", "told"), [(2, True), (4, False), (0, False)])
 def test_a_rate_of_0_on_purpose_is_told(values, monkeypatch, capsys, end, told):
-    monkeypatch.setattr(run, "train", lambda *args: None)
+    monkeypatch.setattr(run.loop, "train", lambda *args: None)
     optimizer = values["optimizer"] | {"decay_steps": end, "warmup_steps": 1}
     run.train_stage(run.resolve(values | {"optimizer": optimizer}), "workdir")
     said = (
@@ -104,7 +104,7 @@ def test_a_rate_of_0_on_purpose_is_told(values, monkeypatch, capsys, end, told):
 def test_a_gpu_that_jax_does_not_use_comes_before_the_devices(
     values, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run, "train", lambda *args: None)
+    monkeypatch.setattr(run.loop, "train", lambda *args: None)
     monkeypatch.setattr(run, "unused_gpu", lambda: "warning: there is a GPU")
     run.train_stage(run.resolve(values), "workdir")
     first, second = capsys.readouterr().out.splitlines()

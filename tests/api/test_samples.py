@@ -8,20 +8,13 @@ import numpy as np
 import pytest
 
 from imagen_jax import images, sharding
-from imagen_jax.api import samples
-from imagen_jax.api.cascade import (
-    Texts,
-    all_cells,
-    load,
-    sample_prompts,
-    settings,
-    with_sampler,
-)
+from imagen_jax.api import loaded, samples
+from imagen_jax.api.cascade import all_cells, load, settings, with_sampler
+from imagen_jax.api.library import Cascade
 from imagen_jax.api.samples import Job, make
 from imagen_jax.config import MeshConfig
 from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.errors import UserError
-from imagen_jax.text.encoders import load_encoder
 from tests import tiny
 
 PROMPTS = ["a red circle", "two blue squares", "красный круг"]
@@ -32,6 +25,11 @@ BASE, SR = (one.cfg for one in STAGES)
 @pytest.fixture(scope="module")
 def mesh():
     return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def cascade(mesh):
+    return Cascade(STAGES, mesh=mesh)
 
 
 def job(folder, **changes):
@@ -50,10 +48,10 @@ def lines(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, mesh):
+def whole(tmp_path_factory, cascade):
     """Six pictures in batches of two."""
     folder = tmp_path_factory.mktemp("samples") / "whole"
-    make(job(folder), mesh)
+    make(job(folder), cascade)
     return folder
 
 
@@ -67,23 +65,23 @@ def test_every_picture_has_its_file_and_its_line(whole):
     assert set(contents(whole)) == names | {"job.json", "samples.jsonl", "grid.png"}
 
 
-def test_they_are_those_that_python_gets(whole, mesh):
+def test_they_are_those_that_python_gets(whole, cascade):
     rows = [prompt for prompt in PROMPTS for _ in "ab"]
-    made = sample_prompts(STAGES, rows, np.arange(5, 11), mesh)
-    for stage, of_stage in enumerate(made):
+    made = cascade.sample(rows, seed=5, return_stages=True)
+    for stage, of_stage in enumerate(made.stages):
         for number, picture in enumerate(of_stage):
             path = job(whole).path(number, stage)
             np.testing.assert_array_equal(images.read(path), picture)
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_picture_can_be_made_again_alone(whole, tmp_path, mesh, number):
+def test_a_picture_can_be_made_again_alone(whole, tmp_path, cascade, number):
     """By the program of one row: to a level."""
     line = lines(whole)[number]
     alone = {"prompts": [line["prompt"]], "seed": line["seed"], "num_images": 1}
     # Fewer pictures than an eighth of a batch are made one by one.
     one_by_one = with_batches(9)
-    make(job(tmp_path / "one", **alone, trained=one_by_one), mesh)
+    make(job(tmp_path / "one", **alone, trained=one_by_one), cascade)
     again = images.read(tmp_path / "one" / "0000.png")
     first = images.read(whole / line["file"])
     assert np.abs(again.astype(int) - first).max() <= 1
@@ -96,40 +94,40 @@ def with_batches(size):
 # Of the six of each stage: before the first, in the first stage, between the stages,
 # within and after a batch of the second, and after the last.
 @pytest.mark.parametrize("kills", [[0], [3], [6], [9, 1], [10], [2, 2, 2, 2], [12]])
-def test_a_killed_job_goes_on(whole, tmp_path, mesh, monkeypatch, kills):
+def test_a_killed_job_goes_on(whole, tmp_path, cascade, monkeypatch, kills):
     """Byte for byte, and no picture is made twice; whole lines after every kill."""
     folder, save, saved = tmp_path / "killed", images.save, []
 
-    def saves(path, picture, left):
+    def saves(path, picture, about=None, *, left):
         if not left[0]:
             path.write_bytes(b"half of a picture")
             raise KeyboardInterrupt
         left[0] -= 1
         saved.append(path.name.partition(".png")[0])
-        save(path, picture)
+        save(path, picture, about)
 
     for kill in kills:
         left = [kill]
-        monkeypatch.setattr(images, "save", lambda p, a, left=left: saves(p, a, left))
+        monkeypatch.setattr(images, "save", lambda *a, left=left: saves(*a, left=left))
         with pytest.raises(KeyboardInterrupt):
-            make(job(folder), mesh)
+            make(job(folder), cascade)
         assert all((folder / line["file"]).exists() for line in lines(folder))
         # What a process leaves that cannot even clean up.
         (folder / "0005.png.0.tmp").touch()
     left = [-1]
-    monkeypatch.setattr(images, "save", lambda p, a: saves(p, a, left))
-    make(job(folder), mesh)
+    monkeypatch.setattr(images, "save", lambda *a: saves(*a, left=left))
+    make(job(folder), cascade)
     assert contents(folder) == contents(whole)
     pictures = [name for name in saved if name != "grid"]
     assert len(pictures) == len(set(pictures)) == 12
 
 
-def test_another_batch_size_goes_on(whole, tmp_path, mesh):
-    make(job(tmp_path / "x"), mesh)
+def test_another_batch_size_goes_on(whole, tmp_path, cascade):
+    make(job(tmp_path / "x"), cascade)
     for number in (1, 4, 5):
         (tmp_path / "x" / f"{number:04d}.png").unlink()
     (tmp_path / "x" / "samples.jsonl").write_text('{"half')
-    make(job(tmp_path / "x", trained=with_batches(3)), mesh)
+    make(job(tmp_path / "x", trained=with_batches(3)), cascade)
     assert lines(tmp_path / "x") == lines(whole)
     for number in range(6):
         name = f"{number:04d}.png"
@@ -160,10 +158,10 @@ def test_another_batch_size_goes_on(whole, tmp_path, mesh):
         ({"seed": 1, "prompts": ["a"] * 3}, "'a' here; prompts[1] is "),
     ],
 )
-def test_a_folder_of_another_job_is_refused(whole, mesh, changes, message):
+def test_a_folder_of_another_job_is_refused(whole, cascade, changes, message):
     before = contents(whole)
     with pytest.raises(UserError) as error:
-        make(job(whole, **changes), mesh)
+        make(job(whole, **changes), cascade)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert "give another folder, or remove it" in str(error.value)
     assert contents(whole) == before
@@ -171,28 +169,28 @@ def test_a_folder_of_another_job_is_refused(whole, mesh, changes, message):
 
 def test_a_finished_job_loads_nothing(whole, mesh, monkeypatch):
     before = contents(whole)
-    monkeypatch.setattr(samples, "load", None)
-    monkeypatch.setattr(samples, "load_encoder", None)
-    make(job(whole), mesh)
+    monkeypatch.setattr(loaded, "load", None)
+    monkeypatch.setattr(loaded, "load_encoder", None)
+    make(job(whole), Cascade(STAGES, mesh=mesh))
     assert contents(whole) == before
 
 
-def test_files_of_something_else_and_another_process(whole, tmp_path, mesh):
+def test_files_of_something_else_and_another_process(whole, tmp_path, cascade):
     (tmp_path / "0000.png").write_text("a picture of mine")
     with pytest.raises(UserError, match="holds files, and no job.json of `sample`"):
-        make(job(tmp_path), mesh)
+        make(job(tmp_path), cascade)
     assert (tmp_path / "0000.png").read_text() == "a picture of mine"
     with samples._entered(job(whole)), pytest.raises(UserError, match="another proce"):
-        make(job(whole), mesh)
-    make(job(whole), mesh)
+        make(job(whole), cascade)
+    make(job(whole), cascade)
 
 
-def test_a_damaged_picture_of_an_earlier_stage_is_named(tmp_path, mesh):
-    make(job(tmp_path / "x"), mesh)
+def test_a_damaged_picture_of_an_earlier_stage_is_named(tmp_path, cascade):
+    make(job(tmp_path / "x"), cascade)
     (tmp_path / "x" / "0001.png").unlink()
     (tmp_path / "x" / "0001_8px.png").write_bytes(b"damage")
     with pytest.raises(UserError, match="0001_8px.png' cannot be read.*remove it"):
-        make(job(tmp_path / "x"), mesh)
+        make(job(tmp_path / "x"), cascade)
 
 
 def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkeypatch):
@@ -209,7 +207,8 @@ def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkey
     cells = all_cells([SR], [(1.0, 3.0)], [(0.1, 0.9)])
     asked = {"prompts": PROMPTS[:2], "cells": cells, "num_images": 1}
     asked |= {"lowres": list(grey.items()), "trained": STAGES[1:]}
-    make(job(tmp_path / "x", **asked, recorded_steps=(0, 1)), mesh)
+    enlarging = Cascade(STAGES[1:], mesh=mesh)
+    make(job(tmp_path / "x", **asked, recorded_steps=(0, 1)), enlarging)
     found = lines(tmp_path / "x")
     assert [line["lowres"] for line in found] == ["a"] * 4 + ["b"] * 4
     assert [line["seed"] for line in found] == [5] * 4 + [6] * 4
@@ -220,7 +219,7 @@ def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkey
     own = settings([cell.configs[0] for cell in cells] * 2)
     (made,), (estimates,) = sample_cascade(
         [load(STAGES[1], mesh)],
-        *Texts(load_encoder(SR.text.encoder), SR.text.length, prompts)(prompts),
+        *enlarging.encode(prompts),
         np.repeat([5, 6], 4),
         mesh,
         lowres,
@@ -248,8 +247,8 @@ def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkey
     assert titles[3] == "a red circle, seed 5, w 3, aug 0.9"
 
 
-def test_many_pictures_have_several_grids(tmp_path, mesh, monkeypatch):
+def test_many_pictures_have_several_grids(tmp_path, cascade, monkeypatch):
     monkeypatch.setattr(samples, "_GRID", 4)
-    make(job(tmp_path / "x"), mesh)
+    make(job(tmp_path / "x"), cascade)
     grids = sorted(path.name for path in (tmp_path / "x").glob("grid*"))
     assert grids == ["grid.png", "grid_0004.png"]

@@ -282,10 +282,11 @@ def test_recorded_estimates(inputs, pictures):
 
 
 def test_steps_are_told(inputs):
-    seen = []
+    seen, shown = [], []
 
-    def tell(step):
+    def tell(step, estimate):
         seen.append(int(step))
+        shown.append(np.asarray(estimate))
 
     own = cascade.Settings.of(SR.cfg.sampler, PICTURES)
     lowres = np.zeros((PICTURES, 4, 4, 3), np.uint8)
@@ -299,10 +300,16 @@ def test_steps_are_told(inputs):
     batches = cascade.sample_stage(
         SR, everyone, PICTURES, give, own, mesh, on_step=tell
     )
-    assert len(list(batches)) == 3
+    made = [images for _, images, _ in batches]
     jax.effects_barrier()
     # Five pictures in batches of two, four steps each.
     assert seen == [0, 1, 2, 3] * 3
+    assert [len(images) for images in made] == [2, 2, 1]
+    # The last estimate is the picture; a batch that is not full is filled up.
+    for images, last in zip(made, shown[3::4]):
+        np.testing.assert_array_equal(last[: len(images)], images)
+    (want,) = _sample([SR], **inputs, lowres=lowres)
+    np.testing.assert_array_equal(np.concatenate(made), want)
 
 
 def test_check_order_accepts_a_cascade():

@@ -83,6 +83,9 @@ def test_the_card_and_the_config_say_what_it_is(made):
     assert "secret" not in (made / "one/config.json").read_text() + card
     (stage,) = open_stages([str(made / "one")])
     assert stage.step == 7 and stage.cfg.model == CFG.model
+    # Known by the same digits wherever it was exported to.
+    digests = {w.digest for w in open_stages([str(made / n) for n in ("run", "many")])}
+    assert digests == {stage.digest} and re.fullmatch("[0-9a-f]{12}", stage.digest)
     assert stage.cfg.text.encoder == "fake@1" and stage.cfg.data.records == ""
 
 
