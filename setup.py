@@ -19,7 +19,11 @@ setup(
     python_requires=">=3.11",
     entry_points={"console_scripts": ["imagen-jax = imagen_jax.cli:main"]},
     packages=find_packages(include=["imagen_jax", "imagen_jax.*"]),
-    package_data={"imagen_jax": ["py.typed"], "imagen_jax.evaluation": ["rate.html"]},
+    package_data={
+        "imagen_jax": ["py.typed"],
+        "imagen_jax.evaluation": ["rate.html"],
+        "imagen_jax.shapes": ["words.txt"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "etils[epath]>=1.9",
