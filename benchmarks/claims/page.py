@@ -198,6 +198,7 @@ def _evenly(count: int, wanted: int) -> list[int]:
 
 def write(lab: Lab, found: Sequence[Found]) -> pathlib.Path:
     """Writes index.html, claims.md, claims.json, and the plots; returns the page."""
+    lab.root.mkdir(parents=True, exist_ok=True)
     texts, marked = [], [_markdown(_overview(found))]
     for one in found:
         claim = one.claim

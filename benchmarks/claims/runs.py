@@ -72,14 +72,18 @@ class Lab:
         pretrained = encoders.find_pretrained(self.pretrained, folder)
         return str(encoders.write(name, pretrained, folder))
 
+    def records_file(self, training: Training) -> pathlib.Path:
+        """Where they are or will be."""
+        name = f"{training.world.name}-{training.encoder}.npz"
+        return self.root / "records" / name
+
     def records(self, training: Training) -> pathlib.Path:
         """The records that a training reads; prepared if need be."""
-        world, name = training.world, training.encoder
-        path = self.root / "records" / f"{world.name}-{name}.npz"
+        world, path = training.world, self.records_file(training)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             source, folder = world.source, self.pictures(world)
-            encoder = self.encoder(name)
+            encoder = self.encoder(training.encoder)
             self.run(
                 [
                     *door("prepare"),
