@@ -12,8 +12,10 @@ from benchmarks.claims.intervals import Criterion
 from benchmarks.claims.worlds import (
     COLOURS,
     EMOJI,
+    ENLARGED,
     RELATIONS,
     SHAPES,
+    UNASKED,
     WORDINGS,
     World,
 )
@@ -36,15 +38,18 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One of the ways that are compared: stages, base first, and how they are sampled.
-
-    The last stage's world says what is asked.
-    """
+    """One of the ways that are compared: stages, base first, and their sampling."""
 
     label: str
     stages: tuple[Training, ...]
     flags: tuple[str, ...] = ()  # of `sample`
     minutes: float = 0.7  # of sampling, about
+    world: World | None = None  # that asks, if it is not the last stage's
+
+    @property
+    def asks(self) -> World:
+        """The world that says what is asked."""
+        return self.world or self.stages[-1].world
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +103,7 @@ def _difference(more: str, less: str) -> tuple[tuple[str, float], ...]:
 
 _LAYERS = {"layers1": 1, "layers2": 2, "layers3": 3, "pretrained": 6}
 _ENCODERS = ("tiny", "random", *_LAYERS)
-_WORDINGS_STEPS, _COLOURS_STEPS = 2900, 2000
+_WORDINGS_STEPS, _COLOURS_STEPS = 2700, 2000
 _ENCODER_KINDS = {
     "wordings": ("right", ("trained", "wordings", "words")),
     "colours": ("distance", ("trained", "names", "words")),
@@ -250,7 +255,7 @@ _CONDITIONINGS = ("concatenate", "cross", "attention_pool", "mean_pool")
 def _conditioned(kind: str) -> Arm:
     training = Training(
         f"relations-{kind}",
-        *(RELATIONS, "tiny", TINY_BASE, 4000, 0.12),
+        *(RELATIONS, "tiny", TINY_BASE, 3600, 0.12),
         (("model.text_conditioning", kind),),
     )
     return Arm(kind, (training,), ("--guidance=3",), minutes=0.4)
@@ -408,7 +413,7 @@ EFFICIENT_UNET = Claim(
 
 # 6. Guidance and thresholding.
 
-_WEIGHTS = (1.0, 2.0, 4.0, 8.0, 16.0)
+_WEIGHTS = (1.0, 3.0, 8.0, 16.0)
 _THRESHOLDS = ("none", "static", "dynamic")
 _EMOJI_BASE = Training("emoji-base", EMOJI, "tiny", "configs/emoji.py:base", 5000, 0.21)
 
@@ -463,10 +468,81 @@ THRESHOLDING = Claim(
     ),
 )
 
+# Two questions of our own, about what the paper leaves open.
+
+_LINEAR = dataclasses.replace(
+    _WITH, name="shapes-sr-linear", changes=(("diffusion.schedule", "linear"),)
+)
+_GRIDS = ("time", "logsnr")
+
+GRID = Claim(
+    "grid",
+    "Ours: along a linear schedule, as that of 256 to 1024 pixels, 128 steps that are "
+    "even in time leave the finest scales of noise out; steps even in log-SNR do not.",
+    tuple(
+        Arm(
+            grid,
+            (_LINEAR,),
+            (f"--grid={grid}", "--sampler=ddpm", "--steps=128", "--aug_level=0"),
+            minutes=0.8,
+            world=ENLARGED,
+        )
+        for grid in _GRIDS
+    ),
+    (("error", ""), ("detail", "")),
+    (
+        Criterion(
+            "enlarged scenes are nearer to those drawn large",
+            *("error", ""),
+            _difference("time", "logsnr"),
+        ),
+        Criterion(
+            "and have more detail",
+            *("detail", ""),
+            _difference("logsnr", "time"),
+        ),
+    ),
+    tuple(
+        Plot(measure, "steps even in", (("", tuple((g, g, "") for g in _GRIDS)),))
+        for measure in ("error", "detail")
+    ),
+)
+
+_DEEP = {
+    name: Training(
+        f"deep-{name}",
+        *(UNASKED, "tiny", f"benchmarks/claims/deep.py:{variant}", 600, 0.25),
+        changes,
+    )
+    for name, variant, changes in (
+        ("eps5", "eps5", ()),
+        ("eps6", "eps6", ()),
+        ("unscaled", "eps5", (("model.skip_scale", 1.0),)),
+    )
+}
+
+EPSILON = Claim(
+    "epsilon",
+    "Ours: in sr256's many blocks, scaled by 1/sqrt(2), an epsilon of 1e-6 in "
+    "GroupNorm learns faster than 1e-5.",
+    tuple(Arm(name, (one,), minutes=0.0) for name, one in _DEEP.items()),
+    (("loss", ""), ("step_seconds", "")),
+    (
+        Criterion(
+            "the loss is lower with the smaller epsilon",
+            *("loss", ""),
+            _difference("eps5", "eps6"),
+        ),
+    ),
+    (Plot("loss", "network", (("", tuple((n, n, "") for n in _DEEP)),)),),
+    curves=True,
+)
+
 CLAIMS = {
     claim.name: claim
     for claim in (
         *(TEXT_ENCODER, ENCODER_SIZE, CONDITIONING),
         *(AUGMENTATION, EFFICIENT_UNET, THRESHOLDING),
+        *(GRID, EPSILON),
     )
 }

@@ -12,6 +12,7 @@ from benchmarks.claims import colours
 from benchmarks.claims.claims import CLAIMS, Claim, Plot
 from benchmarks.claims.intervals import contrast, interval, outcome, verdict
 from benchmarks.claims.runs import Lab, slug, values
+from benchmarks.claims.worlds import COLOURS
 from imagen_jax import images
 
 _INK = ("#0b57d0", "#b3261e", "#137333", "#b06000", "#6a1b9a", "#00696f", "#5f6368")
@@ -21,8 +22,8 @@ _SHOWN = 12
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: auto; }
 body { padding: 1em; } .scroll { overflow-x: auto; } td, th { padding: 2px 8px; }
-table { border-collapse: collapse; font-size: 13px; } td { text-align: right; }
-tr > :first-child { text-align: left; } .confirmed { color: #137333; }
+table { border-collapse: collapse; font-size: 13px; }
+td, th { text-align: left; vertical-align: top; } .confirmed { color: #137333; }
 .refuted { color: #b3261e; } svg { max-width: 100%; height: auto; }
 img { max-width: 100%; } details { font-size: 12px; overflow-wrap: anywhere; }
 """
@@ -61,7 +62,10 @@ def find(lab: Lab, claim: Claim, seeds: Sequence[int]) -> Found:
     plots = [_plot(lab, claim, seeds, plot) for plot in claim.plots]
     if claim.curves:
         plots += _curves(lab, claim, seeds)
-    commands = [" ".join(lab.sample(a, seeds[0])["command"]) for a in claim.arms]
+    first = seeds[0]
+    words = [lab.train(training, first)["command"] for training in claim.trainings]
+    words += [lab.sample(arm, first)["command"] for arm in claim.arms]
+    commands = [" ".join(["python", *one]) for one in words if one]
     overall = verdict(outcomes)
     return Found(claim, overall, table, criteria, plots, commands, len(seeds))
 
@@ -170,10 +174,10 @@ def sheet(lab: Lab, claim: Claim, seed: int) -> np.ndarray | None:
 
     None for a claim that asks for none.
     """
-    arms = [arm for arm in claim.arms if arm.stages[-1].world.name == "colours"]
+    arms = [arm for arm in claim.arms if arm.asks == COLOURS]
     if not arms:
         return None
-    asked = arms[0].stages[-1].world.ask(lab.pictures(arms[0].stages[-1].world))
+    asked = COLOURS.ask(lab.root)
     numbers = {one.about[0]: i for i, one in enumerate(asked) if one.kind == "words"}
     # Names evenly from the list, whatever was painted.
     chosen = [list(numbers.values())[i] for i in _evenly(len(numbers), _SHOWN)]

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.claims import encoders
 from benchmarks.claims.claims import Arm, Claim, Training
-from benchmarks.claims.worlds import World
+from benchmarks.claims.worlds import Asked, World
 from imagen_jax import images
 from imagen_jax.config import from_json
 from imagen_jax.errors import UserError
@@ -110,8 +110,10 @@ class Lab:
         workdir, done = self.workdir(training, seed), self.figures(training, seed)
         if not done.exists():
             places = f"--workdir={workdir}", self.records(training)
-            self.run(train_command(training, seed, *places))
-            write_text(done, json.dumps(figures(workdir)) + "\n")
+            command = train_command(training, seed, *places)
+            self.run(command)
+            told = figures(workdir) | {"command": command[1:]}
+            write_text(done, json.dumps(told) + "\n")
         return json.loads(done.read_text())
 
     def sample(self, arm: Arm, seed: int) -> dict[str, Any]:
@@ -125,17 +127,16 @@ class Lab:
         result = self.root / "results" / f"{name}.json"
         if not result.exists():
             trained = [self.train(stage, seed) for stage in arm.stages]
-            world, folder = arm.stages[-1].world, self.root / "samples" / name
-            asked = world.ask(self.pictures(world))
-            prompts = self.root / "prompts" / f"{world.name}.txt"
-            for place in (prompts, result):
-                place.parent.mkdir(parents=True, exist_ok=True)
-            write_text(prompts, "".join(f"{one.text}\n" for one in asked))
-            command = self._sample_command(arm, seed, prompts, folder)
-            self.run(command)
-            made = [images.read(folder / f"{i:04d}.png") for i in range(len(asked))]
-            scores = world.judge(np.stack(made), asked, self.pictures(world))
-            scores |= {k: [v] for k, v in trained[-1].items() if k != "curve"}
+            world, folder = arm.asks, self.root / "samples" / name
+            asked, scores, command = world.ask(self.pictures(world)), {}, []
+            if asked:
+                command = self._sample_command(arm, seed, asked, folder)
+                self.run(command)
+                files = [folder / f"{i:04d}.png" for i in range(len(asked))]
+                made = np.stack([images.read(file) for file in files])
+                scores = world.judge(made, asked, self.pictures(world))
+            scores |= {k: [trained[-1][k]] for k in ("loss", "step_seconds", "gflop")}
+            result.parent.mkdir(parents=True, exist_ok=True)
             found = {
                 "command": command[1:],
                 "kinds": [one.kind for one in asked],
@@ -149,14 +150,21 @@ class Lab:
         return (self.root / "results" / f"{slug(arm)}-s{seed}.json").exists()
 
     def _sample_command(
-        self, arm: Arm, seed: int, prompts: pathlib.Path, folder: pathlib.Path
+        self, arm: Arm, seed: int, asked: Sequence[Asked], folder: pathlib.Path
     ) -> list[str]:
-        encoder = self.encoder(arm.stages[-1].encoder)
+        world, encoder = arm.asks, self.encoder(arm.stages[-1].encoder)
+        prompts, starts = self.root / "prompts" / f"{world.name}.txt", []
+        prompts.parent.mkdir(parents=True, exist_ok=True)
+        write_text(prompts, "".join(f"{one.text}\n" for one in asked))
+        for number, picture in enumerate(world.start(asked) if world.start else ()):
+            starts.append(prompts.parent / f"{world.name}-{number:04d}.png")
+            starts[-1].write_bytes(images.png(picture))
         return [
             *door("sample"),
             *(f"--stage={self.workdir(stage, seed)}" for stage in arm.stages),
             f"--prompts={prompts}",
             f"--output={folder}",
+            *(f"--lowres={start}" for start in starts),
             *arm.flags,
             *([f"--encoder_weights={encoder}"] if encoder else []),
         ]

@@ -51,6 +51,9 @@ class World:
     # caption does not ask for it; or of one, for a measure of all pictures.
     judge: Callable[[np.ndarray, Sequence[Asked], pathlib.Path], Scores]
     write: Callable[[pathlib.Path], None] | None = None
+    # Low-resolution pictures to start from, one for each that is asked; else a base
+    # makes them.
+    start: Callable[[Sequence[Asked]], Iterable[np.ndarray]] | None = None
 
 
 def write_folder(
@@ -98,6 +101,31 @@ def _ask_wordings(folder: pathlib.Path) -> list[Asked]:
 def _ask_plainly(asked: Iterable[Scene]) -> list[Asked]:
     captions = map(scenes.caption, asked)
     return [Asked("new pairs", caption, caption) for caption in captions]
+
+
+def _ask_to_enlarge(folder: pathlib.Path) -> list[Asked]:
+    drawn = scenes.heldout(96, _ASKED_SEED)
+    return [Asked("new pairs", scenes.caption(scene), scene) for scene in drawn]
+
+
+def _judge_enlarged(
+    pictures: np.ndarray, asked: Sequence[Asked], folder: pathlib.Path
+) -> Scores:
+    """How near enlarged scenes are to the same drawn large.
+
+    "error": the mean absolute difference, in levels of 255; "detail": the differences
+    between neighbouring pixels, as a share of the drawn ones'.
+    """
+    size = pictures.shape[1]
+    drawn = np.stack([scenes.draw(one.about, size) for one in asked]).astype(float)
+    error = np.abs(pictures - drawn).mean((1, 2, 3))
+    detail = _contrast(pictures.astype(float)) / _contrast(drawn)
+    return {"error": error.tolist(), "detail": detail.tolist()}
+
+
+def _contrast(pictures: np.ndarray) -> np.ndarray:
+    steps = (np.abs(np.diff(pictures, axis=axis)).mean((1, 2, 3)) for axis in (1, 2))
+    return sum(steps)
 
 
 def _related(drawn: Iterable[Scene]) -> Iterable[Scene]:
@@ -198,5 +226,15 @@ SHAPES = World(
     lambda folder: _ask_plainly(scenes.heldout(192, _ASKED_SEED)),
     judge_scenes,
 )
+# Drawn scenes to be enlarged by a stage that was trained on SHAPES.
+ENLARGED = dataclasses.replace(
+    SHAPES,
+    name="enlarged",
+    ask=_ask_to_enlarge,
+    judge=_judge_enlarged,
+    start=lambda asked: (scenes.draw(one.about, 16) for one in asked),
+)
+# For what is told by training alone.
+UNASKED = dataclasses.replace(SHAPES, ask=lambda folder: [])
 # Its folder is the user's.
 EMOJI = World("emoji", "folder:", 32, 16, _ask_emoji, _judge_emoji)

@@ -169,10 +169,10 @@ def test_the_sheet_shows_what_each_encoder_paints(tmp_path):
         if arm.stages[-1].world.name == "colours":
             folder = tmp_path / "samples" / f"{slug(arm)}-s0"
             folder.mkdir(parents=True)
-            for i in range(600):
-                flat = np.full((16, 16, 3), 20 * number, np.uint8)
-                images.save(folder / f"{i:04d}.png", flat)
-    lab.pictures(worlds.COLOURS)
+            for i, one in enumerate(worlds.COLOURS.ask(tmp_path)):
+                if one.kind == "words":
+                    flat = np.full((16, 16, 3), 20 * number, np.uint8)
+                    images.save(folder / f"{i:04d}.png", flat)
     drawn = page.sheet(lab, text_encoder, 0)
     # Seven rows of twelve pictures of 64 pixels.
     assert drawn.shape[0] > 7 * 64 and drawn.shape[1] > 12 * 64

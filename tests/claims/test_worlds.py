@@ -44,6 +44,21 @@ def test_relations_are_all_that_is_asked(tmp_path):
     assert all(scenes.parse(one.about).relation for one in asked)
 
 
+def test_enlarged_scenes_are_compared_with_those_drawn_large():
+    asked = worlds.ENLARGED.ask(None)[:20]
+    low = list(worlds.ENLARGED.start(asked))
+    assert {picture.shape for picture in low} == {(16, 16, 3)}
+    drawn = np.stack([scenes.draw(one.about, 32) for one in asked])
+    right = worlds.ENLARGED.judge(drawn, asked, None)
+    assert np.max(right["error"]) == 0 and np.allclose(right["detail"], 1)
+    coarse = np.stack(low).repeat(2, 1).repeat(2, 2)
+    wrong = worlds.ENLARGED.judge(coarse, asked, None)
+    expected = np.abs(coarse.astype(float) - drawn).reshape(20, -1).mean(1)
+    np.testing.assert_allclose(wrong["error"], expected)
+    # Half of the steps between pixels are gone, and others are no higher for it.
+    assert np.mean(wrong["detail"]) < 1 and np.mean(wrong["error"]) > 1
+
+
 @pytest.fixture
 def emoji(tmp_path):
     """Twenty pictures of flat colours, as a folder."""
