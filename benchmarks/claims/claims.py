@@ -301,10 +301,11 @@ _WITHOUT = dataclasses.replace(
 
 def _enlarged(base: str, level: float | None) -> Arm:
     first = _GOOD if base == "good" else _FLAWED
-    label = "without" if level is None else f"level {level:g}"
-    second, at = (_WITHOUT, 0.0) if level is None else (_WITH, level)
-    flags = "--guidance=3", "--guidance=1", f"--aug_level={at:g}"
-    return Arm(f"{base} base, {label}", (first, second), flags, minutes=0.5)
+    flags = "--guidance=3", "--guidance=1"
+    if level is None:
+        return Arm(f"{base} base, without", (first, _WITHOUT), flags, minutes=0.5)
+    label = f"{base} base, level {level:g}"
+    return Arm(label, (first, _WITH), (*flags, f"--aug_level={level:g}"), minutes=0.5)
 
 
 AUGMENTATION = Claim(

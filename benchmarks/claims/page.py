@@ -3,7 +3,7 @@
 import html
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,14 +44,17 @@ class Found(NamedTuple):
 def find(lab: Lab, claim: Claim, seeds: Sequence[int]) -> Found:
     """All that a claim's results say; they must be there."""
     head = ["", *(f"{measure}, {k}" if k else measure for measure, k in claim.columns)]
-    cells = [values(lab, claim, seeds, *column) for column in claim.columns]
+    results = {
+        arm.label: [lab.sample(arm, seed) for seed in seeds] for arm in claim.arms
+    }
+    cells = [values(results, *column) for column in claim.columns]
     table = [head]
     for arm in claim.arms:
         own = (cell.get(arm.label) for cell in cells)
         table.append([arm.label, *("" if v is None else _cell(v) for v in own)])
     criteria, outcomes = [["what must hold", "seen", "needed", "outcome"]], []
     for one in claim.criteria:
-        arms = values(lab, claim, seeds, one.measure, one.kind)
+        arms = values(results, one.measure, one.kind)
         mean, low, high = interval(contrast(arms, one.weights))
         outcomes.append(outcome(low, high, one))
         needed = f"above {one.above:g}"
@@ -59,12 +62,12 @@ def find(lab: Lab, claim: Claim, seeds: Sequence[int]) -> Found:
             needed = f"within {one.within:g}"
         seen = f"{mean:.3g} [{low:.3g}, {high:.3g}]"
         criteria.append([one.says, seen, needed, outcomes[-1]])
-    plots = [_plot(lab, claim, seeds, plot) for plot in claim.plots]
+    plots = [_plot(results, plot) for plot in claim.plots]
     if claim.curves:
         plots += _curves(lab, claim, seeds)
     first = seeds[0]
     words = [lab.train(training, first)["command"] for training in claim.trainings]
-    words += [lab.sample(arm, first)["command"] for arm in claim.arms]
+    words += [own[0]["command"] for own in results.values()]
     commands = [" ".join(["python", *one]) for one in words if one]
     overall = verdict(outcomes)
     return Found(claim, overall, table, criteria, plots, commands, len(seeds))
@@ -75,12 +78,12 @@ def _cell(rows: np.ndarray) -> str:
     return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _plot(lab: Lab, claim: Claim, seeds: Sequence[int], plot: Plot) -> str:
+def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], plot: Plot) -> str:
     lines = []
     for name, points in plot.lines:
         drawn = []
         for x, label, kind in points:
-            rows = values(lab, claim, seeds, plot.measure, kind)
+            rows = values(results, plot.measure, kind)
             drawn.append((x, *interval(rows[label])))
         lines.append((name, drawn))
     return svg(plot.x, plot.measure, lines)

@@ -13,13 +13,13 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks.claims import encoders
-from benchmarks.claims.claims import Arm, Claim, Training
+from benchmarks.claims.claims import Arm, Training
 from benchmarks.claims.worlds import Asked, World
 from imagen_jax import images
 from imagen_jax.config import from_json
@@ -230,17 +230,19 @@ def figures(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def values(
-    lab: Lab, claim: Claim, seeds: Sequence[int], measure: str, kind: str
+    results: Mapping[str, Sequence[Mapping[str, Any]]], measure: str, kind: str
 ) -> dict[str, np.ndarray]:
-    """The figures `[S, N]` of a measure by arm, of those arms that have it."""
+    """The figures `[S, N]` of a measure by arm, of those arms that have it.
+
+    `results` are those of `Lab.sample` by arm, one for each seed.
+    """
     found = {}
-    for arm in claim.arms:
-        results = [lab.sample(arm, seed) for seed in seeds]
-        if all(measure in one["scores"] for one in results):
-            rows = np.array([one["scores"][measure] for one in results], float)
-            kinds = np.array(results[0]["kinds"])
+    for label, own in results.items():
+        if all(measure in one["scores"] for one in own):
+            rows = np.array([one["scores"][measure] for one in own], float)
+            kinds = np.array(own[0]["kinds"])
             if kind and rows.shape[1] == len(kinds):
                 rows = rows[:, kinds == kind]
             if rows.size and np.isfinite(rows).any():
-                found[arm.label] = rows
+                found[label] = rows
     return found

@@ -80,6 +80,13 @@ def test_a_name_is_of_one_training_and_one_way_of_sampling():
         assert ways[slug(arm)] == (arm.stages, arm.flags, arm.asks)
 
 
+def test_a_stage_without_augmentation_is_told_no_level():
+    """`sample` refuses one."""
+    for arm in (arm for claim in CLAIMS.values() for arm in claim.arms):
+        is_clean = ("diffusion.lowres_augmentation", False) in arm.stages[-1].changes
+        assert not (is_clean and any("aug_level" in flag for flag in arm.flags))
+
+
 def test_all_of_it_takes_twelve_hours(tmp_path):
     text = command.plan(Lab(tmp_path), list(CLAIMS.values()), 3)
     hours = float(text.splitlines()[-1].split()[2])
