@@ -98,9 +98,9 @@ def _ask_wordings(folder: pathlib.Path) -> list[Asked]:
     ]
 
 
-def _ask_plainly(asked: Iterable[Scene]) -> list[Asked]:
+def _ask_plainly(asked: Iterable[Scene], kind: str) -> list[Asked]:
     captions = map(scenes.caption, asked)
-    return [Asked("new pairs", caption, caption) for caption in captions]
+    return [Asked(kind, caption, caption) for caption in captions]
 
 
 def _ask_to_enlarge(folder: pathlib.Path) -> list[Asked]:
@@ -138,8 +138,9 @@ def _write_relations(folder: pathlib.Path) -> None:
 
 
 def _ask_relations(folder: pathlib.Path) -> list[Asked]:
-    drawn = _related(scenes.heldout(10 * _RELATED_ASKED, _ASKED_SEED))
-    return _ask_plainly(itertools.islice(drawn, _RELATED_ASKED))
+    """Trained pairs of colour and shape: what is asked is which belong together."""
+    drawn = _related(scenes.generate(10 * _RELATED_ASKED, _ASKED_SEED))
+    return _ask_plainly(itertools.islice(drawn, _RELATED_ASKED), "trained pairs")
 
 
 def _write_colours(folder: pathlib.Path) -> None:
@@ -223,7 +224,7 @@ SHAPES = World(
     "shapes",
     "shapes:20000",
     *(32, 16),
-    lambda folder: _ask_plainly(scenes.heldout(192, _ASKED_SEED)),
+    lambda folder: _ask_plainly(scenes.heldout(192, _ASKED_SEED), "new pairs"),
     judge_scenes,
 )
 # Drawn scenes to be enlarged by a stage that was trained on SHAPES.

@@ -17,8 +17,8 @@ TRAININGS = {one for claim in CLAIMS.values() for one in claim.trainings}
 KINDS = {
     "wordings": {"trained", "wordings", "words"},
     "colours": {"trained", "names", "words"},
-    **dict.fromkeys(("relations", "shapes"), {"new pairs"}),
-    **dict.fromkeys(("enlarged",), {"new pairs"}),
+    "relations": {"trained pairs"},
+    **dict.fromkeys(("shapes", "enlarged"), {"new pairs"}),
     "emoji": {"trained"},
 }
 # Of our own questions there is nothing to be trained at full size yet.
