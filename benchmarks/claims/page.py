@@ -55,12 +55,14 @@ def find(lab: Lab, claim: Claim, seeds: Sequence[int]) -> Found:
     criteria, outcomes = [["what must hold", "seen", "needed", "outcome"]], []
     for one in claim.criteria:
         arms = values(results, one.measure, one.kind)
-        mean, low, high = interval(contrast(arms, one.weights))
+        seen, low, high = "not measured", -np.inf, np.inf
+        if {label for label, _ in one.weights} <= set(arms):
+            mean, low, high = interval(contrast(arms, one.weights))
+            seen = f"{mean:.3g} [{low:.3g}, {high:.3g}]"
         outcomes.append(outcome(low, high, one))
         needed = f"above {one.above:g}"
         if one.within is not None:
             needed = f"within {one.within:g}"
-        seen = f"{mean:.3g} [{low:.3g}, {high:.3g}]"
         criteria.append([one.says, seen, needed, outcomes[-1]])
     plots = [_plot(results, plot) for plot in claim.plots]
     if claim.curves:

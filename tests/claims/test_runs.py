@@ -154,6 +154,16 @@ def test_a_claim_that_is_wrong_is_refuted(tmp_path):
     assert kept["little"]["verdict"] == "refuted"
 
 
+def test_what_was_not_measured_is_undecided(tmp_path):
+    """As the time of a step, in a run too short to tell."""
+    longer = Criterion("it is", "nothing", "", (("bad", 1.0), ("good", -1.0)))
+    claim = dataclasses.replace(CLAIM, criteria=(*CLAIM.criteria, longer))
+    claims.run(Lab(tmp_path, run=Fake()), [claim], seeds=1)
+    kept = json.loads((tmp_path / "claims.json").read_text())["little"]
+    assert kept["verdict"] == "undecided"
+    assert kept["criteria"][-1][1:] == ["not measured", "above 0", "undecided"]
+
+
 def test_arms_that_claims_share_are_sampled_once(tmp_path):
     other = dataclasses.replace(CLAIM, name="other", arms=CLAIM.arms[::-1])
     fake = Fake()
