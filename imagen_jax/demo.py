@@ -43,6 +43,7 @@ _SECONDS = 400
 _EXAMPLES = 20_000
 _LEAST_EXAMPLES = 1_000
 _JUDGED = 64
+_TEXT_LENGTHS = {"shapes": 16, "wordings": 32}
 _STAGES = ("base", "sr")
 _ASPECTS = [field.name for field in dataclasses.fields(Verdict)]
 
@@ -151,15 +152,15 @@ def demo(output: str, seconds: float, encoder: str = "") -> dict[str, Any]:
     scale = seconds / _SECONDS
     # A shorter training sees each picture as often.
     count = max(_LEAST_EXAMPLES, round(min(1.0, scale) * _EXAMPLES))
-    source, length, new = "shapes", 16, "combinations of colour and shape"
+    source, new = "shapes", "combinations of colour and shape"
     if encoder:
-        source, length, new = "wordings", 32, "wordings or words"
+        source, new = "wordings", "wordings or words"
     weights = encoder if os.path.isdir(encoder) else ""
     prepare(
         f"{source}:{count}",
         str(records),
         encoder=f"hf:{weights}" if weights else encoder or "tiny",
-        text_length=length,
+        text_length=_TEXT_LENGTHS[source],
         image_size=32,
     )
     for name in _STAGES:

@@ -174,6 +174,8 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(tiny, "get_config", smaller)
     monkeypatch.setattr(demo, "_LEAST_EXAMPLES", 64)
     monkeypatch.setattr(demo, "_JUDGED", 16)
+    # So that two demos share their programs.
+    monkeypatch.setitem(demo._TEXT_LENGTHS, "shapes", 32)
 
 
 @pytest.mark.slow
