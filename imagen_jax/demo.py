@@ -40,10 +40,11 @@ from imagen_jax.training.page import curve
 
 # Training configs/tiny.py takes about this long on two CPU cores.
 _SECONDS = 400
-_EXAMPLES = 20_000
 _LEAST_EXAMPLES = 1_000
 _JUDGED = 64
-_TEXT_LENGTHS = {"shapes": 16, "wordings": 32}
+# Examples, and tokens of a caption. A small pretrained encoder embeds a hundred
+# captions a second, and few of many words are equal.
+_SOURCES = {"shapes": (20_000, 16), "wordings": (8_000, 32)}
 _STAGES = ("base", "sr")
 _ASPECTS = [field.name for field in dataclasses.fields(Verdict)]
 
@@ -150,17 +151,18 @@ def demo(output: str, seconds: float, encoder: str = "") -> dict[str, Any]:
 
     records = folder / "records.npz"  # in memory: no TensorFlow to start
     scale = seconds / _SECONDS
-    # A shorter training sees each picture as often.
-    count = max(_LEAST_EXAMPLES, round(min(1.0, scale) * _EXAMPLES))
     source, new = "shapes", "combinations of colour and shape"
     if encoder:
         source, new = "wordings", "wordings or words"
+    # A shorter training sees each picture as often.
+    examples, text_length = _SOURCES[source]
+    count = max(_LEAST_EXAMPLES, round(min(1.0, scale) * examples))
     weights = encoder if os.path.isdir(encoder) else ""
     prepare(
         f"{source}:{count}",
         str(records),
         encoder=f"hf:{weights}" if weights else encoder or "tiny",
-        text_length=_TEXT_LENGTHS[source],
+        text_length=text_length,
         image_size=32,
     )
     for name in _STAGES:

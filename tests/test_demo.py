@@ -175,7 +175,7 @@ def small_demo(monkeypatch):
     monkeypatch.setattr(demo, "_LEAST_EXAMPLES", 64)
     monkeypatch.setattr(demo, "_JUDGED", 16)
     # So that two demos share their programs.
-    monkeypatch.setitem(demo._TEXT_LENGTHS, "shapes", 32)
+    monkeypatch.setitem(demo._SOURCES, "shapes", demo._SOURCES["wordings"])
 
 
 @pytest.mark.slow
