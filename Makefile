@@ -6,11 +6,13 @@ VENV ?= .venv
 
 .PHONY: demo test check lint dist
 
-# Trains and samples a small cascade on captioned shapes, in demo/. With the tunable,
-# Linux backs the temporaries of a step with large pages.
+# Trains and samples a small cascade on captioned shapes, in demo/. ENCODER=FOLDER, of a
+# pretrained text encoder, has it trained on many wordings. With the tunable, Linux
+# backs the temporaries of a step with large pages.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(VENV)/installed
-	$(VENV)/bin/python -m imagen_jax.demo --output=demo $(if $(SECONDS),--seconds=$(SECONDS))
+	$(VENV)/bin/python -m imagen_jax.demo --output=demo $(if $(SECONDS),--seconds=$(SECONDS)) \
+		$(if $(ENCODER),--encoder=$(ENCODER))
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest

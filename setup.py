@@ -38,6 +38,7 @@ setup(
         "imagen_jax": ["py.typed"],
         "imagen_jax.api": ["*.md"],
         "imagen_jax.evaluation": ["rate.html"],
+        "imagen_jax.shapes": ["words.txt"],
     },
     # Lower bounds are releases that `.ci/wheel oldest` runs with.
     install_requires=[

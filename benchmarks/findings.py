@@ -77,7 +77,7 @@ def train_without_augmentation(folder) -> pathlib.Path:
     workdir = folder / "sr_without_augmentation"
     config = tiny.sr()
     steps = load_cascade(folder / "sr").config[0].training.steps
-    config.data.records = str(folder / "records")
+    config.data.records = str(folder / "records.npz")
     config.diffusion.lowres_augmentation = False
     config.sampler.aug_level = 0.0
     config.training.update(

@@ -28,6 +28,8 @@ def base(width: int):
     cfg.model.update(
         architecture="unet",  # [P] Sec. 2.5 and F.1: as in improved DDPM and ADM
         channels=tuple(width * m for m in (1, 2, 3, 4)),  # [P]
+        # [P] Blocks take the embeddings of time and pooled text by scale and shift, and
+        # halve and double (App. F.1). [O] They double by nearest neighbours, as ADM's.
         num_res_blocks=(3, 3, 3, 3),  # [P]
         self_attention=(False, True, True, True),  # [P] at 32, 16 and 8
         text_attention=(False, True, True, True),  # [P] at 32, 16 and 8

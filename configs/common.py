@@ -19,7 +19,15 @@ def paper() -> ml_collections.ConfigDict:
     """
     cfg = get_config()
     cfg.model.dtype = "bfloat16"  # [O] precision is not stated
-    cfg.diffusion.update(prediction="eps", text_dropout=0.1)  # [P]
+    # [P] And 10 % of captions have zeros for embeddings. [O] Their mask is False, too:
+    # nothing attends to the null text, whatever LayerNorm makes of zeros.
+    cfg.diffusion.update(prediction="eps", text_dropout=0.1)
+    # [P] LayerNorm on the text in attention and pooling layers. [O] Where: in each of
+    # these, after the projection to text_features.
+    cfg.model.text_norm = True
+    # [O] How a network is told the noise is not printed: log-SNR is mapped to (0, 1) by
+    # the inverse of the cosine schedule, whatever the schedule, and embedded like time
+    # (`noise_features` in models/layers.py; arXiv 2202.00512).
     # [P] T5-XXL. [O] Its length is that of other diffusion models with T5.
     cfg.text.update(length=128, dim=4096)
     cfg.training.update(batch_size=2048, steps=2_500_000)  # [P]

@@ -22,6 +22,10 @@ def sr256():
     cfg.model.update(
         architecture="efficient_unet",  # [P]
         channels=(128, 256, 512, 1024),  # [P]
+        # [P] Fig. A.28 combines time and pooled text with the input of a level, once.
+        # [O] Here every block takes them, by the scale and shift that F.2 also prints.
+        # [P] Up-sampling is a "Conv strides=stride" (Fig. A.29). [O] Of which kind it
+        # does not say: here nearest neighbours and then a convolution.
         num_res_blocks=(2, 4, 8, 8),  # [P]
         self_attention=(False, False, False, True),  # [P]
         text_attention=(False, False, False, True),  # [P]
@@ -29,7 +33,7 @@ def sr256():
         # [P] 8 heads, and hidden_size = 2 x channels (Fig. A.28): 2048 / 8.
         head_channels=256,
         # [P] B.1 scales skips by 1 / sqrt(2). [O] It does not say which: here the sums
-        # of residual blocks, as in the two papers that it cites.
+        # of residual blocks, as in the two papers that it cites, and of attention.
         skip_scale=0.5**0.5,
         # [O] With every block's output the printed blocks have 605M parameters, with
         # the last one's (Fig. A.29) 507M; the paper says 600M (Sec. 4.1).

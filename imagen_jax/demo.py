@@ -1,21 +1,24 @@
 """Trains a two-stage text-to-image cascade on drawn shapes, and shows its pictures.
 
-python -m imagen_jax.demo --output=demo [--seconds=400]
+python -m imagen_jax.demo --output=demo [--seconds=400] [--encoder=FOLDER]
 
 Prepares captioned shapes, trains a base and a super-resolution stage, samples captions
 whose combinations of colour and shape were never trained on, judges the pictures, and
-writes index.html (one file), samples.png and report.json.
+writes index.html (one file), samples.png and report.json. With the folder of a
+pretrained text encoder captions have hundreds of words (shapes/words.txt), and what is
+sampled is said in wordings and in words that were never trained on.
 """
 
 import base64
 import dataclasses
 import html
 import json
+import os
 import pathlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -30,6 +33,7 @@ from imagen_jax.configs import tiny
 from imagen_jax.errors import UserError, printable
 from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes import wordings
 from imagen_jax.shapes.judge import Verdict, judge
 from imagen_jax.stores import check_disk
 from imagen_jax.training.metrics import METRICS
@@ -37,9 +41,11 @@ from imagen_jax.training.page import curve
 
 # Training configs/tiny.py takes about this long on two CPU cores.
 _SECONDS = 400
-_EXAMPLES = 20_000
 _LEAST_EXAMPLES = 1_000
 _JUDGED = 64
+# Examples, and tokens of a caption. A small pretrained encoder embeds a hundred
+# captions a second, and few of many words are equal.
+_SOURCES = {"shapes": (20_000, 16), "wordings": (8_000, 32)}
 _STAGES = ("base", "sr")
 _ASPECTS = [field.name for field in dataclasses.fields(Verdict)]
 
@@ -63,6 +69,7 @@ def _stage_config(name: str, scale: float, records: pathlib.Path) -> StageConfig
     """A stage of configs/tiny.py with `scale` times its training steps."""
     config = tiny.get_config(name)
     config.data.records = str(records)
+    config.text.update(length=0, dim=0)  # the records'
     steps = max(10, round(config.training.steps * scale))
     config.training.update(
         steps=steps, sample_every_steps=0, checkpoint_every_steps=steps
@@ -70,6 +77,33 @@ def _stage_config(name: str, scale: float, records: pathlib.Path) -> StageConfig
     config.optimizer.decay_steps = steps
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 4)
     return resolve(config.to_dict())
+
+
+class Asked(NamedTuple):
+    """A caption to sample, and what the judge takes it for."""
+
+    kind: str
+    prompt: str
+    scene: shapes.Scene
+
+    @property
+    def plain(self) -> str:
+        """The caption in the words of scenes.py."""
+        return shapes.caption(self.scene)
+
+
+def asked(in_other_words: bool) -> list[Asked]:
+    """New pairs of colour and shape; or trained ones in new wordings and new words."""
+    if not in_other_words:
+        scenes = shapes.heldout(_JUDGED, seed=1)
+        return [Asked(_kind(scene), shapes.caption(scene), scene) for scene in scenes]
+    disc = shapes.Scene((shapes.Item("circle", "red", "", 0.5, 0.5, 0.3),))
+    found = [Asked("new words", "a crimson disc", disc)]
+    for i, scene in enumerate(shapes.generate(_JUDGED - 1, seed=1)):
+        kind = ("wordings", "words")[i % 2]
+        prompt = wordings.say(scene, kind, np.random.default_rng((1, i)))
+        found.append(Asked(f"new {kind}", prompt, scene))
+    return found
 
 
 def _kind(scene: shapes.Scene) -> str:
@@ -90,11 +124,13 @@ def summarise(verdicts: Sequence[Verdict]) -> dict[str, float | None]:
     return summary
 
 
-def demo(output: str, seconds: float) -> dict[str, Any]:
+def demo(output: str, seconds: float, encoder: str = "") -> dict[str, Any]:
     """Trains, samples and judges the whole cascade in `output`; returns the report.
 
-    It trains for about `seconds` on two CPU cores. Raises `UserError` for an `output`
-    that is neither empty nor an earlier demo's, which is replaced.
+    It trains for about `seconds` on two CPU cores; with an `encoder`, a folder for
+    transformers or a name that `prepare` knows, on captions in many words. Raises
+    `UserError` for an `output` that is neither empty nor an earlier demo's, which is
+    replaced.
     """
     if seconds <= 0:
         raise UserError(f"--seconds is {seconds:g}; it must be above zero")
@@ -110,15 +146,27 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
 
     records = folder / "records.npz"  # in memory: no TensorFlow to start
     scale = seconds / _SECONDS
+    source, new = "shapes", "combinations of colour and shape"
+    if encoder:
+        source, new = "wordings", "wordings or words"
     # A shorter training sees each picture as often.
-    count = max(_LEAST_EXAMPLES, round(min(1.0, scale) * _EXAMPLES))
-    prepare(f"shapes:{count}", str(records), text_length=16, image_size=32)
+    examples, text_length = _SOURCES[source]
+    count = max(_LEAST_EXAMPLES, round(min(1.0, scale) * examples))
+    weights = encoder if os.path.isdir(encoder) else ""
+    prepare(
+        f"{source}:{count}",
+        str(records),
+        encoder=f"hf:{weights}" if weights else encoder or "tiny",
+        text_length=text_length,
+        image_size=32,
+    )
     for name in _STAGES:
         train_stage(_stage_config(name, scale, records), str(folder / name))
 
-    cascade = load_cascade(*(str(folder / name) for name in _STAGES))
-    scenes = list(shapes.heldout(_JUDGED, seed=1))
-    prompts = [shapes.caption(scene) for scene in scenes]
+    workdirs = [str(folder / name) for name in _STAGES]
+    cascade = load_cascade(*workdirs, encoder_weights=weights)
+    all_asked = asked(bool(encoder))
+    prompts = [one.prompt for one in all_asked]
     guidance = [cfg.sampler.guidance for cfg in cascade.config]
     unguided = all_cells(cascade.config, [(1.0,)])
     ways = {"guidance off": ("unguided", unguided), "guidance on": ("samples", ())}
@@ -127,13 +175,12 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         job = Job(str(folder / name), cascade.trained, prompts, cells=cells)
         make(job, cascade)
         made[label] = job.read()
-        pairs = zip(made[label], prompts, strict=True)
-        verdicts[label] = [judge(*pair) for pair in pairs]
+        pairs = zip(made[label], all_asked, strict=True)
+        verdicts[label] = [judge(picture, one.plain) for picture, one in pairs]
         accuracy[label] = summarise(verdicts[label])
-    kinds = [_kind(scene) for scene in scenes]
-    for kind in dict.fromkeys(kinds):
-        pairs = zip(verdicts[label], kinds, strict=True)
-        same = [v for v, k in pairs if k == kind]
+    for kind in dict.fromkeys(one.kind for one in all_asked):
+        pairs = zip(verdicts[label], all_asked, strict=True)
+        same = [verdict for verdict, one in pairs if one.kind == kind]
         accuracy[f"of these, {kind}"] = summarise(same)
 
     images.save_sheet(folder / "samples.png", made[label], 8, prompts)
@@ -143,11 +190,14 @@ def demo(output: str, seconds: float) -> dict[str, Any]:
         **accuracy["guidance on"],
         "accuracy": accuracy,
         "guidance": dict(zip(_STAGES, guidance, strict=True)),
+        "encoder": cascade.config[0].text.encoder,
+        "never_trained_on": new,
         "training_steps": {t.cfg.name: t.step for t in cascade.trained},
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     curves = {name: read_curve(folder / name / METRICS) for name in _STAGES}
-    drawn = np.stack([shapes.draw(scene, made[label].shape[1]) for scene in scenes])
+    size = made[label].shape[1]
+    drawn = np.stack([shapes.draw(one.scene, size) for one in all_asked])
     shown = {"drawn": drawn, "base": job.read(stage=0)} | made
     text = page(report, prompts, shown, verdicts, curves)
     (folder / "index.html").write_text(text, "utf8")
@@ -203,9 +253,10 @@ def page(
 <style>{_STYLE}</style>
 <h1>imagen-jax demo</h1>
 <p>A base stage (text to 16 pixels) and a super-resolution stage (16 to 32 pixels),
-trained just now ({steps}) on drawn scenes and sampled with captions whose combinations
-of colour and shape were never trained on. {report["seconds"]:.0f} seconds in all, at
-most {report["peak_memory_gib"]:.1f} GiB of memory.</p>
+trained just now ({steps}) on drawn scenes and sampled with captions whose
+{report["never_trained_on"]} were never trained on. Text encoder:
+{html.escape(report["encoder"])}. {report["seconds"]:.0f} seconds in all, at most
+{report["peak_memory_gib"]:.1f} GiB of memory.</p>
 <h2>Judged by a program that looks only at the picture and the caption</h2>
 <div class="scroll"><table><tr>{head.replace("td>", "th>")}</tr>
 {"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>
@@ -242,12 +293,17 @@ def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     flags.DEFINE_string("output", None, "folder for everything the demo writes")
     flags.DEFINE_float("seconds", _SECONDS, "training time on two CPU cores, about")
+    flags.DEFINE_string(
+        "encoder",
+        "",
+        "folder of a text encoder for transformers: captions in many words",
+    )
     flags.mark_flags_as_required(["output"])
 
 
 def main() -> None:
     """Runs the demo and says where to look."""
-    report = demo(flags.FLAGS.output, flags.FLAGS.seconds)
+    report = demo(flags.FLAGS.output, flags.FLAGS.seconds, flags.FLAGS.encoder)
     page = printable(pathlib.Path(flags.FLAGS.output).resolve() / "index.html")
     print(
         f"\n{table(report)}\n\n"

@@ -16,6 +16,7 @@ from configs import tiny
 from imagen_jax import demo
 from imagen_jax.errors import UserError
 from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes import wordings
 from imagen_jax.shapes.judge import Verdict, judge
 from tests import tiny as tiny_tests
 from tests.test_doors import call, error
@@ -54,6 +55,8 @@ def made_page(tmp_path) -> str:
         "accuracy": {"guidance on": row},
         "guidance": {"base": 3.0},
         "training_steps": {"base": 3},
+        "encoder": "tiny@v2",
+        "never_trained_on": "combinations of colour and shape",
     }
     pictures = {
         label: np.stack([shapes.draw(scene, side) for scene in SCENES])
@@ -140,10 +143,27 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.slow
-def test_the_whole_demo(tmp_path, monkeypatch):
-    """With networks that compile fast, few records and few steps of sampling."""
-    output = tmp_path / "demo"
+def test_other_words_are_asked_of_trained_pairs():
+    """Half of them new wordings, half new words; the first is the one to show."""
+    asked = demo.asked(in_other_words=True)
+    assert asked[0][:2] == ("new words", "a crimson disc")
+    assert asked[0].plain == "a red circle"
+    kinds = [one.kind for one in asked]
+    assert kinds.count("new wordings") == kinds.count("new words") == 32
+    trained = {text for _, text in wordings.generate(1000, seed=0)}
+    for one in asked[1:]:
+        assert one.prompt not in trained
+        pairs = {(item.colour, item.shape) for item in one.scene.items}
+        assert not pairs & shapes.HELD_OUT
+        verdict = judge(shapes.draw(one.scene, 32), one.plain)
+        assert verdict.colour and verdict.shape
+    plain = demo.asked(in_other_words=False)
+    assert len(plain) == 64 and all(one.prompt == one.plain for one in plain)
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """Networks that compile fast, few records and few steps of sampling."""
 
     def smaller(variant, get_config=tiny.get_config):
         config = get_config(variant)
@@ -154,6 +174,28 @@ def test_the_whole_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny, "get_config", smaller)
     monkeypatch.setattr(demo, "_LEAST_EXAMPLES", 64)
     monkeypatch.setattr(demo, "_JUDGED", 16)
+    # So that two demos share their programs.
+    monkeypatch.setitem(demo._SOURCES, "shapes", demo._SOURCES["wordings"])
+
+
+@pytest.mark.slow
+def test_the_demo_in_many_words(tmp_path, small_demo):
+    """Any encoder will do; the tiny one needs no torch."""
+    output = tmp_path / "demo"
+    done = call("demo", f"--output={output}", "--seconds=1", "--encoder=tiny")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((output / "report.json").read_text())
+    assert report["encoder"].startswith("tiny@")
+    shown = {"of these, new words", "of these, new wordings"}
+    assert shown < set(report["accuracy"])
+    text = (output / "index.html").read_text()
+    assert "wordings or words were never trained on" in " ".join(text.split())
+    assert "<figure>a crimson disc" in text
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path, small_demo):
+    output = tmp_path / "demo"
     done = call("demo", f"--output={output}", "--seconds=1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(output / "index.html") in done.stdout

@@ -245,8 +245,8 @@ def test_the_house_stays_small():
     long = {str(f): n for f, n in lines.items() if n > MAX_LINES}
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
-    assert len(package) <= 115
-    assert sum(package) <= 17_250
+    assert len(package) <= 116
+    assert sum(package) <= 17_600
 
 
 # One level without attention is enough to train and sample, and compiles fast.

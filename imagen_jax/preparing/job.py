@@ -26,7 +26,7 @@ from imagen_jax.files import TEMPORARY, appearing, read_json, write_text
 from imagen_jax.preparing import folder, parquet, sources, webdataset
 from imagen_jax.preparing.images import StoredImage, middle_square
 from imagen_jax.preparing.scores import Scores
-from imagen_jax.preparing.settings import FORMS, NO_ENCODER, Settings
+from imagen_jax.preparing.settings import DRAWN, FORMS, NO_ENCODER, Settings
 from imagen_jax.preparing.stats import Stats, in_words, total
 from imagen_jax.text import embeddings
 from imagen_jax.text.embeddings import Embedded, Embedder
@@ -114,7 +114,8 @@ _OPENERS = {
     "parquet": parquet.open_parquet,
     "hf": parquet.open_huggingface,
     "tfds": _open_tfds,
-    "shapes": sources.open_shapes,
+    "shapes": sources.open_drawn,
+    "wordings": sources.open_drawn,
 }
 
 
@@ -306,7 +307,7 @@ def usable(
     rules, no_captions = job.settings.rules, job.settings.no_captions
     # Pictures without embeddings are read, and so verified, once more. Drawn scenes in
     # a .npz file need no TensorFlow.
-    drawn = job.settings.is_npz and job.settings.source.startswith("shapes:")
+    drawn = job.settings.is_npz and job.settings.source.startswith(DRAWN)
     if job.embedder and not drawn:
         start_tensorflow()
         from imagen_jax.data import preprocess

@@ -11,8 +11,9 @@ from imagen_jax.text.embeddings import DTYPES
 
 FORMS = (
     "folder:DIR, webdataset:GLOB, parquet:GLOB_OR_DIR, coco:FILE.json, "
-    "hf:NAME_OR_PATH, tfds:NAME or shapes:N"
+    "hf:NAME_OR_PATH, tfds:NAME, shapes:N or wordings:N"
 )
+DRAWN = "shapes:", "wordings:"
 # In place of an encoder: tars of images, whose captions are embedded later.
 NO_ENCODER = "none"
 _RULES = ("min_side", "max_aspect", "stored_size", "max_pixels")

@@ -18,6 +18,7 @@ from imagen_jax.images import png
 from imagen_jax.preparing import images
 from imagen_jax.preparing.settings import Settings
 from imagen_jax.shapes import scenes as shapes
+from imagen_jax.shapes import wordings
 
 # Columns of captions: those of img2dataset and Hugging Face, then what others use.
 CAPTIONS = ("caption", "text", "TEXT", "captions", "txt", "prompt")
@@ -92,22 +93,27 @@ def numbered(
     return Source(-(-count // size), read_shard, count, sha256, rest=rest, **more)
 
 
-def open_shapes(argument: str, settings: Settings) -> Source:
-    """The drawn scenes of "shapes:N"."""
+def open_drawn(argument: str, settings: Settings) -> Source:
+    """The drawn scenes of "shapes:N", or "wordings:N" with captions in other words."""
     if not argument.isdecimal() or int(argument) < 1:
-        raise UserError(f"--source is 'shapes:{argument}'; give a number above zero")
+        raise UserError(f"--source is {settings.source!r}; give a number above zero")
     count = int(argument)
-    scenes = list(shapes.generate(count, settings.seed))
+    if settings.source.startswith("wordings:"):
+        examples = list(wordings.generate(count, settings.seed))
+        told = map(repr, examples)
+    else:
+        scenes = list(shapes.generate(count, settings.seed))
+        examples = [(scene, shapes.caption(scene)) for scene in scenes]
+        told = map(repr, scenes)  # captions follow from these
 
     def draw(i: int) -> bytes:
-        return png(shapes.draw(scenes[i], settings.image_size))
+        return png(shapes.draw(examples[i][0], settings.image_size))
 
     def read(rows: range) -> Iterator[Example]:
         for i in rows:
-            caption = shapes.caption(scenes[i])
-            yield Example(i, f"scene {i}", caption, functools.partial(draw, i))
+            yield Example(i, f"scene {i}", examples[i][1], functools.partial(draw, i))
 
-    return numbered(count, settings, read, sha256_of(map(repr, scenes)))
+    return numbered(count, settings, read, sha256_of(told))
 
 
 def matching_files(pattern: str, what: str, inside: str) -> list[str]:

@@ -32,7 +32,7 @@ def _captions(opened):
 @pytest.mark.parametrize("size", [1, 3, 7, 50])
 def test_shards_divide_a_source(tmp_path, size):
     """Read alone, in any order or again, a shard is the same."""
-    for source in (_folder(tmp_path, 7), "shapes:7"):
+    for source in (_folder(tmp_path, 7), "shapes:7", "wordings:7"):
         opened = _open(source, size=size)
         assert (opened.count, opened.shards) == (7, -(-7 // size))
         whole = _captions(_open(source, size=100))
