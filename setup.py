@@ -47,6 +47,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        # `plan` for absent GPUs: a compiler and ptxas, without CUDA's libraries.
+        "plan-gpu": ["jax-cuda12-plugin>=0.10", "nvidia-cuda-nvcc-cu12"],
         # Text encoders of Hugging Face (--encoder=hf:...).
         "encoders": ["torch>=2.6", "transformers>=5.0"],
         # `evaluate`. Before 0.4 torch-fidelity gave precision for recall.

@@ -241,7 +241,7 @@ def test_the_house_stays_small():
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
     assert len(package) <= 110
-    assert sum(package) <= 15_700
+    assert sum(package) <= 16_050
 
 
 # One level without attention is enough to train and sample, and compiles fast.

@@ -78,7 +78,7 @@ def by_kernel(
 
 
 def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Flash attention of cuDNN, bfloat16, to the first `mask.sum(1)` keys, at least one.
+    """Flash attention of cuDNN to the first `mask.sum(1)` keys, at least one; bfloat16.
 
     It takes no mask of keys alone.
     """
