@@ -10,7 +10,7 @@ from imagen_jax import config
 from imagen_jax.config import MeshConfig
 from imagen_jax.planning.chips import CHIPS, slice_devices
 from imagen_jax.planning.compile import compile_sampling, compile_step
-from imagen_jax.planning.program import forward_flops
+from imagen_jax.planning.program import arrays, forward_flops
 from imagen_jax.sharding import make_mesh
 
 pytest.importorskip("jax_cuda12_plugin", reason="pip install 'imagen-jax[plan-gpu]'")
@@ -58,8 +58,14 @@ def test_adafactors_placeholders_are_not_copied(one):
 @pytest.mark.slow
 def test_weights_are_gathered_in_bfloat16(eight):
     text = eight[0].as_text()
-    types = re.findall(r" = (.*) all-gather(?:-start)?\(", text)
-    assert types and set(re.findall(r"(\w+)\[", "".join(types))) == {"bf16"}
+    gathered = "".join(re.findall(r" = (.*) all-gather(?:-start)?\(", text))
+
+    def size(dtype):
+        shapes = re.findall(rf"\b{dtype}\[[\d,]+\]", gathered)
+        return sum(size for size, _ in arrays("".join(shapes)))
+
+    # The rest are moments of Adafactor, vectors of the weights' sides.
+    assert size("f32") < 0.03 * size("bf16")
     # Heads, of attention, are computed where their rows are.
     assert "__cudnn$fmhaSoftmaxBackward" in text
 
