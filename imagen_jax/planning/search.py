@@ -49,11 +49,13 @@ def plan(
 def nearest(cfg: StageConfig, devices: Sequence[jax.Device]) -> Figures | None:
     """The first setting that is guessed to fit, with its flags; nothing is compiled.
 
-    Of those with the same remat, if one is: another takes seconds to trace.
+    Settings with the same remat and mesh come first, as others take seconds to trace.
     """
-    for setting in sorted(
-        settings(cfg), key=lambda s: s.model.remat != cfg.model.remat
-    ):
+
+    def differs(setting):
+        return setting.model.remat != cfg.model.remat, setting.mesh != cfg.mesh
+
+    for setting in sorted(settings(cfg), key=differs):
         if (needed := guess_gib(setting, devices)) <= _limit_gib(devices):
             found = {"flags": flags(setting), "fits": True, "hbm_gib_per_chip": needed}
             return found | {"guessed": True, "why": "a guess"}
