@@ -48,7 +48,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         # `plan` for absent GPUs: a compiler and ptxas, without CUDA's libraries.
-        "plan-gpu": ["jax-cuda12-plugin>=0.10", "nvidia-cuda-nvcc-cu12"],
+        "plan-gpu": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],
         # Text encoders of Hugging Face (--encoder=hf:...).
         "encoders": ["torch>=2.6", "transformers>=5.0"],
         # `evaluate`. Before 0.4 torch-fidelity gave precision for recall.

@@ -4,7 +4,7 @@
 # no TensorFlow, no network. Writes tests.txt, gpu.json and gpu.md into FOLDER (runs/gpu).
 # TINY=1 JAX_PLATFORMS=cpu benchmarks/gpu.sh tries it on a CPU, with tiny sizes.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 end=$((SECONDS + ${LIMIT:-470}))
 out="${1:-runs/gpu}"
 mkdir -p "$out"
