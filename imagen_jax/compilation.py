@@ -14,7 +14,7 @@ _CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
 # For plans: content with slower convolutions, and writing equal code once, the compiler
-# takes a third of the time, or, where its cycles are wanted, half (docs/plan.md).
+# takes less than half the time, or a third where its cycles are not wanted either.
 _QUICK_TPU = {
     "xla_jf_convolution_performance_target": 0.5,
     "xla_tpu_enable_deduplicated_calls": True,
