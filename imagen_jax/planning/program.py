@@ -29,7 +29,7 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 # name = type kind(operands or a literal), attributes.
 _OPERATION = re.compile(
-    r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, [a-z_]+=.*)?$"
+    r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, [a-z_-]+=.*)?$"
 )
 _NAME = re.compile(r"%([\w.-]+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")

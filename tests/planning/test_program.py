@@ -98,6 +98,7 @@ ENTRY %main (x: f32[8], y: f32[8], i: s32[]) -> (f32[8], f32[8]) {
         # Names and constants move nothing, nor does what is inside of a fusion.
         ("%f = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner", 32 + 32),
         ("%f = f32[8]{0} add(%x, /*index=1*/%y)", 3 * 32),
+        ("%f = f32[8]{0} negate(%x), control-predecessors={%y}, kind=k", 2 * 32),
         # Slices of two elements and of one, the index (all of it), and the result.
         ("%f = f32[2]{0} fusion(%x, %i), kind=kLoop, calls=%sliced", 8 + 4 + 4 + 8),
         ("%f = f32[2]{0} dynamic-slice(%x, %i)", 2 * 8),
