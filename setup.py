@@ -68,6 +68,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
+        # `plan` for absent GPUs: a compiler and ptxas, without CUDA's libraries.
+        "plan-gpu": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],
         # Text encoders of Hugging Face (--encoder=hf:...).
         "encoders": ["torch>=2.6", "transformers>=5.0"],
         "app": ["gradio>=6.31"],

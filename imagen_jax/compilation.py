@@ -13,12 +13,15 @@ from jax.sharding import Mesh, SingleDeviceSharding
 _CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # A CPU takes longer to optimise the drawing of parameters than to draw them.
 _CPU_ONCE = {"xla_backend_optimization_level": 0}
-# For plans: content with convolutions up to 4 % slower, and writing equal code once,
-# the compiler takes less than half the time (benchmarks/README.md).
-_PLANNED = {
-    "xla_jf_convolution_performance_target": 0.96,
+# For plans: content with slower convolutions, and writing equal code once, the compiler
+# takes less than half the time, or a third where its cycles are not wanted either.
+_QUICK_TPU = {
+    "xla_jf_convolution_performance_target": 0.5,
     "xla_tpu_enable_deduplicated_calls": True,
 }
+_TPU = {**_QUICK_TPU, "xla_jf_convolution_performance_target": 0.96}
+# Tiles of Triton's products are found by running them; without, cuBLAS computes all.
+_GPU = {"xla_gpu_enable_triton_gemm": False}
 
 
 def use_compilation_cache(wanted: bool = True) -> None:
@@ -59,21 +62,35 @@ def compiler_options(
     compiling is most of its cost.
     """
     device, options = mesh.devices.flat[0], {}
-    if device.platform != jax.default_backend():  # absent: only planned for
-        options = _PLANNED
-    elif device.platform == "cpu" and once:
+    if device.platform == "cpu" and once:
         options = _CPU_ONCE
     # Without the library jaxlib 0.10.2 cannot compile the gradient of bfloat16
     # attention with one query: "Dot with multiple contracting dimensions".
     elif device.platform == "cpu" and dtype == "float32":
         options = _CPU
-    known = options and _accepted(tuple(options.items()), device)
+    return _accepted(options, device)
+
+
+def planning_options(device: jax.Device, quick: bool) -> dict[str, str | float]:
+    """Further options for a program that is compiled to be read, as devices are absent.
+
+    Memory, work and exchanges are those of the program that is trained. Estimates of
+    cycles are nothing like it if `quick`. For devices that are here there are none.
+    """
+    if device.platform == jax.default_backend():
+        return {}
+    tpu = _QUICK_TPU if quick else _TPU
+    return _accepted(tpu if device.platform == "tpu" else _GPU, device)
+
+
+def _accepted(options: dict[str, str | float], device: jax.Device) -> dict:
+    """The options if this compiler knows them all; they are no stable interface."""
+    known = options and _knows(tuple(options.items()), device)
     return options if known else {}
 
 
 @functools.cache
-def _accepted(options: tuple[tuple[str, str | float], ...], device: jax.Device) -> bool:
-    """Whether this compiler knows the options; they are no stable interface."""
+def _knows(options: tuple[tuple[str, str | float], ...], device: jax.Device) -> bool:
     one = jax.ShapeDtypeStruct((), "float32", sharding=SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x, compiler_options=dict(options)).lower(one).compile()

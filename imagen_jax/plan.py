@@ -4,10 +4,12 @@ python -m imagen_jax.plan --config=base64 --topology=v4-512 \
     --mesh=data:-1,fsdp:16 [--json=FILE]
 python -m imagen_jax.plan --config=sr256 --topology=v5p-256 --search
 python -m imagen_jax.plan --config=sr1024 --topology=v4-8 --what=sample
+python -m imagen_jax.plan --config=base64:300m --topology=h100-8
 
-Compiles the training step, or sampler, for a TPU slice (pip install libtpu) or for the
-devices here, and prints what it takes of each chip: see docs/plan.md. Exit status 1
-when it does not fit, with the nearest setting that does.
+Compiles the training step, or sampler, for a TPU slice (pip install libtpu), for GPUs
+(pip install 'imagen-jax[plan-gpu]') or for the devices here, and prints what it takes
+of each chip: see docs/plan.md. Exit status 1 when it does not fit, with the nearest
+setting that does.
 """
 
 import dataclasses
@@ -40,11 +42,13 @@ def mesh_sizes(text: str) -> dict[str, int]:
 def define_flags() -> None:
     """Defines this door's flags; main() reads them."""
     config_flags.DEFINE_config_file("config", None, "NAME or FILE.py[:variant]")
-    flags.DEFINE_string("topology", None, "slice to plan for: v4-512, v5litepod-16 ...")
+    flags.DEFINE_string("topology", None, "what to plan for: v4-512, h100-8 ...")
     flags.DEFINE_string("mesh", None, "for example data:-1,fsdp:16")
     flags.DEFINE_enum("what", "train", ["train", "sample"], "which program")
+    flags.DEFINE_bool("quick", True, "compile what is quick to compile")
+    flags.DEFINE_bool("cycles", False, "the compiler's own estimate too: --noquick")
     flags.DEFINE_bool("search", False, "try meshes, microbatches and remat, rank them")
-    flags.DEFINE_integer("tries", 4, "with --search: how many to compile", 1)
+    flags.DEFINE_integer("tries", 3, "with --search: how many to compile", 1)
     flags.DEFINE_string("json", None, "file that gets the figures")
     flags.mark_flags_as_required(["config"])
 
@@ -73,11 +77,14 @@ def main() -> None:
         rows.sort(key=lambda row: (not row["fits"], row.get("step_seconds") or 0))
         best, others = (rows or [{"fits": False}])[0], {"settings": rows}
     else:
-        best, others = search.plan(cfg, devices, args.what), {}
+        quick = args.quick and not args.cycles
+        best, others = search.plan(cfg, devices, args.what, quick), {}
         if not best["fits"]:
             print(f"{summary(best)}\nlooking for a setting that fits", flush=True)
             others["nearest"] = None
-            if args.what == "train":
+            if best.get("guessed"):
+                others["nearest"] = search.nearest(cfg, devices)
+            elif args.what == "train":
                 needed = best["hbm_gib_per_chip"]
                 rows = search.compile_settings(cfg, devices, 3, needed)
                 others["nearest"] = next((row for row in rows if row["fits"]), None)

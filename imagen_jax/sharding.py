@@ -214,6 +214,8 @@ def gather_fsdp(weight: jax.Array, names: Sequence[str]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(weight, whole, split):
+    # Split as its parameter is, or it might be gathered before it was cast.
+    weight = jax.lax.with_sharding_constraint(weight, split)
     return jax.lax.with_sharding_constraint(weight, whole)
 
 

@@ -6,7 +6,11 @@ import pytest
 from jax.sharding import Mesh
 
 from imagen_jax import compilation
-from imagen_jax.compilation import compiler_options, use_compilation_cache
+from imagen_jax.compilation import (
+    compiler_options,
+    planning_options,
+    use_compilation_cache,
+)
 from imagen_jax.config import MeshConfig
 from imagen_jax.planning.chips import slice_devices
 from imagen_jax.planning.compile import compile_step
@@ -85,8 +89,13 @@ def test_the_cache_lies_where_the_user_wants_it(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["v4-8", "v5e-4", "v5p-8", "v6e-4"])
 def test_what_is_only_planned_is_compiled_faster(name):
     pytest.importorskip("libtpu")
-    mesh = make_mesh(MeshConfig(), slice_devices(name))
-    assert compiler_options(mesh, "bfloat16") == compilation._PLANNED
+    device = slice_devices(name)[0]
+    assert planning_options(device, quick=True) == compilation._QUICK_TPU
+    assert planning_options(device, quick=False) == compilation._TPU
+
+
+def test_what_is_here_is_planned_as_it_is_trained():
+    assert planning_options(jax.devices()[0], quick=True) == {}
 
 
 @pytest.mark.slow
@@ -109,23 +118,28 @@ def test_convolutions_of_a_plan_are_shorter_programs():
         lowered = jitted.lower(array(8, 32, 32, 1024), array(3, 3, 1024, 1024))
         return lowered.compile().memory_analysis().generated_code_size_in_bytes
 
-    assert size(compiler_options(mesh, "bfloat16")) < 0.9 * size({})
+    assert size(planning_options(mesh.devices.flat[0], quick=False)) < 0.9 * size({})
 
 
 @pytest.mark.slow
-def test_a_plan_is_of_the_program_that_is_trained(monkeypatch):
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_plan_is_of_the_program_that_is_trained(quick, monkeypatch):
     """All but the code of convolutions, and so the compiler's cycles, is the same."""
     pytest.importorskip("libtpu")
     cfg = tiny.stage(model={**tiny.ONE_LEVEL, "channels": (128,)})
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), slice_devices("v4-8"))
-    planned = compile_step(cfg, mesh)[1]
-    monkeypatch.setattr(compilation, "_PLANNED", {})
+    planned = compile_step(cfg, mesh, quick)[1]
+    monkeypatch.setattr(compilation, "_QUICK_TPU" if quick else "_TPU", {})
     jax.clear_caches()
-    trained = compile_step(cfg, mesh)[1]
-    cycles = [
-        each["roofline"].pop("by_the_compilers_cycles") for each in (planned, trained)
-    ]
-    assert cycles[1] <= cycles[0] < 1.05 * cycles[1]
+    trained = compile_step(cfg, mesh, quick)[1]
+    if quick:
+        assert "by_the_compilers_cycles" not in planned["roofline"]
+    else:
+        cycles = [
+            each["roofline"].pop("by_the_compilers_cycles")
+            for each in (planned, trained)
+        ]
+        assert cycles[1] <= cycles[0] < 1.05 * cycles[1]
     for each in (planned, trained):
         each["memory_gib"].pop("program")
         for name in ("compile_seconds", "trace_seconds"):

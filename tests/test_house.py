@@ -246,7 +246,7 @@ def test_the_house_stays_small():
     assert not long, f"over {MAX_LINES} lines: {long}"
     package = [n for f, n in lines.items() if f.parts[0] == "imagen_jax"]
     assert len(package) <= 116
-    assert sum(package) <= 17_600
+    assert sum(package) <= 17_950
 
 
 # One level without attention is enough to train and sample, and compiles fast.

@@ -24,8 +24,10 @@ def call(monkeypatch, tmp_path):
             "topology": None,
             "mesh": None,
             "what": "train",
+            "quick": True,
+            "cycles": False,
             "search": False,
-            "tries": 4,
+            "tries": 3,
             **changes,
         }
         monkeypatch.setattr(plan.flags, "FLAGS", types.SimpleNamespace(**given))
@@ -45,12 +47,29 @@ def test_a_stage_that_fits_is_told(call, monkeypatch, capsys):
     written = call(mesh="data:-1, fsdp:2", what="sample")
     assert written.pop("host_memory_gib") > 0
     assert written == {"topology": "here", "stage": "base", **FITS}
-    (cfg, devices, what), *_ = asked
-    assert (cfg.mesh.data, cfg.mesh.fsdp) == (4, 2) and len(devices) == 8
+    (cfg, devices, what, quick), *_ = asked
+    assert quick and (cfg.mesh.data, cfg.mesh.fsdp) == (4, 2) and len(devices) == 8
     assert what == "sample"
     text = capsys.readouterr().out
     assert "assumed: peak rates" in text
     assert text.endswith("fits: 6.50 GiB a chip, 0.25 s a step\n")
+
+
+@pytest.mark.parametrize("flags", [{"cycles": True}, {"quick": False}])
+def test_cycles_take_longer(call, monkeypatch, flags):
+    asked = []
+    monkeypatch.setattr(search, "plan", lambda *args: asked.append(args) or {**FITS})
+    call(**flags)
+    assert asked[0][-1] is False
+
+
+def test_what_is_hopeless_gets_a_guess(call, monkeypatch):
+    large = {"fits": False, "hbm_gib_per_chip": 400.0, "guessed": True, "why": "x"}
+    near = {"fits": True, "hbm_gib_per_chip": 9.0, "why": "a guess", "flags": "--f"}
+    monkeypatch.setattr(search, "plan", lambda *_: large)
+    monkeypatch.setattr(search, "nearest", lambda *_: near)
+    with pytest.raises(UserError, match=r"400.00 GiB .*; --f fits: 9.00 GiB .*a guess"):
+        call()
 
 
 @pytest.mark.parametrize("nearest", [None, {"flags": "--mesh=data:2,fsdp:4", **FITS}])

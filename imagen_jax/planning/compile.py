@@ -11,10 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imagen_jax.batch import batch_spec
+from imagen_jax.compilation import planning_options
 from imagen_jax.config import StageConfig
 from imagen_jax.diffusion.cascade import Settings, compile_sampler
 from imagen_jax.models import network
-from imagen_jax.planning.chips import CHIPS, Chip
+from imagen_jax.planning.chips import CHIPS, GPUS_OF_A_BOX, Chip
 from imagen_jax.planning.program import Traffic, count_flops, forward_flops
 from imagen_jax.sharding import batch_sharding, row_shards
 from imagen_jax.training.state import abstract_state
@@ -22,18 +23,24 @@ from imagen_jax.training.step import compile_train_step
 
 ASSUMPTIONS = (
     "peak rates of the data sheet; arithmetic and main memory work side by side, "
-    "exchanges (rings over one axis of the torus, both ways, without latency) beside "
-    "nothing; no waiting for input, no checkpoints, previews or failures"
+    "exchanges beside nothing (rings without latency over one axis of a TPU's torus, "
+    "both ways, or over NVLink and between boxes the network); no waiting for input, "
+    "no checkpoints, previews or failures"
 )
 GIB = 2**30
 Figures = dict[str, Any]
 
 
-def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
-    """The compiled training step, None if it does not fit, and its figures."""
+def compile_step(
+    cfg: StageConfig, mesh: Mesh, quick: bool = True
+) -> tuple[Any, Figures]:
+    """The compiled training step, None if it does not fit, and its figures.
+
+    Unless `quick`, the compiler's estimate of cycles is among them.
+    """
     rows = cfg.training.batch_size
     arguments = abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh)
-    run, found = _compile(compile_train_step(cfg, mesh), arguments, mesh, rows)
+    run, found = _compile(compile_train_step(cfg, mesh), arguments, mesh, rows, quick)
     found |= {"stage": cfg.name, "what": "train", "remat": cfg.model.remat}
     found["microbatches"] = cfg.training.microbatches
     if seconds := found.get("step_seconds"):
@@ -45,12 +52,14 @@ def compile_step(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
     return run, found
 
 
-def compile_sampling(cfg: StageConfig, mesh: Mesh) -> tuple[Any, Figures]:
-    """The stage's compiled sampler, None if it does not fit, and its figures."""
+def compile_sampling(
+    cfg: StageConfig, mesh: Mesh, quick: bool = True
+) -> tuple[Any, Figures]:
+    """The stage's compiled sampler, and figures, as `compile_step` returns them."""
     inputs = sampler_inputs(cfg, mesh)
     arguments = abstract_state(cfg, mesh).params, *on_rows(inputs, mesh)
     jitted, rows = compile_sampler(network.apply, cfg, mesh), len(inputs[0])
-    run, found = _compile(jitted, arguments, mesh, rows)
+    run, found = _compile(jitted, arguments, mesh, rows, quick)
     found |= {"stage": cfg.name, "what": "sample"}
     if seconds := found.get("step_seconds"):
         found["step_seconds"] = seconds / cfg.sampler.steps
@@ -88,14 +97,14 @@ def shard_gib(tree: Any) -> float:
 
 
 def _compile(
-    jitted: Any, arguments: tuple, mesh: Mesh, rows: int
+    jitted: Any, arguments: tuple, mesh: Mesh, rows: int, quick: bool
 ) -> tuple[Any, Figures]:
-    start = time.perf_counter()
+    device, start = mesh.devices.flat[0], time.perf_counter()
     traced = jitted.trace(*arguments)
     lowered = traced.lower()
     middle = time.perf_counter()
     try:
-        run = lowered.compile()
+        run = lowered.compile(compiler_options=planning_options(device, quick))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -103,8 +112,7 @@ def _compile(
         return None, {"fits": False, "hbm_gib_per_chip": needed_gib(why), "why": why}
     end = time.perf_counter()
 
-    kind, memory = mesh.devices.flat[0].device_kind, run.memory_analysis()
-    chip = CHIPS.get(kind)
+    memory, chip = run.memory_analysis(), CHIPS.get(device.device_kind)
     # Outputs that do not take the place of an argument.
     outputs = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
     parts = {
@@ -114,9 +122,10 @@ def _compile(
         "program": memory.generated_code_size_in_bytes / GIB,
     }
     total, limit = sum(parts.values()), chip.memory_gib if chip else None
-    traffic = Traffic(run.as_text(), mesh.size)
+    linked = GPUS_OF_A_BOX if chip and chip.network else mesh.size
+    traffic = Traffic(run.as_text(), mesh.size, min(linked, mesh.size))
     found = {
-        "chip": kind,
+        "chip": device.device_kind,
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
         "batch_size": rows,
@@ -130,12 +139,14 @@ def _compile(
         "collective_bytes_per_chip": sum(
             each["bytes"] for each in traffic.collectives.values()
         ),
+        "network_bytes_per_chip": traffic.network,
         "loops_of_unknown_length": traffic.unknown_loops,
         "trace_seconds": middle - start,
         "compile_seconds": end - middle,
         "step_seconds": None,
     }
-    return run, found | (_times(found, traffic.cycles, chip) if chip else {})
+    cycles = 0 if quick else traffic.cycles
+    return run, found | (_times(found, cycles, traffic.linked, chip) if chip else {})
 
 
 def needed_gib(message: str) -> float:
@@ -145,19 +156,23 @@ def needed_gib(message: str) -> float:
     return float(found[1]) * units[found[2]] if found else 0.0
 
 
-def _times(found: Figures, cycles: int, chip: Chip) -> Figures:
+def _times(found: Figures, cycles: int, linked: float, chip: Chip) -> Figures:
     """Times of one run by the data sheet, with `ASSUMPTIONS`."""
     compute = found["flops_per_chip"] / chip.flops
     memory = found["bytes_per_chip"] / chip.bandwidth
-    exchanges = found["collective_bytes_per_chip"] / chip.link
+    exchanges = linked / chip.link
+    if over_network := found["network_bytes_per_chip"]:
+        exchanges += over_network / chip.network
     seconds = max(compute, memory) + exchanges
+    lines = {
+        "compute_seconds": compute,
+        "memory_seconds": memory,
+        "interconnect_seconds": exchanges,
+    }
+    if cycles:
+        lines["by_the_compilers_cycles"] = cycles / chip.clock + exchanges
     return {
-        "roofline": {
-            "compute_seconds": compute,
-            "memory_seconds": memory,
-            "interconnect_seconds": exchanges,
-            "by_the_compilers_cycles": cycles and cycles / chip.clock + exchanges,
-        },
+        "roofline": lines,
         "step_seconds": seconds,
         "peak_share": compute / seconds,
         "images_per_second": found["batch_size"] / seconds,

@@ -24,11 +24,12 @@ _FREE = re.compile(
     r"parameter|constant|(get-)?tuple(-element)?|bitcast|after-all|add-dependency"
     r"|opt(imization)?-barrier|partition-id|replica-id|.*-done|.*[a-z]-update"
 )
+_SPACE = re.compile(r", [su]8\[\d+\]")
 _SLICES = ("slice", "dynamic-slice", "gather")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 # name = type kind(operands or a literal), attributes.
 _OPERATION = re.compile(
-    r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, [a-z_]+=.*)?$"
+    r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, [a-z_-]+=.*)?$"
 )
 _NAME = re.compile(r"%([\w.-]+)")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
@@ -88,15 +89,21 @@ def _parse(text: str) -> dict[str, _Computation]:
 
 
 class Traffic:
-    """What each of `devices` does in one run of a program, by `compiled.as_text()`."""
+    """What each of `devices` does in one run of a program, by `compiled.as_text()`.
 
-    def __init__(self, text: str, devices: int):
+    Links join `linked` of them, which are adjacent; others exchange over a network.
+    """
+
+    def __init__(self, text: str, devices: int, linked: int | None = None):
         self.bytes = 0.0  # from and to main memory, without tiles' padding
         self.cycles = 0  # of its clock, as the compiler estimates; 0 if it does not
         # Exchanges by kind: their "count", and the "bytes" that it sends for them.
         self.collectives: dict[str, dict[str, float]] = {}
+        self.linked = 0.0  # bytes that it sends to groups that links join
+        self.network = 0.0  # bytes that it sends over its card, to other groups
         self.unknown_loops = 0  # loops of unknown length, counted once
         self._computations, self._devices = _parse(text), devices
+        self._linked = linked or devices
         self._add("ENTRY", 1)
 
     def _add(self, name: str, times: int) -> None:
@@ -149,22 +156,41 @@ class Traffic:
                 types = [inside[name].type for name in each.operands]
                 size = sum(size for type_ in types for size, _ in arrays(type_))
                 own = self.collectives.setdefault(kind, {"count": 0, "bytes": 0})
+                sent = times * size * self._sent_share(kind, each.rest)
                 own["count"] += times
-                own["bytes"] += times * size * self._sent_share(kind, each.rest)
+                own["bytes"] += sent
+                if self._linked == self._devices:
+                    self.linked += sent
+                else:
+                    self._add_by_way(each.rest, sent)
                 break
+
+    def _add_by_way(self, rest: str, sent: float) -> None:
+        """Adds what is sent in a group to that over links or over the network.
+
+        As many rings as a group has members in a box cross to the next, each over the
+        card of one of them.
+        """
+        boxes = [each // self._linked for each in group(rest, self._devices)]
+        if len(set(boxes)) == 1:
+            self.linked += sent
+        else:
+            self.network += sent / boxes.count(boxes[0])
 
     def _sent_share(self, kind: str, rest: str) -> float:
         """What a device sends for an exchange in a ring, over what it has."""
         if kind.startswith("collective"):
             return 1
-        group = group_size(rest, self._devices)
+        size = len(group(rest, self._devices))
         if kind == "all-gather":
-            return group - 1
-        return (2 if kind == "all-reduce" else 1) * (group - 1) / group
+            return size - 1
+        return (2 if kind == "all-reduce" else 1) * (size - 1) / size
 
     def _moved(self, operation: _Operation, inside: _Computation) -> float:
         """Bytes that an operation reads from and writes to main memory."""
         made, kind = _main(operation.type), operation.kind
+        if kind == "custom-call":  # beside its result may be cuDNN's or cuBLAS's space
+            made = _main(_SPACE.sub("", operation.type))
         if kind in _SLICES:
             return 2 * made
         if kind == "slice-start":
@@ -197,19 +223,40 @@ class Traffic:
         return total
 
 
-def group_size(rest: str, devices: int) -> int:
-    """How many devices exchange with one another; all of `devices` without groups."""
+def group(rest: str, devices: int) -> list[int]:
+    """The first of the groups that exchange; without groups it is all of `devices`."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(found[1].split(","))
-    if found := re.search(r"replica_groups=\[[\d,]*?(\d+)\]<=", rest):
-        return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'?([\w.-]+)'?=(\d+)", found[1]))
-        axes = re.findall(r"'([\w.-]+)'(?::\((\d+)\)(\d+))?", found[2])
-        return math.prod(int(part or sizes[axis]) for axis, _, part in axes)
+        return _numbers(found[1])
+    iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+    if found := re.search(rf"replica_groups=\[([\d,]+)\]<={iota}", rest):
+        ids = _ordered(_numbers(found[2]), _numbers(found[3]))
+        return ids.reshape(_numbers(found[1]))[0].tolist()
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", rest):
+        sizes = re.findall(r"'?([\w.-]+)'?=(\d+)", found[1])
+        shape = [int(size) for _, size in sizes]
+        order = re.search(iota, found[2])
+        ids = _ordered(*map(_numbers, order.groups())) if order else _ordered(shape)
+        # Of an axis, all, or a part that is named with the product of those before it.
+        axes = re.findall(r"'([\w.-]+)'(?::\((\d+)\)(\d+))?", found[3])
+        taken: list[int | slice] = [0] * len(shape)
+        for axis, before, part in axes:
+            place = [name for name, _ in sizes].index(axis)
+            step = shape[place] // (int(before) * int(part)) if part else 1
+            taken[place] = slice(0, step * int(part) if part else None, step)
+        return ids.reshape(shape)[tuple(taken)].flatten().tolist()
     if re.search(r"replica_groups=(?!\{\})", rest):
         raise ValueError(f"unknown form of a collective's groups: {rest[:200]}")
-    return devices
+    return list(range(devices))
+
+
+def _numbers(text: str | None) -> list[int]:
+    return [int(number) for number in (text or "").split(",") if number]
+
+
+def _ordered(shape: list[int], order: list[int] = ()) -> np.ndarray:
+    """The numbers from 0 in an array of that shape, its axes in another order."""
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(order) if len(order) else ids
 
 
 def forward_flops(cfg: StageConfig) -> int:
@@ -238,6 +285,12 @@ def _count(equation: JaxprEqn) -> int:
         )
     if name == "conv_general_dilated":
         return _convolution(equation)
+    if name.startswith("dot_product_attention"):  # cuDNN's, whose inside is not traced
+        rows, pixels, heads, width = equation.invars[0].aval.shape
+        keys = equation.invars[1].aval.shape[1]
+        # Logits and their product with values; these and all gradients backward.
+        products = 5 if "bwd" in name else 2
+        return products * 2 * rows * heads * pixels * keys * width
     inner = [count_flops(each) for each in jaxprs_in_params(params)]
     if name == "cond":
         return max(inner)

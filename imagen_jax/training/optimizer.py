@@ -1,5 +1,6 @@
 """The optimizer: clipping, then Adam or Adafactor (paper App. F)."""
 
+import jax
 import optax
 
 from imagen_jax.config import OptimizerConfig
@@ -29,8 +30,35 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     rate = learning_rate(cfg, steps)
     rule = {
         "adam": lambda: optax.adam(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
-        "adafactor": lambda: optax.adafactor(
-            rate, multiply_by_parameter_scale=cfg.parameter_scale
+        "adafactor": lambda: _with_placeholders(
+            optax.adafactor(rate, multiply_by_parameter_scale=cfg.parameter_scale)
         ),
     }[cfg.name]()
     return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), rule)
+
+
+def _with_placeholders(
+    adafactor: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """`optax.adafactor`, handing its placeholders on: new ones were a copy each.
+
+    They are zeros of shape `(1,)` in the place of the moments that a parameter has not:
+    factored ones or the whole.
+    """
+
+    def update(gradients, state, params):
+        updates, (moments, *others) = adafactor.update(gradients, state, params)
+
+        def older(old, new, param):
+            # A parameter of that shape has a whole moment.
+            return old if new.shape == (1,) != param.shape else new
+
+        kept = {
+            name: jax.tree.map(
+                older, getattr(state[0], name), getattr(moments, name), params
+            )
+            for name in ("v_row", "v_col", "v")
+        }
+        return updates, (moments._replace(**kept), *others)
+
+    return optax.GradientTransformation(adafactor.init, update)

@@ -1,4 +1,4 @@
-"""Attention, XLA's and the kernel's, against a closed form in float64 numpy."""
+"""Attention, XLA's and the kernels', against a closed form in float64 numpy."""
 
 import functools
 
@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from imagen_jax.config import MeshConfig
 from imagen_jax.models import attention
-from imagen_jax.models.attention import attend, flash_attention
+from imagen_jax.models.attention import attend, by_kernel, cudnn, flash
 from imagen_jax.sharding import AXES, batch_sharding, make_mesh, on_mesh
 
 EPS = np.finfo(np.float32).eps
@@ -54,7 +54,7 @@ def test_logits_and_softmax_are_float32():
 def test_attending_to_nothing_is_zero(kernel, monkeypatch):
     """As the null text is, where a level attends to the text alone."""
     t, s = (128, 128) if kernel else (6, 5)
-    monkeypatch.setattr(attention, "_kernel_fits", lambda *_: kernel)
+    monkeypatch.setattr(attention, "_kernel", lambda *_: flash if kernel else None)
     q, k, v = _normal(2, t, 2, 8), _normal(2, s, 2, 8), 1e30 * _normal(2, s, 2, 8)
     mask = np.array([[0] * s, [1] * s], bool)
 
@@ -87,8 +87,8 @@ def test_the_tpu_kernel_is_a_masked_softmax():
     pixels, keys = 256, 384
     q, k, v, mask = _inputs(2, pixels, keys)
     with pltpu.force_tpu_interpret_mode():
-        have = flash_attention(q, k, v, mask)
-        gradients = _gradients(flash_attention, q, k, v, mask)
+        have = flash(q, k, v, mask)
+        gradients = _gradients(flash, q, k, v, mask)
     want = _attend_exactly(q, k, v, mask)
     # Logits of a few units are sums of 64 products, the answer one of `keys` terms of
     # weight 1 / keys, both in the worst order.
@@ -102,8 +102,9 @@ def test_the_tpu_kernel_on_a_mesh():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     q, k, v, mask = jax.device_put(_inputs(4, 128, 256), batch_sharding(mesh))
     with pltpu.force_tpu_interpret_mode():
-        have = jax.jit(on_mesh(flash_attention, mesh))(q, k, v, mask)
-        one = flash_attention(*_inputs(4, 128, 256))
+        run = functools.partial(by_kernel, flash)
+        have = jax.jit(on_mesh(run, mesh))(q, k, v, mask)
+        one = flash(*_inputs(4, 128, 256))
     np.testing.assert_allclose(have, one, atol=16 * EPS)
 
 
@@ -117,29 +118,70 @@ def test_the_tpu_kernel_takes_the_papers_lengths(pixels, keys, width):
     q = jax.ShapeDtypeStruct((1, pixels, 1, width), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, keys, 1, width), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((1, keys), jnp.bool_)
-    made = jax.eval_shape(functools.partial(_gradients, flash_attention), q, k, k, mask)
+    made = jax.eval_shape(functools.partial(_gradients, flash), q, k, k, mask)
     assert [one.shape for one in made] == [q.shape, k.shape, k.shape]
 
 
+@pytest.fixture
+def cudnn_by_xla(monkeypatch):
+    """XLA's attention of key lengths in place of cuDNN's, which takes a GPU."""
+    own = jax.nn.dot_product_attention
+
+    def run(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return own(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", run)
+
+
+def test_key_lengths_say_what_a_mask_says(cudnn_by_xla):
+    """Text is padded at its end; without any there is one key, whose answer is left."""
+    q, k, v, mask = _inputs(4, 16, 96)
+    mask[3] = False
+    have = cudnn(q, k, v, mask)
+    want = _attend_exactly(q, k, v, mask)
+    bound = (64 + 96) * EPS
+    np.testing.assert_allclose(have.reshape(want.shape)[:3], want[:3], atol=bound)
+    np.testing.assert_allclose(have[3], np.tile(v[3, :1], (16, 1, 1)), atol=EPS)
+
+
+def test_key_lengths_on_a_mesh(cudnn_by_xla):
+    mesh = make_mesh(MeshConfig(data=2, spatial=2, tensor=2))
+    args = jax.device_put(_inputs(4, 256, 96), batch_sharding(mesh))
+    have = jax.jit(on_mesh(functools.partial(by_kernel, cudnn), mesh))(*args)
+    np.testing.assert_allclose(have, cudnn(*_inputs(4, 256, 96)), atol=16 * EPS)
+
+
 @pytest.mark.parametrize(
-    ("platform", "rows", "pixels", "keys", "width", "takes"),
+    ("platform", "rows", "pixels", "keys", "width", "dtype", "kernel"),
     [
-        ("tpu", 4, 256, 384, 64, True),
-        ("tpu", 4, 256, 384, 256, True),
-        ("tpu", 4, 256, 384, 192, False),
-        ("tpu", 3, 256, 384, 64, False),
-        ("tpu", 4, 64, 192, 64, False),
-        ("tpu", 4, 256, 300, 64, False),
-        ("gpu", 4, 256, 384, 64, False),
+        ("tpu", 4, 256, 384, 64, "bfloat16", flash),
+        ("tpu", 4, 256, 384, 64, "float32", flash),
+        ("tpu", 4, 256, 384, 256, "bfloat16", flash),
+        ("tpu", 4, 256, 384, 192, "bfloat16", None),
+        ("tpu", 3, 256, 384, 64, "bfloat16", None),
+        ("tpu", 4, 64, 192, 64, "bfloat16", None),
+        ("tpu", 4, 256, 300, 64, "bfloat16", None),
+        ("gpu", 4, 256, 384, 64, "bfloat16", cudnn),
+        ("gpu", 4, 64, 77, 128, "bfloat16", cudnn),
+        ("gpu", 4, 256, 384, 64, "float32", None),
+        ("gpu", 4, 256, 384, 256, "bfloat16", None),
+        ("gpu", 4, 256, 384, 20, "bfloat16", None),
+        ("gpu", 3, 256, 384, 64, "bfloat16", None),
+        ("gpu", 4, 1, 128, 64, "bfloat16", None),
+        ("cpu", 4, 256, 384, 64, "bfloat16", None),
     ],
 )
-def test_only_tpus_take_the_kernel_and_where_it_fits(
-    platform, rows, pixels, keys, width, takes
+def test_a_kernel_is_taken_where_it_fits(
+    platform, rows, pixels, keys, width, dtype, kernel
 ):
     device = jax.sharding.AbstractDevice(platform, 1, platform)
     mesh = jax.sharding.AbstractMesh((2, 2, 1, 1), AXES, abstract_device=device)
-    q = jax.ShapeDtypeStruct((rows, pixels, 2, width), jnp.bfloat16)
-    k = jax.ShapeDtypeStruct((rows, keys, 2, width), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((rows, pixels, 2, width), dtype)
+    k = jax.ShapeDtypeStruct((rows, keys, 2, width), dtype)
     mask = jax.ShapeDtypeStruct((rows, keys), jnp.bool_)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert ("pallas_call" in str(jax.make_jaxpr(attend)(q, k, k, mask))) == takes
+        assert attention._kernel(q, k) is kernel
+        if kernel is not cudnn:
+            program = str(jax.make_jaxpr(attend)(q, k, k, mask))
+            assert ("pallas_call" in program) == (kernel is flash)

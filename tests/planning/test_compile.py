@@ -107,8 +107,6 @@ def test_times_follow_from_the_work(made):
         "compute_seconds": pytest.approx(compute),
         "memory_seconds": pytest.approx(memory),
         "interconnect_seconds": pytest.approx(sent / 1e9),
-        # A CPU's compiler estimates none.
-        "by_the_compilers_cycles": 0,
     }
     assert seconds == pytest.approx(max(compute, memory) + sent / 1e9)
     assert found["images_per_second"] == pytest.approx(8 / seconds)
@@ -124,11 +122,20 @@ def test_times_follow_from_the_work(made):
 
 
 def test_a_compilers_cycles_are_times():
-    names = ("flops_per_chip", "bytes_per_chip", "collective_bytes_per_chip")
-    found = dict(zip(names, (1e12, 3e10, 2e9))) | {"batch_size": 8}
-    times = planning._times(found, 5 * 10**9, CHIP)
+    names = ("flops_per_chip", "bytes_per_chip", "network_bytes_per_chip")
+    found = dict(zip(names, (1e12, 3e10, 0))) | {"batch_size": 8}
+    times = planning._times(found, 5 * 10**9, 2e9, CHIP)
     assert times["roofline"]["by_the_compilers_cycles"] == 5 + 2
     assert times["step_seconds"] == max(1, 3) + 2
+
+
+def test_a_network_is_another_line():
+    names = ("flops_per_chip", "bytes_per_chip", "network_bytes_per_chip")
+    found = dict(zip(names, (1e12, 0, 3e8))) | {"batch_size": 8}
+    chip = dataclasses.replace(CHIP, network=1e8)
+    times = planning._times(found, 0, 2e9, chip)
+    assert times["roofline"]["interconnect_seconds"] == 2 + 3
+    assert times["step_seconds"] == 1 + 2 + 3
 
 
 def test_microbatches_are_counted(mesh):
@@ -179,7 +186,7 @@ def test_a_step_that_does_not_fit_is_a_message(mesh, monkeypatch, message, gib):
 
         lower = trace
 
-        def compile(self):
+        def compile(self, **_):
             raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(planning, "compile_train_step", lambda *_: Step())

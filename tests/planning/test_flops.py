@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.models import network
+from imagen_jax.models.attention import cudnn
 from imagen_jax.planning.program import count_flops, forward_flops
 from tests import tiny
 
@@ -119,6 +120,21 @@ def test_the_attention_kernel():
     assert count(flash_attention, *shapes) == 2 * product
     grad = jax.grad(lambda *args: flash_attention(*args).sum(), (0, 1, 2))
     assert count(grad, *shapes) == (2 + 4 + 3) * product
+
+
+def test_cudnns_attention(monkeypatch):
+    """Which traces to one operation: two products forward, five more backward."""
+    fused = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(fused, lambda: 91000)
+
+    def run(q, k, v):
+        q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+        return cudnn(q, k, v, np.ones((2, 384), bool)).sum()
+
+    shapes = (2, 256, 3, 64), (2, 384, 3, 64), (2, 384, 3, 64)
+    product = 2 * 2 * 3 * 256 * 384 * 64
+    assert count(run, *shapes) == 2 * product
+    assert count(jax.grad(run, (0, 1, 2)), *shapes) == (2 + 5) * product
 
 
 @pytest.mark.parametrize("make", [tiny.stage, tiny.sr_stage])

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from imagen_jax.planning.program import Traffic, arrays, group_size
+from imagen_jax.planning.program import Traffic, arrays, group
 
 
 @pytest.mark.parametrize(
@@ -29,26 +29,35 @@ def test_the_arrays_of_a_type(text, found):
 
 
 @pytest.mark.parametrize(
-    ("groups", "size"),
+    ("groups", "members"),
     [
-        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
-        ("replica_groups=[2,4]<=[8]", 4),
-        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
-        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4),
-        ("replica_groups=mesh['a'=2,'b'=4] {'a', 'b'}", 8),
-        ("replica_groups=mesh['a'=16,'b'=2] {'a':(1)4}", 4),
-        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
-        ("replica_groups={}", 8),
-        ("channel_id=1", 8),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", [0, 1, 2, 3]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a', 'b'}", list(range(8))),
+        ("replica_groups=mesh['a'=16,'b'=2] {'a':(1)4}", [0, 8, 16, 24]),
+        ("replica_groups=mesh['a'=16,'b'=2] {'a':(4)4}", [0, 2, 4, 6]),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}",
+            [0, 1, 2, 3],
+        ),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, x={0}",
+            [0, 4],
+        ),
+        ("replica_groups={}", list(range(8))),
+        ("channel_id=1", list(range(8))),
     ],
 )
-def test_groups_of_an_exchange(groups, size):
-    assert group_size(f", {groups}, to_apply=%s", 8) == size
+def test_groups_of_an_exchange(groups, members):
+    assert group(f", {groups}, to_apply=%s", 8) == members
 
 
 def test_groups_that_cannot_be_read_are_no_guess():
     with pytest.raises(ValueError, match="unknown form of a collective's groups"):
-        group_size(", replica_groups=<8>", 8)
+        group(", replica_groups=<8>", 8)
 
 
 PROGRAM = """HloModule m, is_scheduled=true
@@ -89,6 +98,7 @@ ENTRY %main (x: f32[8], y: f32[8], i: s32[]) -> (f32[8], f32[8]) {
         # Names and constants move nothing, nor does what is inside of a fusion.
         ("%f = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner", 32 + 32),
         ("%f = f32[8]{0} add(%x, /*index=1*/%y)", 3 * 32),
+        ("%f = f32[8]{0} negate(%x), control-predecessors={%y}, kind=k", 2 * 32),
         # Slices of two elements and of one, the index (all of it), and the result.
         ("%f = f32[2]{0} fusion(%x, %i), kind=kLoop, calls=%sliced", 8 + 4 + 4 + 8),
         ("%f = f32[2]{0} dynamic-slice(%x, %i)", 2 * 8),
@@ -96,6 +106,8 @@ ENTRY %main (x: f32[8], y: f32[8], i: s32[]) -> (f32[8], f32[8]) {
         ("%f = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%x)", 32),
         ("%f = ((f32[8]{0}), f32[2]{0:S(1)}, s32[]{:S(2)}) slice-start(%x)", 8),
         ('%f = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"', 0),
+        # The second result is what a library works with.
+        ("%f = (f32[8]{0}, s8[4096]{0}) custom-call(%x, %y)", 3 * 32),
         ("%f = f32[8]{0} conditional(%i, %x), branch_computations={%inner}", 2 * 32),
     ],
 )
@@ -270,3 +282,24 @@ def test_a_tpus_program():
     permuted, scattered = 2 * 4 * 8 * 16, 2 * (512 + 128)
     assert program.bytes == 4 * 8 * 16 + permuted + scattered
     assert program.cycles == 700
+
+
+BOXES = """HloModule m
+
+ENTRY %main (x: f32[16]) -> f32[16] {
+  %x = f32[16]{0} parameter(0)
+  %a = f32[16]{0} all-reduce(%x), replica_groups=[2,4]<=[8]
+  %b = f32[16]{0} all-reduce(%a), replica_groups=[4,2]<=[2,4]T(1,0)
+  ROOT %c = f32[16]{0} all-reduce(%b), replica_groups={}
+}
+"""
+
+
+def test_between_boxes_as_many_rings_as_there_are_cards():
+    """Within boxes of 4; by a card each; all 8, whose 4 rings share what is sent."""
+    program, size = Traffic(BOXES, 8, linked=4), 4 * 16
+    assert program.linked == 2 * 3 / 4 * size
+    assert program.network == 2 * 1 / 2 * size + 2 * 7 / 8 * size / 4
+    one_box = Traffic(BOXES, 8)
+    sent = one_box.collectives["all-reduce"]["bytes"]
+    assert one_box.linked == sent and one_box.network == 0

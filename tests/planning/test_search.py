@@ -68,7 +68,8 @@ def compiler(monkeypatch):
     class Compiler:
         times, asked = 1.0, []
 
-        def step(self, cfg, mesh):
+        def step(self, cfg, mesh, quick):
+            assert quick
             self.asked.append(cfg)
             needed = self.times * gib(cfg)
             fits = needed <= chips.CHIPS["cpu"].memory_gib
@@ -119,20 +120,42 @@ def test_guesses_are_made_right_by_what_was_needed(monkeypatch, compiler, capsys
 
 def test_a_program_that_is_hopeless_is_not_compiled(monkeypatch, compiler):
     cfg = on(stage(), data=8)
-    limit(monkeypatch, gib(cfg) * 0.3)
+    limit(monkeypatch, gib(cfg) * 0.35)
     found = search.plan(cfg, jax.devices(), "train")
     assert not found["fits"] and found["hbm_gib_per_chip"] == gib(cfg)
     assert "not compiled" in planning.summary(found) and not compiler.asked
+    # State and batch alone are too large, whatever the rest is.
+    large = on(stage(batch_size=8), data=8)
+    held = search.held_gib(large, jax.devices())
+    limit(monkeypatch, held * 0.99)
+    monkeypatch.setattr(search, "guess_gib", lambda *_: held)
+    found = search.plan(large, jax.devices(), "train")
+    assert found["guessed"] and not compiler.asked
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "compile_step", compiler.step)
     limit(monkeypatch, gib(cfg) * 0.9)
     found = search.plan(cfg, jax.devices(), "train")
     assert not found["fits"] and compiler.asked
+
+
+def test_the_nearest_by_a_guess(monkeypatch, compiler):
+    """The same remat before fewer microbatches; nothing is compiled."""
+    cfg = on(stage(batch_size=256), data=8)
+    parts = dataclasses.replace(cfg.training, microbatches=4)
+    smaller = dataclasses.replace(cfg, training=parts)
+    limit(monkeypatch, gib(smaller))
+    found = search.nearest(cfg, jax.devices())
+    assert "remat=none --config.training.microbatches=4" in found["flags"]
+    assert planning.summary(found).endswith("GiB a chip (a guess)")
+    limit(monkeypatch, 1e-9)
+    assert search.nearest(cfg, jax.devices()) is None and not compiler.asked
 
 
 @pytest.mark.slow
 def test_an_absent_slice():
     pytest.importorskip("libtpu")
     cfg = on(stage(batch_size=16), data=2, fsdp=2)
-    found = search.plan(cfg, chips.slice_devices("v4-8"), "train")
+    found = search.plan(cfg, chips.slice_devices("v4-8"), "train", quick=False)
     assert found["fits"] and found["hbm_limit_gib"] == 30.75
     assert found["collectives"]["all-gather"]["count"] > 0
     assert 0 < found["step_seconds"] < found["roofline"]["by_the_compilers_cycles"]

@@ -261,3 +261,34 @@ def test_a_batch_of_another_shape_is_refused():
         step.compile_train_step(cfg, mesh).lower(
             create_state(cfg, mesh), tiny.batch(other)
         )
+
+
+def test_adafactors_placeholders_are_handed_on():
+    """The values are optax's; what stands for a moment that is not there is no copy."""
+    shapes = {"factored": (128, 130), "whole": (5, 7), "one": (1,), "vector": (300,)}
+    rng = np.random.default_rng(0)
+    params = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    cfg = OptimizerConfig(name="adafactor", parameter_scale=False)
+    ours = optimizer.make_optimizer(cfg, 100)
+    theirs = optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.adafactor(
+            optimizer.learning_rate(cfg, 100), multiply_by_parameter_scale=False
+        ),
+    )
+    states = [ours.init(params), theirs.init(params)]
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        grads = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+        found = [
+            jax.jit(rule.update)(grads, state, params)
+            for rule, state in zip((ours, theirs), states, strict=True)
+        ]
+        states = [state for _, state in found]
+        jax.tree.map(np.testing.assert_array_equal, *found)
+        assert jax.tree.structure(found[0]) == jax.tree.structure(found[1])
+
+    program = jax.make_jaxpr(ours.update)(params, states[0], params).jaxpr
+    handed = set(program.invars) & set(program.outvars)
+    # Two of each unfactored parameter, one of each factored, but none of "one".
+    assert [v.aval.shape for v in handed] == [(1,)] * 5
