@@ -229,9 +229,7 @@ def table(found):
     """The figures in Markdown."""
     lines = [f"{found['device']}, jax {jax.__version__}, {found['date']}", ""]
     lines += [f"- {k}: {v:.4g}" for k, v in found.get("ceilings", {}).items()]
-    lines += [
-        f"- attention, {k}: {v:.4g}" for k, v in found.get("attention", {}).items()
-    ]
+    lines += [f"- {k}: {v:.4g}" for k, v in found.get("attention", {}).items()]
     names = ["batch_size", "step_seconds", "images_per_second", "share_of_matmul"]
     names += ["share_of_copy", "planned_step_seconds", "planned_gib", "peak_gib"]
     lines += ["", f"| training | {' | '.join(names)} |", "|---" * 9 + "|"]
