@@ -13,7 +13,9 @@ from imagen_jax.api.run import run_config
 from imagen_jax.config import from_dict
 from imagen_jax.models import layers
 
-TRAININGS = {one for claim in CLAIMS.values() for one in claim.trainings}
+TRAININGS = list(
+    dict.fromkeys(one for claim in CLAIMS.values() for one in claim.trainings)
+)
 KINDS = {
     "wordings": {"trained", "wordings", "words"},
     "colours": {"trained", "names", "words"},
