@@ -13,9 +13,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from configs import sr256
 from imagen_jax import benchmark, config
 from imagen_jax.compilation import compiler_options
+from imagen_jax.configs import sr256
 from imagen_jax.models import network
 from imagen_jax.planning.program import forward_flops
 from imagen_jax.sharding import make_mesh

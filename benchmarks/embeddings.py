@@ -13,11 +13,11 @@ import pathlib
 import jax
 import numpy as np
 
-from configs import tiny
 from imagen_jax.api.cascade import load, open_stages
 from imagen_jax.api.run import resolve, train_stage
 from imagen_jax.batch import pad_text
 from imagen_jax.config import MeshConfig
+from imagen_jax.configs import tiny
 from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.prepare import prepare
 from imagen_jax.shapes import scenes

@@ -15,9 +15,9 @@ import time
 
 import numpy as np
 
-from configs import tiny
 from imagen_jax import images, load_cascade
 from imagen_jax.api.run import resolve, train_stage
+from imagen_jax.configs import tiny
 from imagen_jax.demo import summarise
 from imagen_jax.shapes import scenes
 from imagen_jax.shapes.judge import judge

@@ -28,8 +28,8 @@ def train(folder, kills):
     """The run; `kills` says whether it kills itself."""
     import jax
 
-    from configs import tiny
     from imagen_jax import benchmark, config
+    from imagen_jax.configs import tiny
     from imagen_jax.sharding import make_mesh
     from imagen_jax.training import loop
     from imagen_jax.training.checkpoint import Checkpointer

@@ -13,8 +13,8 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from configs import sr256
 from imagen_jax.config import MeshConfig, StageConfig, from_dict
+from imagen_jax.configs import sr256
 from imagen_jax.planning.chips import slice_devices
 from imagen_jax.planning.compile import compile_step
 from imagen_jax.sharding import make_mesh

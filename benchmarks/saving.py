@@ -14,8 +14,8 @@ import time
 
 import jax
 
-from configs import tiny
 from imagen_jax import benchmark, config
+from imagen_jax.configs import tiny
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.checkpoint import Checkpointer
 from imagen_jax.training.state import create_state

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import tiny
 from imagen_jax import demo
+from imagen_jax.configs import tiny
 from imagen_jax.errors import UserError
 from imagen_jax.shapes import scenes as shapes
 from imagen_jax.shapes import wordings

@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import pytest
 
-from configs import base64, sr256, sr1024
 from imagen_jax import config
 from imagen_jax.config import MeshConfig
+from imagen_jax.configs import base64, sr256, sr1024
 from imagen_jax.models import network
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import abstract_state

@@ -5,8 +5,8 @@ import types
 
 import pytest
 
-from configs import tiny as configs
 from imagen_jax import cli, plan
+from imagen_jax.configs import tiny as configs
 from imagen_jax.errors import UserError
 from imagen_jax.planning import search
 

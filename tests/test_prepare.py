@@ -207,7 +207,7 @@ def test_shapes_are_the_scenes_of_their_captions(tmp_path):
     "options, message",
     [
         ({"source": "foldr:x"}, "'foldr:x'; it is folder:"),
-        ({"source": "folder:"}, "it is folder:DIR, webdataset:GLOB, .* or shapes:N"),
+        ({"source": "folder:"}, "it is folder:DIR, webdataset:GLOB, .* or wordings:N"),
         ({"source": "shapes:many"}, "give a number above zero"),
         ({"source": "folder:/no/where"}, "there is no folder '/no/where'"),
         ({"output": ""}, "--output='' is no folder"),

@@ -9,7 +9,7 @@ import pytest
 from imagen_jax.evaluation import ratings
 from tests import browser
 from tests.evaluation import folders
-from tests.test_doors import ROOT, call, error
+from tests.test_doors import call, error
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +174,6 @@ def test_side_by_side(samples, tmp_path):
         done = call("rate", "page", *given, f"--output={tmp_path / 'other'}")
         assert done.returncode == 1 and "one.json has no figures by cate" in error(done)
         assert not (tmp_path / "other").exists()
-
-
-def test_the_page_travels_with_the_package():
-    setup = (ROOT / "setup.py").read_text()
-    assert 'package_data={"imagen_jax.evaluation": ["rate.html"]}' in setup
-    assert (ROOT / "imagen_jax/evaluation/rate.html").is_file()
 
 
 SHOWN = "document.querySelector('section:not([hidden])')"

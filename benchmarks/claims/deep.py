@@ -8,7 +8,7 @@ numbers down: at the deepest level their variance is no longer far above 1e-5.
 
 import functools
 
-from configs import common, sr256
+from imagen_jax.configs import common, sr256
 from imagen_jax.models import layers
 
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import sr1024
 from imagen_jax import config
 from imagen_jax.batch import Cond
+from imagen_jax.configs import sr1024
 from imagen_jax.models import layers, network
 
 CROP, WHOLE = 192, 384

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base64, common
 from imagen_jax import config
 from imagen_jax.batch import Cond
+from imagen_jax.configs import base64, common
 from imagen_jax.models import network
 
 EPS = np.finfo(np.float32).eps

@@ -5,9 +5,9 @@ import re
 import jax
 import pytest
 
-from configs import base64
 from imagen_jax import config
 from imagen_jax.config import MeshConfig
+from imagen_jax.configs import base64
 from imagen_jax.planning.chips import CHIPS, slice_devices
 from imagen_jax.planning.compile import compile_sampling, compile_step
 from imagen_jax.planning.program import arrays, forward_flops
