@@ -60,6 +60,8 @@ def define_job() -> None:
     lowres = "a picture for a super-resolution stage to start from; once or per prompt"
     flags.DEFINE_multi_string("lowres", [], lowres)
     flags.DEFINE_integer("num_images", 1, "pictures of each prompt", lower_bound=1)
+    packed = "also packs the pictures in tar files of so many, with captions; 0: none"
+    flags.DEFINE_integer("tar_images", 0, packed, lower_bound=0)
     flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next seed")
     flags.DEFINE_string("encoder_weights", "", "file or folder of the text encoder")
     each = "; once for all stages or once per stage"
@@ -158,6 +160,7 @@ def sample(output: str, steps: Mapping[str, int] | None = None) -> Job:
         [(path, read_lowres(path, size)) for path in args.lowres],
         recorded,
         [prompt.known() for prompt in prompts],
+        args.tar_images,
     )
     where = printable(job.folder.resolve())
     try:

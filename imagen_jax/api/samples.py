@@ -2,17 +2,19 @@
 
 It holds job.json, what was asked for; NNNN.png of the last stage and NNNN_SIZEpx.png of
 earlier ones, from which the next stage starts; samples.jsonl, a line for each finished
-picture, in order; and at the end grids and sheets.
+picture, in order; and at the end grids, sheets and, if asked for, tar files.
 """
 
 import dataclasses
 import fcntl
 import functools
 import hashlib
+import io
 import itertools
 import json
 import os
 import pathlib
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
@@ -71,6 +73,7 @@ class Job:
     recorded_steps: tuple[int, ...] = ()  # whose estimates are drawn, too
     # What is known of each prompt, for the lines of its pictures: its category.
     known: Sequence[dict[str, str]] = ()
+    tar_images: int = 0  # pictures of a tar file, into which they are packed, too
 
     def __post_init__(self):
         self.folder = pathlib.Path(self.output)
@@ -340,8 +343,33 @@ def _show(job: Job) -> None:
         numbers = range(first, min(first + _GRID, job.count))
         captions = [_caption(job, number) for number in numbers]
         _draw(job, name, numbers, min(8, len(numbers)), captions, _GRID_SIDE)
+    if job.tar_images:
+        _pack(job)
     for path in job.folder.glob(f"*{TEMPORARY}"):
         path.unlink(missing_ok=True)
+
+
+def _pack(job: Job) -> None:
+    """Packs all pictures with their captions and lines, as WebDataset has it.
+
+    Without times and owners, so that equal pictures make equal files.
+    """
+    for path in job.folder.glob("samples-*.tar"):  # of another number of pictures
+        path.unlink()
+    for part, first in enumerate(range(0, job.count, job.tar_images)):
+        path = job.folder / f"samples-{part:05d}.tar"
+        with appearing(path) as partial, tarfile.open(partial, "w") as tar:
+            for number in range(first, min(first + job.tar_images, job.count)):
+                line = _line(job, number)
+                members = {
+                    "png": job.path(number).read_bytes(),
+                    "txt": line["prompt"].encode(),
+                    "json": json.dumps(line).encode(),
+                }
+                for kind, data in members.items():
+                    member = tarfile.TarInfo(f"{number:04d}.{kind}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
 
 
 def _draw(job, name, numbers, columns, captions, most_side=0, title=""):

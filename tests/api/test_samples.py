@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,8 +14,10 @@ from imagen_jax.api.cascade import all_cells, load, settings, with_sampler
 from imagen_jax.api.library import Cascade
 from imagen_jax.api.samples import Job, make
 from imagen_jax.config import MeshConfig
+from imagen_jax.data import memory
 from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.errors import UserError
+from imagen_jax.prepare import prepare
 from tests import tiny
 
 PROMPTS = ["a red circle", "two blue squares", "красный круг"]
@@ -245,6 +248,25 @@ def test_sweeps_have_sheets_and_start_from_given_pictures(tmp_path, mesh, monkey
     ]
     assert captions[-1][5] == "two blue squares, seed 6, w 3, aug 0.1"
     assert titles[3] == "a red circle, seed 5, w 3, aug 0.9"
+
+
+def test_tar_files_are_those_that_prepare_reads(whole, tmp_path, cascade):
+    """All pictures, once and in order, with their captions; packed again the same."""
+    folder, records = tmp_path / "x", tmp_path / "records.npz"
+    shutil.copytree(whole, folder)
+    make(job(folder, tar_images=2), cascade)
+    make(job(folder, tar_images=4), cascade)
+    packed = contents(folder)
+    tars = sorted(name for name in packed if name.endswith(".tar"))
+    assert tars == ["samples-00000.tar", "samples-00001.tar"]
+    make(job(folder, tar_images=4), cascade)
+    assert contents(folder) == packed
+    source = f"webdataset:{folder}/samples-*.tar"
+    manifest = prepare(source, str(records), text_length=4, image_size=16)
+    found = memory.read(str(records), manifest)
+    np.testing.assert_array_equal(found["image"], job(whole).read())
+    captions = memory.read_captions(str(records), manifest.examples)
+    assert [c.decode() for c in captions] == [p for p in PROMPTS for _ in "ab"]
 
 
 def test_many_pictures_have_several_grids(tmp_path, cascade, monkeypatch):
