@@ -60,7 +60,7 @@ def define_job() -> None:
     lowres = "a picture for a super-resolution stage to start from; once or per prompt"
     flags.DEFINE_multi_string("lowres", [], lowres)
     flags.DEFINE_integer("num_images", 1, "pictures of each prompt", lower_bound=1)
-    packed = "also packs the pictures in tar files of so many, with captions; 0: none"
+    packed = "also pack the pictures and captions in tar files of this many; 0: none"
     flags.DEFINE_integer("tar_images", 0, packed, lower_bound=0)
     flags.DEFINE_integer("seed", 0, "of the first picture; the next has the next seed")
     flags.DEFINE_string("encoder_weights", "", "file or folder of the text encoder")

@@ -73,7 +73,7 @@ class Job:
     recorded_steps: tuple[int, ...] = ()  # whose estimates are drawn, too
     # What is known of each prompt, for the lines of its pictures: its category.
     known: Sequence[dict[str, str]] = ()
-    tar_images: int = 0  # pictures of a tar file, into which they are packed, too
+    tar_images: int = 0  # pictures in each tar file; 0 writes none
 
     def __post_init__(self):
         self.folder = pathlib.Path(self.output)

@@ -171,8 +171,10 @@ def evaluate(
     return found
 
 
-def _fit(samples: Samples, clip: Clip | None, judge: Callable | None):
-    """How well pictures fit their captions."""
+def _fit(
+    samples: Samples, clip: Clip | None, judge: Callable | None
+) -> dict[str, float]:
+    """How well pictures fit their captions, by the names of the figures."""
     figures = {}
     if clip:
         figures |= clip_score(clip, read_pictures(samples.files), samples.captions)

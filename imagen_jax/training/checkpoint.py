@@ -34,10 +34,12 @@ SCHEMA_VERSION = 2
 RESUMED = ("config", "ema", "iterator", "train")
 SAMPLED = ("config", "ema")
 
-logging.getLogger("absl").addFilter(lambda record: READ_ONLY not in str(record.msg))
-
 _UNLOGGED = "unlogged"
 _FAULT_BYTES = 256
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return READ_ONLY not in str(record.msg)
 
 
 class Checkpointer:
@@ -59,6 +61,7 @@ class Checkpointer:
         self._folder = epath.Path(workdir).resolve() / "checkpoints"
         self._training = training
         own = jax.process_index()
+        logging.getLogger("absl").addFilter(_is_news)
         options = ocp.CheckpointManagerOptions(
             create=False,
             read_only=True,

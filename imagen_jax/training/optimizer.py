@@ -40,17 +40,17 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
 def _with_placeholders(
     adafactor: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """`optax.adafactor`, handing its placeholders on: new ones were a copy each.
+    """`optax.adafactor` that returns its placeholders as they are, without copies.
 
-    They are zeros of shape `(1,)` in the place of the moments that a parameter has not:
-    factored ones or the whole.
+    They are zeros of shape `(1,)` in place of the moments that a parameter does not
+    need: the factored ones or the full one.
     """
 
     def update(gradients, state, params):
         updates, (moments, *others) = adafactor.update(gradients, state, params)
 
         def older(old, new, param):
-            # A parameter of that shape has a whole moment.
+            # A parameter of that shape has a full moment.
             return old if new.shape == (1,) != param.shape else new
 
         kept = {

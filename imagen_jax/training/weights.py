@@ -108,7 +108,7 @@ def open_weights(path: str, most: int | None = None) -> Weights:
     files = [single]
     if not single.exists():
         files = [folder / name for name in read_index(index, "the index of an export")]
-    # Exports of version 0.2 have none.
+    # Older exports name no digest.
     known = str(described.get("digest") or _digest(described))
     return Weights(path, cfg, step, *find_tensors(files), known)
 

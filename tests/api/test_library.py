@@ -22,18 +22,8 @@ from tests import tiny
 
 PROMPTS = ["a red circle", "two blue squares", "красный круг"]
 STAGES = tiny.untrained()
-# The one program of JAX's that says that something is compiled, and its first half.
+# How the names of JAX's events of tracing, lowering and compiling begin.
 EVENTS = "/jax/core/compile/"
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
-def cascade(mesh):
-    return Cascade(STAGES, mesh=mesh)
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,14 @@ import dataclasses
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
-from imagen_jax import images, sharding
+from imagen_jax import images
 from imagen_jax.api import loaded, samples
 from imagen_jax.api.cascade import all_cells, load, settings, with_sampler
 from imagen_jax.api.library import Cascade
 from imagen_jax.api.samples import Job, make
-from imagen_jax.config import MeshConfig
 from imagen_jax.data import memory
 from imagen_jax.diffusion.cascade import sample_cascade
 from imagen_jax.errors import UserError
@@ -23,16 +21,6 @@ from tests import tiny
 PROMPTS = ["a red circle", "two blue squares", "красный круг"]
 STAGES = tiny.untrained()
 BASE, SR = (one.cfg for one in STAGES)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-@pytest.fixture(scope="module")
-def cascade(mesh):
-    return Cascade(STAGES, mesh=mesh)
 
 
 def job(folder, **changes):
