@@ -60,7 +60,7 @@ def test_the_test_is_of_something():
     assert 8 < len(KEPT) < 24 and 6 < len(HELD_OUT) < 20 and KEPT & HELD_OUT
 
 
-@pytest.mark.parametrize("readers", [1, 2, 4])
+@pytest.mark.parametrize("readers", [1, 4])
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 @pytest.mark.parametrize(
     "data",
@@ -87,7 +87,7 @@ def test_three_epochs_have_what_a_plain_filter_leaves(
 
 
 @pytest.mark.parametrize("name", ["out", "out.npz"])
-@pytest.mark.parametrize("consumed", [1, 5, 13, 29])
+@pytest.mark.parametrize("consumed", [5, 29])
 def test_resuming_equals_never_stopping(stage, scored, mesh, name, consumed):
     data = {"filter": FILTER, "heldout_share": SHARE, "readers": 2}
     cfg = stage(str(scored / name), data=data)

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.preparing import card as cards
 from imagen_jax.preparing.card import write_card
 from imagen_jax.preparing.duplicates import NEAR, dhash
+from tests.test_doors import call
 
 OPTIONS = {"text_length": 8, "image_size": 32, "progress": False}
 TEXTS = {
@@ -215,14 +215,10 @@ def test_where_it_is_written(records, tmp_path):
 
 
 def test_the_door(records):
-    def door(*arguments):
-        command = [sys.executable, "-m", "imagen_jax.prepare", *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = door(f"--report={records}")
+    done = call("prepare", f"--report={records}")
     assert done.returncode == 0, done.stderr
     assert "card.html" in done.stdout
-    both = door(f"--report={records}", "--source=shapes:3")
+    both = call("prepare", f"--report={records}", "--source=shapes:3")
     assert both.returncode == 2 and "or --report alone" in both.stderr
 
 

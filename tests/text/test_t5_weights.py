@@ -125,7 +125,6 @@ class Drawn:
     [
         ("t5_1_1_small", {}),
         ("t5_1_0_small", {}),
-        pytest.param("t5_1_1_base", {}, marks=pytest.mark.slow),
         pytest.param(
             "t5_1_1_xxl", {"num_layers": 1, "vocab_size": 512}, marks=pytest.mark.slow
         ),

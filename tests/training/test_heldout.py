@@ -128,8 +128,8 @@ def test_a_super_resolution_stage_has_the_training_loss_without_dropout():
 def test_on_several_devices_it_is_the_same():
     cfg = tiny.stage(model=tiny.ONE_LEVEL, diffusion=DROPPED)
     one = _measured(cfg, _mesh(1))
-    for axes in ({}, {"fsdp": 2, "spatial": 2}):
-        assert one == pytest.approx(_measured(cfg, _mesh(8, **axes)), rel=1e-4)
+    eight = _measured(cfg, _mesh(8, fsdp=2, spatial=2))
+    assert one == pytest.approx(eight, rel=1e-4)
 
 
 def test_noise_is_the_same_for_every_step_and_seed():
@@ -200,9 +200,7 @@ def test_without_held_out_examples_nothing_is_measured(tmp_path, no_arithmetic):
     assert not [row for row in _lines(tmp_path) if "heldout_loss" in row]
 
 
-@pytest.mark.parametrize(
-    ("stop", "log_every"), [(1, 3), (3, 2), (4, 1), (4, 100), (5, 3)]
-)
+@pytest.mark.parametrize(("stop", "log_every"), [(1, 3), (4, 1), (5, 100)])
 def test_lines_do_not_tell_where_a_run_was_stopped(tmp_path, quick, stop, log_every):
     """Stopped by a signal, at a step that measures or at another."""
     training = {"steps": 7, "log_every_steps": log_every, "heldout_every_steps": 2}

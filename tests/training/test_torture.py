@@ -1,4 +1,4 @@
-"""The short form of benchmarks/torture.py: four kills of a real run."""
+"""The short form of benchmarks/torture.py: two kills of a real run."""
 
 import os
 import pathlib
@@ -7,12 +7,7 @@ import pytest
 
 from benchmarks.torture import Torture
 
-PLAN = [
-    ("kill", "saving"),
-    ("term", "steps"),
-    ("int twice", "saving"),
-    ("kill", "end"),
-]
+PLAN = [("kill", "saving"), ("int twice", "saving")]
 
 
 @pytest.mark.slow
@@ -21,5 +16,5 @@ def test_killed_and_resumed_it_is_the_run_that_was_not(tmp_path):
     torture = Torture(tmp_path, steps=24, every=4, seed=0, cache=cache)
     killed = torture.until_done(tmp_path / "run", PLAN)
     assert not torture.faults, "\n".join(torture.faults)
-    # One may come when all is done.
-    assert killed >= len(PLAN) - 2, torture.hits
+    # The last may come when all is done.
+    assert killed >= len(PLAN) - 1, torture.hits
