@@ -6,6 +6,9 @@ A test that wants one device takes `jax.devices()[:1]`.
 import gc
 import importlib.util
 import os
+import sys
+
+import pytest
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -40,3 +43,11 @@ def pytest_collection_modifyitems(items):
     """Files with slow tests first: what starts last should not take the longest."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def _cached_again():
+    """A test that compiles for absent devices leaves the cache off, as `plan` wants."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.config.update("jax_enable_compilation_cache", True)

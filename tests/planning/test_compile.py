@@ -35,9 +35,15 @@ def mesh():
 @pytest.fixture(scope="module")
 def made(mesh):
     """The step and its figures, as if the CPU's data sheet were known."""
+    # However quickly it is compiled, it is kept where jax keeps programs.
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(chips.CHIPS, "cpu", CHIP)
-        return compile_step(stage(), mesh)
+        compiled = compile_step(stage(), mesh)
+    jax.config.update(name, before)
+    return compiled
 
 
 def test_memory_is_that_of_shapes_and_the_compiler(made, mesh):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.config import MeshConfig
 from imagen_jax import config
+from imagen_jax.config import MeshConfig
 from imagen_jax.errors import Stopped, UserError
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training import loop
