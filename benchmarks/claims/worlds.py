@@ -74,13 +74,16 @@ def judge_scenes(
 ) -> Scores:
     """What the demo's judge says of each aspect; `about` is the plain caption.
 
-    "right" is colour and shape, "all" is all that the caption asks for.
+    "right" is colour and shape, "all" is all that the caption asks for, and "share" is
+    how much of that is right.
     """
     found = []
     for picture, one in zip(pictures, asked, strict=True):
         verdict = dataclasses.asdict(judge(picture, one.about))
+        asked_for = [value for value in verdict.values() if value is not None]
         verdict["right"] = verdict["colour"] and verdict["shape"]
-        verdict["all"] = False not in verdict.values()
+        verdict["all"] = all(asked_for)
+        verdict["share"] = sum(asked_for) / len(asked_for)
         found.append({k: None if v is None else float(v) for k, v in verdict.items()})
     return {name: [one[name] for one in found] for name in found[0]}
 

@@ -19,7 +19,12 @@ def test_drawn_scenes_have_all_right_and_blank_ones_nothing():
     assert np.mean(right["all"]) > 0.97 and np.mean(right["right"]) > 0.97
     assert right["relation"].count(None) == sum(not s.relation for s in drawn)
     blank = worlds.judge_scenes(np.full_like(pictures, 255), asked, None)
-    assert not any(blank["all"]) and not any(blank["right"])
+    for name in ("all", "right", "share"):
+        assert not any(blank[name])
+    turned = worlds.judge_scenes(pictures[::-1], asked, None)
+    for i, share in enumerate(turned["share"]):
+        own = [turned[k][i] for k in ("colour", "shape", "count", "size", "relation")]
+        assert share == np.mean([value for value in own if value is not None])
 
 
 def test_new_wordings_are_asked_of_trained_pairs():
