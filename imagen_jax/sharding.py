@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey, GetAttrKey
 
 from imagen_jax.config import MeshConfig
 from imagen_jax.errors import UserError
@@ -130,19 +131,44 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_shardings(abstract_state, mesh: Mesh):
     """A `NamedSharding` for every leaf: a `nn.LogicallyPartitioned` box or plain array.
 
-    Plain arrays are replicated. So are dimensions that their mesh axis does not divide,
-    and Adafactor's factored moments: vectors that lack an axis of their parameter.
+    Plain arrays are replicated. So are dimensions that their mesh axis does not divide.
+    Adafactor's factored moments, which lack an axis of their parameter, are split as
+    its other axes are: then none is gathered.
     """
 
     def is_box(leaf):
         return isinstance(leaf, nn.LogicallyPartitioned)
 
-    def sharding(leaf):
-        if not is_box(leaf) or len(leaf.names) != len(leaf.value.shape):
-            return replicated(mesh)
-        return NamedSharding(mesh, _spec(leaf.names, leaf.value.shape, mesh))
+    def name(path):
+        return tuple(key for key in path if isinstance(key, DictKey))
 
-    return jax.tree.map(sharding, abstract_state, is_leaf=is_box)
+    leaves = jax.tree.leaves_with_path(abstract_state, is_leaf=is_box)
+    boxes = [(name(path), leaf) for path, leaf in leaves if is_box(leaf)]
+    wholes = {
+        key: leaf.value.shape
+        for key, leaf in boxes
+        if len(leaf.names) == len(leaf.value.shape)
+    }
+
+    def sharding(path, leaf):
+        if not is_box(leaf):
+            return replicated(mesh)
+        names, shape = leaf.names, leaf.value.shape
+        if len(names) != len(shape):
+            whole = wholes.get(name(path), ())
+            axis = _missing(shape, whole, GetAttrKey("v_row") in path)
+            if axis is None:
+                return replicated(mesh)
+            names = (*names[:axis], *names[axis + 1 :])
+        return NamedSharding(mesh, _spec(names, shape, mesh))
+
+    return jax.tree.map_with_path(sharding, abstract_state, is_leaf=is_box)
+
+
+def _missing(shape: tuple, whole: tuple, last: bool) -> int | None:
+    """The axis without which `whole` is `shape`: of equal ones the first or last."""
+    axes = [i for i in range(len(whole)) if whole[:i] + whole[i + 1 :] == shape]
+    return axes[-1 if last else 0] if axes else None
 
 
 def _spec(names, shape, mesh) -> PartitionSpec:

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec
@@ -173,13 +174,33 @@ def test_parameters_lie_as_the_rules_say(shape, names, want):
     assert {s.data.shape for s in array.addressable_shards} == {local}
 
 
-def test_plain_and_factored_leaves_are_replicated():
+def test_plain_leaves_are_replicated():
     mesh = _mesh(data=1, fsdp=4, tensor=2)
     plain = jax.ShapeDtypeStruct((16, 8), jnp.float32)
-    tree = {"plain": plain, "row": _leaf((16,), "in", "out"), "step": plain}
-    made = sharding.state_shardings(tree, mesh)
+    made = sharding.state_shardings({"plain": plain, "step": plain}, mesh)
     assert {s.spec for s in made.values()} == {PartitionSpec()}
     assert sharding.replicated(mesh).spec == PartitionSpec()
+
+
+@pytest.mark.parametrize(
+    ("shape", "row", "column"),
+    [
+        # optax: rows lack the largest side, columns the second largest; of equal sides
+        # the later counts as larger.
+        ((3, 3, 128, 256), (None, None, "fsdp"), (None, None, "tensor")),
+        ((3, 3, 256, 128), (None, None, "tensor"), (None, None, "fsdp")),
+        ((3, 3, 128, 128), (None, None, "fsdp"), (None, None, "tensor")),
+        ((3, 3, 130, 128), (None, None, "tensor"), (None, None, None)),
+        ((3, 3, 8, 8), (), ()),  # not factored: placeholders
+    ],
+)
+def test_factored_moments_lie_as_their_parameter(shape, row, column):
+    mesh = _mesh(data=1, fsdp=4, tensor=2)
+    params = {"kernel": _leaf(shape, "kernel_h", "kernel_w", "in", "out")}
+    moments = jax.eval_shape(optax.adafactor(1e-3).init, params)
+    _, (made, *_) = sharding.state_shardings((params, moments), mesh)
+    assert made.v_row["kernel"].spec == PartitionSpec(*row)
+    assert made.v_col["kernel"].spec == PartitionSpec(*column)
 
 
 @pytest.mark.parametrize("architecture", ["unet", "efficient_unet"])
