@@ -23,9 +23,9 @@ from imagen_jax.training.step import compile_train_step
 
 ASSUMPTIONS = (
     "peak rates of the data sheet; arithmetic and main memory work side by side, "
-    "exchanges beside nothing (rings without latency over one axis of a TPU's torus, "
-    "both ways, or over NVLink and between boxes the network); no waiting for input, "
-    "no checkpoints, previews or failures"
+    "exchanges beside nothing (rings without latency, both ways over each axis of a "
+    "TPU's torus that a group covers, or over NVLink and between boxes the network); "
+    "no waiting for input, no checkpoints, previews or failures"
 )
 GIB = 2**30
 Figures = dict[str, Any]
@@ -123,7 +123,8 @@ def _compile(
     }
     total, limit = sum(parts.values()), chip.memory_gib if chip else None
     linked = GPUS_OF_A_BOX if chip and chip.network else mesh.size
-    traffic = Traffic(run.as_text(), mesh.size, min(linked, mesh.size))
+    places = [getattr(each, "coords", ()) for each in mesh.devices.flat]
+    traffic = Traffic(run.as_text(), mesh.size, min(linked, mesh.size), places)
     found = {
         "chip": device.device_kind,
         "chips": mesh.size,

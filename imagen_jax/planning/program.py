@@ -6,6 +6,7 @@ XLA's own count takes loops once, a TPU's chip as main memory, and knows no exch
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -92,18 +93,26 @@ class Traffic:
     """What each of `devices` does in one run of a program, by `compiled.as_text()`.
 
     Links join `linked` of them, which are adjacent; others exchange over a network.
+    On a torus `places` are the devices' coordinates.
     """
 
-    def __init__(self, text: str, devices: int, linked: int | None = None):
+    def __init__(
+        self,
+        text: str,
+        devices: int,
+        linked: int | None = None,
+        places: Sequence[tuple[int, ...]] = (),
+    ):
         self.bytes = 0.0  # from and to main memory, without tiles' padding
         self.cycles = 0  # of its clock, as the compiler estimates; 0 if it does not
         # Exchanges by kind: their "count", and the "bytes" that it sends for them.
         self.collectives: dict[str, dict[str, float]] = {}
-        self.linked = 0.0  # bytes that it sends to groups that links join
+        # Bytes that it sends to groups that links join; on a torus, over each axis.
+        self.linked = 0.0
         self.network = 0.0  # bytes that it sends over its card, to other groups
         self.unknown_loops = 0  # loops of unknown length, counted once
         self._computations, self._devices = _parse(text), devices
-        self._linked = linked or devices
+        self._linked, self._places = linked or devices, places
         self._add("ENTRY", 1)
 
     def _add(self, name: str, times: int) -> None:
@@ -160,7 +169,7 @@ class Traffic:
                 own["count"] += times
                 own["bytes"] += sent
                 if self._linked == self._devices:
-                    self.linked += sent
+                    self.linked += sent / self._axes(kind, each.rest)
                 else:
                     self._add_by_way(each.rest, sent)
                 break
@@ -176,6 +185,19 @@ class Traffic:
             self.linked += sent
         else:
             self.network += sent / boxes.count(boxes[0])
+
+    def _axes(self, kind: str, rest: str) -> int:
+        """Axes of the torus whose rings share what a group sends; at least 1.
+
+        They are those that it covers from end to end. Slices with a side of less than 4
+        chips are no torus.
+        """
+        sides = [len(set(axis)) for axis in zip(*self._places, strict=True)]
+        if min(sides, default=0) < 4 or kind.startswith("collective"):
+            return 1
+        own = [self._places[each] for each in group(rest, self._devices)]
+        covered = [len(set(axis)) for axis in zip(*own, strict=True)]
+        return max(1, sum(map(int.__eq__, covered, sides)))
 
     def _sent_share(self, kind: str, rest: str) -> float:
         """What a device sends for an exchange in a ring, over what it has."""

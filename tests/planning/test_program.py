@@ -1,5 +1,7 @@
 """Texts of compiled programs, by hand and from the compiler, against closed forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,3 +305,28 @@ def test_between_boxes_as_many_rings_as_there_are_cards():
     one_box = Traffic(BOXES, 8)
     sent = one_box.collectives["all-reduce"]["bytes"]
     assert one_box.linked == sent and one_box.network == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "axes"),
+    [
+        ("all-reduce", "[16,4]<=[64]", 1),
+        ("all-reduce", "[4,16]<=[4,16]T(1,0)", 2),
+        ("all-reduce", "[8,8]<=[64]", 1),  # one axis and half of another
+        ("all-reduce", "[1,64]<=[64]", 3),
+        ("collective-permute", "", 1),
+    ],
+)
+def test_the_axes_of_a_torus_share_what_is_sent(kind, groups, axes):
+    text = (
+        "HloModule m\n\nENTRY %main (x: f32[16]) -> f32[16] {\n"
+        "  %x = f32[16]{0} parameter(0)\n"
+        f"  ROOT %a = f32[16]{{0}} {kind}(%x), replica_groups={groups or '{}'}\n}}\n"
+    )
+    torus, slab = (
+        Traffic(text, 64, places=list(itertools.product(*map(range, sides))))
+        for sides in ((4, 4, 4), (2, 4, 8))
+    )
+    (sent,) = (each["bytes"] for each in torus.collectives.values())
+    assert torus.linked == sent / axes
+    assert slab.linked == sent
