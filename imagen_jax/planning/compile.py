@@ -147,7 +147,8 @@ def _compile(
         "step_seconds": None,
     }
     cycles = 0 if quick else traffic.cycles
-    return run, found | (_times(found, cycles, traffic.linked, chip) if chip else {})
+    sent = traffic.linked, traffic.early
+    return run, found | (_times(found, cycles, *sent, chip) if chip else {})
 
 
 def needed_gib(message: str) -> float:
@@ -157,7 +158,9 @@ def needed_gib(message: str) -> float:
     return float(found[1]) * units[found[2]] if found else 0.0
 
 
-def _times(found: Figures, cycles: int, linked: float, chip: Chip) -> Figures:
+def _times(
+    found: Figures, cycles: int, linked: float, early: float, chip: Chip
+) -> Figures:
     """Times of one run by the data sheet, with `ASSUMPTIONS`."""
     compute = found["flops_per_chip"] / chip.flops
     memory = found["bytes_per_chip"] / chip.bandwidth
@@ -171,7 +174,10 @@ def _times(found: Figures, cycles: int, linked: float, chip: Chip) -> Figures:
         "interconnect_seconds": exchanges,
     }
     if cycles:
-        lines["by_the_compilers_cycles"] = cycles / chip.clock + exchanges
+        alone = cycles / chip.clock + exchanges
+        lines["by_the_compilers_cycles"] = alone
+        hidden = max(alone - early / chip.link, exchanges)
+        lines["with_early_exchanges_hidden"] = hidden
     return {
         "roofline": lines,
         "step_seconds": seconds,

@@ -109,6 +109,7 @@ class Traffic:
         self.collectives: dict[str, dict[str, float]] = {}
         # Bytes that it sends to groups that links join; on a torus, over each axis.
         self.linked = 0.0
+        self.early = 0.0  # those of them that other work may run beside
         self.network = 0.0  # bytes that it sends over its card, to other groups
         self.unknown_loops = 0  # loops of unknown length, counted once
         self._computations, self._devices = _parse(text), devices
@@ -118,7 +119,7 @@ class Traffic:
     def _add(self, name: str, times: int) -> None:
         """Adds a computation that runs `times` times."""
         inside = self._computations[name]
-        for each in inside.values():
+        for key, each in inside.items():
             if each.kind == "while":
                 turns = self._turns(each)
                 self.unknown_loops += turns is None
@@ -131,7 +132,7 @@ class Traffic:
                 self.bytes += times * self._moved(each, inside)
                 if cycles := re.search(r'"estimated_cycles":"(\d+)"', each.rest):
                     self.cycles += times * int(cycles[1])
-                self._add_exchange(each, inside, times)
+                self._add_exchange(key, inside, times)
 
     def _turns(self, loop: _Operation) -> int | None:
         """How often a loop runs: as noted, or by its condition.
@@ -154,9 +155,14 @@ class Traffic:
         steps = [body[name].number for name in grown.operands]
         return next((-(-limit.number // step) for step in steps if step), None)
 
-    def _add_exchange(self, operation: _Operation, inside: _Computation, times: int):
+    def _add_exchange(self, name: str, inside: _Computation, times: int):
         """Adds the exchange that an operation is, or that is fused into it."""
+        operation = inside[name]
         fused = operation.attribute("calls") if operation.kind == "fusion" else ""
+        # A TPU's exchange beside other work is in what starts, does and ends it.
+        if fused.startswith("async_collective") or name.startswith("async-coll"):
+            if not name.startswith("async-collective-start"):
+                return
         inside = self._computations[fused] if fused else inside
         for each in inside.values() if fused else [operation]:
             if found := _COLLECTIVE.fullmatch(each.kind):
@@ -169,7 +175,9 @@ class Traffic:
                 own["count"] += times
                 own["bytes"] += sent
                 if self._linked == self._devices:
-                    self.linked += sent / self._axes(kind, each.rest)
+                    sent /= self._axes(kind, each.rest)
+                    self.linked += sent
+                    self.early += sent if found[3] or "async" in name else 0
                 else:
                     self._add_by_way(each.rest, sent)
                 break

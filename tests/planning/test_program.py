@@ -330,3 +330,42 @@ def test_the_axes_of_a_torus_share_what_is_sent(kind, groups, axes):
     (sent,) = (each["bytes"] for each in torus.collectives.values())
     assert torus.linked == sent / axes
     assert slab.linked == sent
+
+
+EARLY = """HloModule m
+
+%start (x: bf16[4]) -> (bf16[4], bf16[16]) {
+  %x = bf16[4]{0} parameter(0)
+  %a = bf16[16]{0} all-gather(%x), channel_id=1, replica_groups={}
+  ROOT %r = (bf16[4]{0}, bf16[16]{0}) custom-call(%x, %a)
+}
+
+%async_collective_fusion (x: bf16[4], y: bf16[16]) -> bf16[16] {
+  %x = bf16[4]{0} parameter(0)
+  %y = bf16[16]{0} parameter(1)
+  ROOT %a = bf16[16]{0} all-gather(%x), channel_id=1, replica_groups={}
+}
+
+%done (x: bf16[4]) -> bf16[16] {
+  %x = bf16[4]{0} parameter(0)
+  ROOT %a = bf16[16]{0} all-gather(%x), channel_id=1, replica_groups={}
+}
+
+ENTRY %main (p: bf16[4], y: bf16[16]) -> bf16[16] {
+  %p = bf16[4]{0} parameter(0)
+  %y = bf16[16]{0} parameter(1)
+  %async-collective-start.1 = (bf16[4]{0}, bf16[16]{0}) fusion(%p), calls=%start
+  %w = bf16[16]{0} fusion(%p, %y), calls=%async_collective_fusion
+  %async-collective-done.1 = bf16[16]{0} fusion(%p), calls=%done
+  %b = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%p), replica_groups={}
+  %c = bf16[16]{0} all-gather-done(%b)
+  ROOT %d = bf16[16]{0} all-gather(%p), replica_groups={}
+}
+"""
+
+
+def test_exchanges_that_other_work_runs_beside_are_known():
+    """One that three fusions do, one by itself, and one that all else waits for."""
+    program, sent = Traffic(EARLY, 4), 3 * 2 * 4
+    assert program.collectives == {"all-gather": {"count": 3, "bytes": 3 * sent}}
+    assert (program.early, program.linked) == (2 * sent, 3 * sent)
