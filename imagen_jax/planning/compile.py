@@ -142,13 +142,13 @@ def _compile(
         ),
         "network_bytes_per_chip": traffic.network,
         "loops_of_unknown_length": traffic.unknown_loops,
+        "cycles": {} if quick else traffic.cycles,
         "trace_seconds": middle - start,
         "compile_seconds": end - middle,
         "step_seconds": None,
     }
-    cycles = 0 if quick else traffic.cycles
     sent = traffic.linked, traffic.early
-    return run, found | (_times(found, cycles, *sent, chip) if chip else {})
+    return run, found | (_times(found, *sent, chip) if chip else {})
 
 
 def needed_gib(message: str) -> float:
@@ -158,9 +158,7 @@ def needed_gib(message: str) -> float:
     return float(found[1]) * units[found[2]] if found else 0.0
 
 
-def _times(
-    found: Figures, cycles: int, linked: float, early: float, chip: Chip
-) -> Figures:
+def _times(found: Figures, linked: float, early: float, chip: Chip) -> Figures:
     """Times of one run by the data sheet, with `ASSUMPTIONS`."""
     compute = found["flops_per_chip"] / chip.flops
     memory = found["bytes_per_chip"] / chip.bandwidth
@@ -173,7 +171,7 @@ def _times(
         "memory_seconds": memory,
         "interconnect_seconds": exchanges,
     }
-    if cycles:
+    if cycles := sum(found["cycles"].values()):
         alone = cycles / chip.clock + exchanges
         lines["by_the_compilers_cycles"] = alone
         hidden = max(alone - early / chip.link, exchanges)

@@ -104,7 +104,8 @@ class Traffic:
         places: Sequence[tuple[int, ...]] = (),
     ):
         self.bytes = 0.0  # from and to main memory, without tiles' padding
-        self.cycles = 0  # of its clock, as the compiler estimates; 0 if it does not
+        # Cycles of its clock, as the compiler estimates, by the kind of operation.
+        self.cycles: dict[str, int] = {}
         # Exchanges by kind: their "count", and the "bytes" that it sends for them.
         self.collectives: dict[str, dict[str, float]] = {}
         # Bytes that it sends to groups that links join; on a torus, over each axis.
@@ -131,8 +132,18 @@ class Traffic:
             elif not _FREE.fullmatch(each.kind) and "AllocateBuffer" not in each.rest:
                 self.bytes += times * self._moved(each, inside)
                 if cycles := re.search(r'"estimated_cycles":"(\d+)"', each.rest):
-                    self.cycles += times * int(cycles[1])
+                    kind = self._kind(each)
+                    own = times * int(cycles[1])
+                    self.cycles[kind] = self.cycles.get(kind, 0) + own
                 self._add_exchange(key, inside, times)
+
+    def _kind(self, operation: _Operation) -> str:
+        """Of a fusion, that of what takes the most in it."""
+        if operation.kind != "fusion":
+            return operation.kind
+        fused = self._computations[operation.attribute("calls")].values()
+        kinds = {self._kind(each) for each in fused}
+        return next((k for k in ("convolution", "reduce") if k in kinds), "fusion")
 
     def _turns(self, loop: _Operation) -> int | None:
         """How often a loop runs: as noted, or by its condition.
