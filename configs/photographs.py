@@ -22,7 +22,8 @@ def base():
     64 pixels, with rates of 1e-4 and 3e-4; the paper takes 5,120 million.
     """
     cfg = _shared(base64.base(192))
-    cfg.training.update(batch_size=512, steps=500_000)
+    # Four parts take 29 GiB of an H100, and leave cuDNN some of it.
+    cfg.training.update(batch_size=512, microbatches=4, steps=500_000)
     return cfg
 
 
@@ -45,5 +46,6 @@ def _shared(cfg):
     # to is as wide.
     cfg.text.dim = 1024
     cfg.model.text_features = 0
-    cfg.data.readers = 0  # there is one host
+    # There is one host. The loss of 11,000 pictures of CC12M tells when it is enough.
+    cfg.data.update(readers=0, heldout_share=0.001)
     return cfg

@@ -170,10 +170,11 @@ class Traffic:
         """Adds the exchange that an operation is, or that is fused into it."""
         operation = inside[name]
         fused = operation.attribute("calls") if operation.kind == "fusion" else ""
-        # A TPU's exchange beside other work is in what starts, does and ends it.
-        if fused.startswith("async_collective") or name.startswith("async-coll"):
-            if not name.startswith("async-collective-start"):
-                return
+        # A TPU's exchange beside other work is in fusions that start, do and end it.
+        starts = name.startswith("async-collective-start")
+        ends = name.startswith("async-collective-done")
+        if ends or fused.startswith("async_collective"):
+            return
         inside = self._computations[fused] if fused else inside
         for each in inside.values() if fused else [operation]:
             if found := _COLLECTIVE.fullmatch(each.kind):
@@ -188,7 +189,7 @@ class Traffic:
                 if self._linked == self._devices:
                     sent /= self._axes(kind, each.rest)
                     self.linked += sent
-                    self.early += sent if found[3] or "async" in name else 0
+                    self.early += sent if found[3] or starts else 0
                 else:
                     self._add_by_way(each.rest, sent)
                 break
