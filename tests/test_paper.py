@@ -8,7 +8,7 @@ import pytest
 
 from imagen_jax import config
 from imagen_jax.config import MeshConfig
-from imagen_jax.configs import base64, sr256, sr1024
+from imagen_jax.configs import base64, photographs, sr256, sr1024
 from imagen_jax.models import network
 from imagen_jax.sharding import make_mesh
 from imagen_jax.training.state import abstract_state
@@ -91,3 +91,19 @@ def test_self_attention_is_all_that_f3_leaves_out():
     lost = _millions(_parameters("sr256")) - _millions(params)
     # Keys and values, 1024 to 2048 with biases, on the way down and up.
     assert lost == pytest.approx(2 * 2 * (1024 * 2048 + 2048) / 1e6)
+
+
+def test_the_cascade_for_photographs_is_the_papers_but_smaller():
+    base, sr = (
+        config.from_dict(photographs.get_config(name).to_dict())
+        for name in ("base", "sr")
+    )
+    assert base.image_size == sr.lowres_size and base.text == sr.text
+    assert base.model.channels == _config("base64", "300m").model.channels
+    whole = _config("sr256").model
+    assert [4 * width for width in sr.model.channels] == list(whole.channels)
+    heads = [m.channels[-1] / m.head_channels for m in (sr.model, whole)]
+    assert heads[0] == heads[1]
+    for cfg, millions in ((base, 324.5), (sr, 37.9)):
+        params = nn.unbox(network.abstract_params(cfg))
+        assert _millions(params) == pytest.approx(millions, abs=0.1)

@@ -23,9 +23,9 @@ from imagen_jax.training.step import compile_train_step
 
 ASSUMPTIONS = (
     "peak rates of the data sheet; arithmetic and main memory work side by side, "
-    "exchanges beside nothing (rings without latency over one axis of a TPU's torus, "
-    "both ways, or over NVLink and between boxes the network); no waiting for input, "
-    "no checkpoints, previews or failures"
+    "exchanges beside nothing (rings without latency, both ways over each axis of a "
+    "TPU's torus that a group covers, or over NVLink and between boxes the network); "
+    "no waiting for input, no checkpoints, previews or failures"
 )
 GIB = 2**30
 Figures = dict[str, Any]
@@ -123,7 +123,8 @@ def _compile(
     }
     total, limit = sum(parts.values()), chip.memory_gib if chip else None
     linked = GPUS_OF_A_BOX if chip and chip.network else mesh.size
-    traffic = Traffic(run.as_text(), mesh.size, min(linked, mesh.size))
+    places = [getattr(each, "coords", ()) for each in mesh.devices.flat]
+    traffic = Traffic(run.as_text(), mesh.size, min(linked, mesh.size), places)
     found = {
         "chip": device.device_kind,
         "chips": mesh.size,
@@ -141,12 +142,13 @@ def _compile(
         ),
         "network_bytes_per_chip": traffic.network,
         "loops_of_unknown_length": traffic.unknown_loops,
+        "cycles": {} if quick else traffic.cycles,
         "trace_seconds": middle - start,
         "compile_seconds": end - middle,
         "step_seconds": None,
     }
-    cycles = 0 if quick else traffic.cycles
-    return run, found | (_times(found, cycles, traffic.linked, chip) if chip else {})
+    sent = traffic.linked, traffic.early
+    return run, found | (_times(found, *sent, chip) if chip else {})
 
 
 def needed_gib(message: str) -> float:
@@ -156,7 +158,7 @@ def needed_gib(message: str) -> float:
     return float(found[1]) * units[found[2]] if found else 0.0
 
 
-def _times(found: Figures, cycles: int, linked: float, chip: Chip) -> Figures:
+def _times(found: Figures, linked: float, early: float, chip: Chip) -> Figures:
     """Times of one run by the data sheet, with `ASSUMPTIONS`."""
     compute = found["flops_per_chip"] / chip.flops
     memory = found["bytes_per_chip"] / chip.bandwidth
@@ -169,8 +171,11 @@ def _times(found: Figures, cycles: int, linked: float, chip: Chip) -> Figures:
         "memory_seconds": memory,
         "interconnect_seconds": exchanges,
     }
-    if cycles:
-        lines["by_the_compilers_cycles"] = cycles / chip.clock + exchanges
+    if cycles := sum(found["cycles"].values()):
+        alone = cycles / chip.clock + exchanges
+        lines["by_the_compilers_cycles"] = alone
+        hidden = max(alone - early / chip.link, exchanges)
+        lines["with_early_exchanges_hidden"] = hidden
     return {
         "roofline": lines,
         "step_seconds": seconds,

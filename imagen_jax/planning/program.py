@@ -7,6 +7,7 @@ import functools
 import math
 import re
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -102,24 +103,34 @@ class Traffic:
     """What each of `devices` does in one run of a program, by `compiled.as_text()`.
 
     Links join `linked` of them, which are adjacent; others exchange over a network.
+    On a torus `places` are the devices' coordinates.
     """
 
-    def __init__(self, text: str, devices: int, linked: int | None = None):
+    def __init__(
+        self,
+        text: str,
+        devices: int,
+        linked: int | None = None,
+        places: Sequence[tuple[int, ...]] = (),
+    ):
         self.bytes = 0.0  # from and to main memory, without tiles' padding
-        self.cycles = 0  # of its clock, as the compiler estimates; 0 if it does not
+        # Cycles of its clock, as the compiler estimates, by the kind of operation.
+        self.cycles: dict[str, int] = {}
         # Exchanges by kind: their "count", and the "bytes" that it sends for them.
         self.collectives: dict[str, dict[str, float]] = {}
-        self.linked = 0.0  # bytes that it sends to groups that links join
+        # Bytes that it sends to groups that links join; on a torus, over each axis.
+        self.linked = 0.0
+        self.early = 0.0  # those of them that other work may run beside
         self.network = 0.0  # bytes that it sends over its card, to other groups
         self.unknown_loops = 0  # loops of unknown length, counted once
         self._computations, self._devices = _parse(text), devices
-        self._linked = linked or devices
+        self._linked, self._places = linked or devices, places
         self._add("ENTRY", 1)
 
     def _add(self, name: str, times: int) -> None:
         """Adds a computation that runs `times` times."""
         inside = self._computations[name]
-        for each in inside.values():
+        for key, each in inside.items():
             if each.kind == "while":
                 turns = self._turns(each)
                 self.unknown_loops += turns is None
@@ -131,8 +142,18 @@ class Traffic:
             elif not _FREE.fullmatch(each.kind) and "AllocateBuffer" not in each.rest:
                 self.bytes += times * self._moved(each, inside)
                 if cycles := re.search(r'"estimated_cycles":"(\d+)"', each.rest):
-                    self.cycles += times * int(cycles[1])
-                self._add_exchange(each, inside, times)
+                    kind = self._kind(each)
+                    own = times * int(cycles[1])
+                    self.cycles[kind] = self.cycles.get(kind, 0) + own
+                self._add_exchange(key, inside, times)
+
+    def _kind(self, operation: _Operation) -> str:
+        """Of a fusion, that of what takes the most in it."""
+        if operation.kind != "fusion":
+            return operation.kind
+        fused = self._computations[operation.attribute("calls")].values()
+        kinds = {self._kind(each) for each in fused}
+        return next((k for k in ("convolution", "reduce") if k in kinds), "fusion")
 
     def _turns(self, loop: _Operation) -> int | None:
         """How often a loop runs: as noted, or by its condition.
@@ -155,9 +176,15 @@ class Traffic:
         steps = [body[name].number for name in grown.operands]
         return next((-(-limit.number // step) for step in steps if step), None)
 
-    def _add_exchange(self, operation: _Operation, inside: _Computation, times: int):
+    def _add_exchange(self, name: str, inside: _Computation, times: int):
         """Adds the exchange that an operation is, or that is fused into it."""
+        operation = inside[name]
         fused = operation.attribute("calls") if operation.kind == "fusion" else ""
+        # A TPU's exchange beside other work is in fusions that start, do and end it.
+        starts = name.startswith("async-collective-start")
+        ends = name.startswith("async-collective-done")
+        if ends or fused.startswith("async_collective"):
+            return
         inside = self._computations[fused] if fused else inside
         for each in inside.values() if fused else [operation]:
             if found := _COLLECTIVE.fullmatch(each.kind):
@@ -170,7 +197,9 @@ class Traffic:
                 own["count"] += times
                 own["bytes"] += sent
                 if self._linked == self._devices:
+                    sent /= self._axes(kind, each.rest)
                     self.linked += sent
+                    self.early += sent if found[3] or starts else 0
                 else:
                     self._add_by_way(each.rest, sent)
                 break
@@ -186,6 +215,19 @@ class Traffic:
             self.linked += sent
         else:
             self.network += sent / boxes.count(boxes[0])
+
+    def _axes(self, kind: str, rest: str) -> int:
+        """Axes of the torus whose rings share what a group sends; at least 1.
+
+        They are those that it covers from end to end. Slices with a side of less than 4
+        chips are no torus.
+        """
+        sides = [len(set(axis)) for axis in zip(*self._places, strict=True)]
+        if min(sides, default=0) < 4 or kind.startswith("collective"):
+            return 1
+        own = [self._places[each] for each in group(rest, self._devices)]
+        covered = [len(set(axis)) for axis in zip(*own, strict=True)]
+        return max(1, sum(map(int.__eq__, covered, sides)))
 
     def _sent_share(self, kind: str, rest: str) -> float:
         """What a device sends for an exchange in a ring, over what it has."""

@@ -130,16 +130,18 @@ def test_times_follow_from_the_work(made):
 def test_a_compilers_cycles_are_times():
     names = ("flops_per_chip", "bytes_per_chip", "network_bytes_per_chip")
     found = dict(zip(names, (1e12, 3e10, 0))) | {"batch_size": 8}
-    times = planning._times(found, 5 * 10**9, 2e9, CHIP)
+    found["cycles"] = {"convolution": 4 * 10**9, "copy": 10**9}
+    times = planning._times(found, 2e9, 5e8, CHIP)
     assert times["roofline"]["by_the_compilers_cycles"] == 5 + 2
+    assert times["roofline"]["with_early_exchanges_hidden"] == 5 + 1.5
     assert times["step_seconds"] == max(1, 3) + 2
 
 
 def test_a_network_is_another_line():
     names = ("flops_per_chip", "bytes_per_chip", "network_bytes_per_chip")
-    found = dict(zip(names, (1e12, 0, 3e8))) | {"batch_size": 8}
+    found = dict(zip(names, (1e12, 0, 3e8))) | {"batch_size": 8, "cycles": {}}
     chip = dataclasses.replace(CHIP, network=1e8)
-    times = planning._times(found, 0, 2e9, chip)
+    times = planning._times(found, 2e9, 0, chip)
     assert times["roofline"]["interconnect_seconds"] == 2 + 3
     assert times["step_seconds"] == 1 + 2 + 3
 

@@ -1,5 +1,7 @@
 """Texts of compiled programs, by hand and from the compiler, against closed forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -281,7 +283,7 @@ def test_a_tpus_program():
     # y is read from the main memory once, and kept on the chip.
     permuted, scattered = 2 * 4 * 8 * 16, 2 * (512 + 128)
     assert program.bytes == 4 * 8 * 16 + permuted + scattered
-    assert program.cycles == 700
+    assert program.cycles == {"negate": 700}
 
 
 BOXES = """HloModule m
@@ -303,3 +305,67 @@ def test_between_boxes_as_many_rings_as_there_are_cards():
     one_box = Traffic(BOXES, 8)
     sent = one_box.collectives["all-reduce"]["bytes"]
     assert one_box.linked == sent and one_box.network == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "axes"),
+    [
+        ("all-reduce", "[16,4]<=[64]", 1),
+        ("all-reduce", "[4,16]<=[4,16]T(1,0)", 2),
+        ("all-reduce", "[8,8]<=[64]", 1),  # one axis and half of another
+        ("all-reduce", "[1,64]<=[64]", 3),
+        ("collective-permute", "", 1),
+    ],
+)
+def test_the_axes_of_a_torus_share_what_is_sent(kind, groups, axes):
+    text = (
+        "HloModule m\n\nENTRY %main (x: f32[16]) -> f32[16] {\n"
+        "  %x = f32[16]{0} parameter(0)\n"
+        f"  ROOT %a = f32[16]{{0}} {kind}(%x), replica_groups={groups or '{}'}\n}}\n"
+    )
+    torus, slab = (
+        Traffic(text, 64, places=list(itertools.product(*map(range, sides))))
+        for sides in ((4, 4, 4), (2, 4, 8))
+    )
+    (sent,) = (each["bytes"] for each in torus.collectives.values())
+    assert torus.linked == sent / axes
+    assert slab.linked == sent
+
+
+EARLY = """HloModule m
+
+%start (x: bf16[4]) -> (bf16[4], bf16[16]) {
+  %x = bf16[4]{0} parameter(0)
+  %a = bf16[16]{0} all-gather(%x), channel_id=1, replica_groups={}
+  ROOT %r = (bf16[4]{0}, bf16[16]{0}) custom-call(%x, %a)
+}
+
+%async_collective_fusion (x: bf16[4], y: bf16[16]) -> bf16[16] {
+  %x = bf16[4]{0} parameter(0)
+  %y = bf16[16]{0} parameter(1)
+  ROOT %a = bf16[16]{0} all-gather(%x), channel_id=1, replica_groups={}
+}
+
+%done (x: bf16[4]) -> bf16[16] {
+  %x = bf16[4]{0} parameter(0)
+  ROOT %a = bf16[16]{0} all-gather(%x), channel_id=1, replica_groups={}
+}
+
+ENTRY %main (p: bf16[4], y: bf16[16]) -> bf16[16] {
+  %p = bf16[4]{0} parameter(0)
+  %y = bf16[16]{0} parameter(1)
+  %async-collective-start.1 = (bf16[4]{0}, bf16[16]{0}) fusion(%p), calls=%start
+  %w = bf16[16]{0} fusion(%p, %y), calls=%async_collective_fusion
+  %async-collective-done.1 = bf16[16]{0} fusion(%p), calls=%done
+  %b = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%p), replica_groups={}
+  %c = bf16[16]{0} all-gather-done(%b)
+  ROOT %d = bf16[16]{0} all-gather(%p), replica_groups={}
+}
+"""
+
+
+def test_exchanges_that_other_work_runs_beside_are_known():
+    """One that three fusions do, one by itself, and one that all else waits for."""
+    program, sent = Traffic(EARLY, 4), 3 * 2 * 4
+    assert program.collectives == {"all-gather": {"count": 3, "bytes": 3 * sent}}
+    assert (program.early, program.linked) == (2 * sent, 3 * sent)
