@@ -6,7 +6,6 @@ XLA's own count takes loops once, a TPU's chip as main memory, and knows no exch
 import functools
 import math
 import re
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,9 +33,6 @@ _OPERATION = re.compile(
     r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, [a-z_-]+=.*)?$"
 )
 _NAME = re.compile(r"%([\w.-]+)")
-# Where an operation comes from and how it was compiled is most of a text; used is this.
-_REMARKS = re.compile(r", (?:metadata|backend_config)=")
-_REMARK = re.compile(r'"estimated_cycles":"\d+"|"known_trip_count":\{"n":"\d+"\}')
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 
 
@@ -78,23 +74,17 @@ _Computation = dict[str, _Operation]
 
 
 def _parse(text: str) -> dict[str, _Computation]:
-    """Computations by name; the one that the device runs also as "ENTRY".
-
-    Texts may be of a GiB: no second one is made, and equal strings are kept once.
-    """
+    """Computations by name; the one that the device runs also as "ENTRY"."""
     computations: dict[str, _Computation] = {}
     current: _Computation = {}
-    for line in re.finditer(".+", text):
-        if start := _COMPUTATION.match(line[0]):
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
             current = computations[start[2]] = {}
             if start[1]:
                 computations["ENTRY"] = current
-        elif match := _OPERATION.match(line[0]):
-            _, name, type_, kind, inside, rest = map(sys.intern, match.groups(""))
-            if remarks := _REMARKS.search(rest):
-                used = _REMARK.findall(rest, remarks.start())
-                rest = sys.intern(" ".join([rest[: remarks.start()], *used]))
-            operands = [*map(sys.intern, _NAME.findall(inside))]
+        elif match := _OPERATION.match(line):
+            _, name, type_, kind, inside, rest = match.groups(default="")
+            operands = _NAME.findall(inside)
             current[name] = _Operation(type_, kind, inside, rest, operands)
     return computations
 
