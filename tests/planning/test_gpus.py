@@ -64,8 +64,7 @@ def test_weights_are_gathered_in_bfloat16(eight):
         shapes = re.findall(rf"\b{dtype}\[[\d,]+\]", gathered)
         return sum(size for size, _ in arrays("".join(shapes)))
 
-    # The rest are moments of Adafactor, vectors of the weights' sides.
-    assert size("f32") < 0.03 * size("bf16")
+    assert size("bf16") > 0 == size("f32")
     # Heads, of attention, are computed where their rows are.
     assert "__cudnn$fmhaSoftmaxBackward" in text
 
