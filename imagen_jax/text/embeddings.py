@@ -12,6 +12,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
+from imagen_jax.errors import UserError
+
 DTYPES = ("bfloat16", "int8")
 SCALE_BYTES = 4
 # Captions in one call of an encoder, and the lengths that it is compiled for.
@@ -121,7 +123,11 @@ class Embedder:
         self._known: dict[str, Embedded] = {}
 
     def embed(self, captions: list[str]) -> list[Embedded]:
-        """One result per caption, in their order."""
+        """One result per caption, in their order.
+
+        Raises:
+          UserError: for an embedding with a number that is none or not finite.
+        """
         if self._free < 0:
             self._known.clear()
             self._free = self._memory_bytes
@@ -135,5 +141,10 @@ class Embedder:
     def _store(self, caption: str, row: np.ndarray) -> Embedded:
         data = to_bytes(row, self.dtype)
         stored = from_bytes(data, self.encoder.dim, self.dtype)
+        if not np.isfinite(stored.astype(np.float32)).all():
+            raise UserError(
+                f"the text encoder {self.encoder.identity!r} answers {caption!r} with "
+                "a number that is none or not finite: are its weights damaged?"
+            )
         cut = len(self.encoder.tokenize(caption)) > self.length
         return Embedded(data, len(row), cut, cosine_error(row, stored))

@@ -1,7 +1,10 @@
+import types
+
 import ml_dtypes
 import numpy as np
 import pytest
 
+from imagen_jax.errors import UserError
 from imagen_jax.text import embeddings
 from imagen_jax.text import encoders as text
 
@@ -115,6 +118,23 @@ def test_equal_captions_are_encoded_once():
     assert first[0] == first[2] == second[2] and first[1] == second[0]
     want = text.load_encoder("tiny").encode(["a disc"], 8)[0]
     np.testing.assert_array_equal(embeddings.from_bytes(second[1].data, 64), want)
+
+
+@pytest.mark.parametrize("dtype", embeddings.DTYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_that_are_no_numbers_are_refused(dtype, value):
+    encoder = text.load_encoder("tiny")
+    rows = encoder.encode(["a ring"], 8)
+    rows[0][1, 5] = value
+    broken = types.SimpleNamespace(
+        dim=encoder.dim,
+        identity="hf:broken@1",
+        tokenize=encoder.tokenize,
+        encode=lambda captions, length: rows,
+    )
+    embedder = embeddings.Embedder(broken, 8, dtype)
+    with pytest.raises(UserError, match="'hf:broken@1' answers 'a ring' with a number"):
+        embedder.embed(["a ring"])
 
 
 def test_the_memory_is_bounded():
