@@ -34,6 +34,7 @@ class Training:
     steps: int
     step_seconds: float  # on two quiet cores, about
     changes: tuple[tuple[str, Any], ...] = ()  # values of the config
+    start: "Training | None" = None  # of the same network; weights to begin with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Claim:
     @property
     def trainings(self) -> tuple[Training, ...]:
         """Each once, in the order in which they are needed."""
-        return tuple(dict.fromkeys(one for arm in self.arms for one in arm.stages))
+        stages = [one for arm in self.arms for one in arm.stages]
+        starts = [one.start for one in stages if one.start]
+        return tuple(dict.fromkeys([*starts, *stages]))
 
 
 def _base(world: World, encoder: str, steps: int, unet: str = "", **more) -> Training:
@@ -103,7 +106,7 @@ def _difference(more: str, less: str) -> tuple[tuple[str, float], ...]:
 
 _LAYERS = {"layers1": 1, "layers2": 2, "layers3": 3, "pretrained": 6}
 _ENCODERS = ("tiny", "random", *_LAYERS)
-_WORDINGS_STEPS, _COLOURS_STEPS = 3700, 2000
+_PAINTING_STEPS, _WORDINGS_STEPS, _COLOURS_STEPS = 2700, 2700, 2000
 _ENCODER_KINDS = {
     "wordings": ("share", ("trained", "wordings", "words")),
     "colours": ("distance", ("trained", "names", "words")),
@@ -111,7 +114,13 @@ _ENCODER_KINDS = {
 
 
 def _wordings(encoder: str) -> Arm:
+    # All begin with a network that can paint and was never told a caption, so that what
+    # they learn is language. One for each width of embeddings.
+    width = "tiny" if encoder == "tiny" else "random"
+    untold = {"diffusion.text_dropout": 1.0}
+    painter = _base(WORDINGS, width, _PAINTING_STEPS, "untold", **untold)
     training = _base(WORDINGS, encoder, _WORDINGS_STEPS)
+    training = dataclasses.replace(training, start=painter)
     return Arm(f"wordings: {encoder}", (training,), ("--guidance=3",))
 
 
