@@ -166,7 +166,7 @@ def state_shardings(abstract_state, mesh: Mesh):
 
 
 def _missing(shape: tuple, whole: tuple, last: bool) -> int | None:
-    """The axis without which `whole` is `shape`: of equal ones the first or last."""
+    """The axis without which `whole` is `shape`; of several, the first or the last."""
     axes = [i for i in range(len(whole)) if whole[:i] + whole[i + 1 :] == shape]
     return axes[-1 if last else 0] if axes else None
 

@@ -138,7 +138,7 @@ class Traffic:
                 self._add_exchange(key, inside, times)
 
     def _kind(self, operation: _Operation) -> str:
-        """Of a fusion, that of what takes the most in it."""
+        """Its kind; a fusion is a convolution or a reduction if it has one inside."""
         if operation.kind != "fusion":
             return operation.kind
         fused = self._computations[operation.attribute("calls")].values()
