@@ -111,6 +111,9 @@ def batch_reader(
     `order.host_reads` from batch n on, `size` is the number of rows that it keeps.
     `faults` gets a line for each record that cannot be decoded, by number of the batch.
     """
+    # No function of a row needs AutoGraph, which reads the source of each when it is
+    # traced: a third of a second before the first batch.
+    untranslated = tf.autograph.experimental.do_not_convert
     openers = [
         _opener(cfg, sources, k, sizes, heldout) for k, sizes in enumerate(groups)
     ]
@@ -118,6 +121,7 @@ def batch_reader(
     options.deterministic = True
     options.threading.private_threadpool_size = min(os.cpu_count() or 1, _MAX_THREADS)
 
+    @untranslated
     def rows_from(start: int) -> tf.data.Dataset:
         readers, _ = host_reads(start)
         opened = [openers[k](reader, position) for k, reader, position in readers]
@@ -127,6 +131,7 @@ def batch_reader(
         # Hosts that share a reader leave out each other's rows.
         return tf.data.Dataset.zip(rows, own).filter(lambda row, own: own)
 
+    @untranslated
     def decoded(rows: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
         rows = rows.map(
             lambda row, own: preprocess.example(cfg, row),
