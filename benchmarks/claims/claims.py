@@ -537,7 +537,7 @@ EPSILON = Claim(
     "Ours: in sr256's many blocks, scaled by 1/sqrt(2), an epsilon of 1e-6 in "
     "GroupNorm learns faster than 1e-5.",
     tuple(Arm(name, (one,), minutes=0.0) for name, one in _DEEP.items()),
-    (("loss", ""), ("step_seconds", "")),
+    (("loss", ""),),
     (
         Criterion(
             "the loss is lower with the smaller epsilon",
