@@ -20,7 +20,7 @@ workdir||of the run, such as gs://BUCKET/base
 env||VARIABLE=value for the training; once for each
 start-timeout-seconds|120|how long a worker waits for the others
 worker|all|for logs: one worker'\''s number
-stages|base configs/base64.py v4-512 --config.mesh.fsdp=16; sr256 configs/sr256.py v4-256 --config.mesh.fsdp=8; sr1024 configs/sr1024.py v4-256 --config.mesh.fsdp=8|for cascade: NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...] of each stage
+stages|base configs/base64.py v4-512 --config.mesh.fsdp=32; sr256 configs/sr256.py v4-256 --config.mesh.fsdp=8; sr1024 configs/sr1024.py v4-256 --config.mesh.fsdp=8|for cascade: NAME CONFIG ACCELERATOR_TYPE [TRAIN FLAG...] of each stage
 keep|false|run leaves the slice when it is done
 parallel|16|workers that are talked to at once
 retries|20|times that a refused slice is asked for again, and 3 at most for a worker

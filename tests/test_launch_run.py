@@ -211,4 +211,4 @@ def test_three_stages_side_by_side(cloud):
     }
     base = "--config=configs/base64.py --workdir=gs://b/run/base --distributed"
     (command,) = {c for c in cloud.trainings() if base in c}
-    assert command.endswith("--config.data.records=gs://b/r --config.mesh.fsdp=16")
+    assert command.endswith("--config.data.records=gs://b/r --config.mesh.fsdp=32")
