@@ -118,6 +118,8 @@ def test_captions_of_new_words_say_no_trained_colour_or_shape():
 
 def test_new_wordings_are_of_trained_words_and_never_trained_on():
     learnt = set().union(*(tokens(text) for _, text in TRAINED))
+    for choice in WORDS["shapes"].values():
+        learnt = learnt.union(*(tokens(wordings.plural_of(w)) for w in choice.trained))
     trained = {text for _, text in TRAINED}
     new = list(said("wordings"))
     for _, text in new:
