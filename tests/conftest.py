@@ -3,6 +3,7 @@
 A test that wants one device takes `jax.devices()[:1]`.
 """
 
+import collections
 import gc
 import importlib.util
 import os
@@ -40,9 +41,11 @@ gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: what starts last should not take the longest."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with most slow tests first: what starts last should not take long."""
+    slow = collections.Counter(
+        item.path for item in items if item.get_closest_marker("slow")
+    )
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)

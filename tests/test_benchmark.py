@@ -28,6 +28,7 @@ def test_params_are_all_counted(cfg):
     assert report["leaves"] == len(params)
 
 
+@pytest.mark.slow
 def test_timed_steps_agree_with_themselves(cfg, monkeypatch):
     monkeypatch.setattr(benchmark, "matmul_flops_per_second", lambda *_: 1e10)
     mesh = make_mesh(cfg.mesh, jax.devices()[:1])
@@ -41,6 +42,7 @@ def test_timed_steps_agree_with_themselves(cfg, monkeypatch):
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.slow
 def test_a_timed_sampler_agrees_with_itself(cfg):
     """Of four steps three are guided; 6 pictures make two for each of 8 devices."""
     sampler = {"steps": 4, "guidance_schedule": [1.0, 2.0, 2.0, 2.0], "batch_size": 6}
@@ -61,6 +63,7 @@ def test_a_timed_sampler_agrees_with_itself(cfg):
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.slow
 def test_a_timed_pipeline_agrees_with_itself(tmp_path):
     records = str(tmp_path / "records.npz")
     prepare.prepare("shapes:32", records, text_length=4, image_size=8, progress=False)

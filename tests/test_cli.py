@@ -218,6 +218,7 @@ def test_programs_are_cached_where_the_environment_says(monkeypatch, tmp_path):
         jax.config.update("jax_compilation_cache_dir", was)
 
 
+@pytest.mark.slow
 def test_memory_is_what_was_held():
     """By this process: what its parent holds does not count."""
     parents = np.ones(2**29, np.uint8)

@@ -146,6 +146,7 @@ def parse(called: list[tuple[str, list[str]]]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_command_in_the_documents_parses():
     right = ["--source=shapes:10", "--output=x"]
     wrong = {

@@ -73,6 +73,7 @@ def contents(folder):
     }
 
 
+@pytest.mark.slow
 def test_a_cascade_holds_what_is_told_of_it(made):
     names = {name for name in contents(made / "one") if "safetensors" not in name}
     samples = {f"samples/{i:04d}.png" for i in range(3)}

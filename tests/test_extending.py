@@ -36,6 +36,7 @@ def ran(tmp_path_factory):
     del network.ARCHITECTURES["own:small"], sampler.STEPS["own:renewing"]
 
 
+@pytest.mark.slow
 def test_own_batches_network_and_step(ran):
     names = ran
     assert [p.size for p in names["pictures"]] == [(8, 8), (8, 8)]
@@ -50,6 +51,7 @@ def test_own_batches_network_and_step(ran):
     assert shapes["Conv_1.kernel"] == (3, 3, 16, 3)
 
 
+@pytest.mark.slow
 def test_an_iterator_is_as_good_and_a_resumed_run_goes_on_in_it(ran, tmp_path):
     """Two steps and two more make the parameters of four at a time, to the bit."""
     names = ran

@@ -129,6 +129,7 @@ def assert_equal(found, want):
         np.testing.assert_array_equal(array, want[name])
 
 
+@pytest.mark.slow
 @OFTEN
 @given(st.data())
 def test_damaged_records(data):
@@ -182,6 +183,7 @@ def test_crafted_batches(crafted):
         assert found["mask"].view(np.uint8).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", files.JSON_FILES)
 @PROPERTY
 @given(data=st.data())
@@ -273,6 +275,7 @@ def test_an_array_that_ends_early_is_not_filled_with_what_lay_in_memory(tmp_path
         hostile.read_records(tmp_path / "x.npz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", files.LARGE)
 def test_what_would_fill_the_memory(case):
     path = hostile.PLACE / "large"

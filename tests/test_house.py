@@ -265,6 +265,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["unet", "efficient_unet"])
 @pytest.mark.parametrize("lowres_size", [0, 4])
 def test_every_logical_axis_has_a_rule(architecture, lowres_size):

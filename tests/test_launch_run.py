@@ -18,6 +18,7 @@ def cloud(tmp_path):
     return Cloud(tmp_path)
 
 
+@pytest.mark.slow
 def test_run_trains_to_the_end_and_gives_the_slice_back(cloud):
     done = cloud.run("tpu.sh", "run", *TRAIN)
     assert done.returncode == 0, done.stdout
@@ -27,6 +28,7 @@ def test_run_trains_to_the_end_and_gives_the_slice_back(cloud):
     assert cloud.slices() == ["a"]
 
 
+@pytest.mark.slow
 def test_a_loop_that_was_away_takes_the_training_up_again(cloud):
     cloud.train("sleep 3")
     for command in ("create", "install"):
@@ -47,6 +49,7 @@ fi
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queued", [(), ("--queued",)])
 def test_a_preempted_slice_is_recreated_and_the_training_resumed(cloud, queued):
     cloud.train(PREEMPTED_ONCE)
@@ -138,6 +141,7 @@ def test_an_ssh_that_fails_once_is_tried_again(cloud):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [1, 2])
 def test_a_failed_training_ends_the_run_and_shows_the_worker_to_blame(cloud, status):
     cloud.train(
@@ -161,6 +165,7 @@ def test_a_training_that_saved_is_resumed_on_the_same_slice(cloud):
     assert len(cloud.trainings()) == 4
 
 
+@pytest.mark.slow
 def test_a_training_that_crashes_again_and_again_is_given_up(cloud):
     cloud.train("echo out of memory; exit 137")
     done = cloud.run("tpu.sh", "run", *TRAIN)
@@ -170,6 +175,7 @@ def test_a_training_that_crashes_again_and_again_is_given_up(cloud):
     assert len(cloud.trainings()) == 6
 
 
+@pytest.mark.slow
 def test_a_training_that_hangs_is_started_again(cloud):
     cloud.train("[ -e seen ] || { touch seen; sleep 100; }")
     done = cloud.run("tpu.sh", "run", *TRAIN, "--hang-seconds=1")
@@ -178,6 +184,7 @@ def test_a_training_that_hangs_is_started_again(cloud):
     assert len(cloud.trainings()) == 4
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_by_hand_ends(cloud):
     # `stop` on another terminal: here the workers do it themselves.
     cloud.train(
@@ -190,6 +197,7 @@ def test_a_run_that_is_stopped_by_hand_ends(cloud):
     assert len(cloud.trainings()) == 2
 
 
+@pytest.mark.slow
 def test_three_stages_side_by_side(cloud):
     # None ends before all have begun.
     cloud.train(

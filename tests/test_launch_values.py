@@ -221,6 +221,7 @@ REFUSED_GKE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "words", "flags"),
     [

@@ -5,6 +5,7 @@ import zipfile
 
 import jax
 import numpy as np
+import pytest
 
 from imagen_jax.api.cascade import load, open_stages
 from imagen_jax.config import MeshConfig
@@ -14,6 +15,7 @@ from tests.references import make_checkpoint
 FOLDER = pathlib.Path(make_checkpoint.__file__).parent
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_schema_version_2(tmp_path, capsys):
     with zipfile.ZipFile(FOLDER / "checkpoint.zip") as file:
         file.extractall(tmp_path)

@@ -30,6 +30,7 @@ def _millions(tree):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) / 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variant", "low", "high"),
     [
@@ -45,6 +46,7 @@ def test_networks_have_the_papers_sizes(name, variant, low, high):
     assert low <= _millions(_parameters(name, variant)) <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_all_that_is_large_is_sharded(name):
     """Parameters, their average, the optimizer's: over eight shards none is whole."""
@@ -93,6 +95,7 @@ def test_self_attention_is_all_that_f3_leaves_out():
     assert lost == pytest.approx(2 * 2 * (1024 * 2048 + 2048) / 1e6)
 
 
+@pytest.mark.slow
 def test_the_cascade_for_photographs_is_the_papers_but_smaller():
     base, sr = (
         config.from_dict(photographs.get_config(name).to_dict())

@@ -249,6 +249,7 @@ def _run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_door(pictures, tmp_path):
     output = tmp_path / "out"
     done = _run(f"--source=folder:{pictures}", f"--output={output}")

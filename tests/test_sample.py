@@ -248,6 +248,7 @@ def test_the_output_is_tried_before_weights_are_loaded(door, tmp_path, monkeypat
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_prompts_by_images_by_values(door, tmp_path):
     """Sheets and grid, and where they are, told at the end."""
     (tmp_path / "p.txt").write_text("a\u2028b\nкрасный круг\n")
@@ -263,6 +264,7 @@ def test_prompts_by_images_by_values(door, tmp_path):
     assert asked["prompts"] == ["a\u2028b", "красный круг"]
 
 
+@pytest.mark.slow
 def test_what_is_known_of_a_prompt_is_in_its_lines(door, tmp_path):
     """Two of three are drawn; one more is given, of which nothing is known."""
     text = "Prompt,Category,file_name\na,One,a.jpg\nb,Two,\nc,,c.jpg\n"

@@ -203,6 +203,7 @@ def test_factored_moments_lie_as_their_parameter(shape, row, column):
     assert made.v_col["kernel"].spec == PartitionSpec(*column)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["unet", "efficient_unet"])
 def test_fsdp_and_tensor_divide_a_network(architecture):
     """All but small vectors: each device holds little more than its share."""

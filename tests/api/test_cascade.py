@@ -87,6 +87,7 @@ def _cubic(distance):
     return np.where(x < 1, near, far)
 
 
+@pytest.mark.slow
 def test_the_networks_input_carries_the_noise_that_it_is_told():
     """Inside the network, where pixels and level arrive: in training and in sampling.
 

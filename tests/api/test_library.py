@@ -84,6 +84,7 @@ def test_a_job_of_the_command_makes_the_same_files(cascade, result, tmp_path):
         assert (file.text["guidance"], file.text["model"]) == ("[2.0]", "0123456789ab")
 
 
+@pytest.mark.slow
 def test_a_second_call_compiles_and_traces_nothing(cascade, result):
     heard = []
 
@@ -136,6 +137,7 @@ def test_what_a_callback_raises_ends_the_call(cascade):
     cascade(PROMPTS, callback=lambda *_: None)
 
 
+@pytest.mark.slow
 def test_on_many_devices_the_callback_gets_whole_pictures():
     seen = []
     many = Cascade(STAGES, mesh=sharding.make_mesh(MeshConfig(), jax.devices()[:2]))

@@ -60,6 +60,7 @@ def test_the_test_is_of_something():
     assert 8 < len(KEPT) < 24 and 6 < len(HELD_OUT) < 20 and KEPT & HELD_OUT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readers", [1, 4])
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ def test_three_epochs_have_what_a_plain_filter_leaves(
         assert max(times) - min(times) <= 1 and sum(times) == epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 @pytest.mark.parametrize("consumed", [5, 29])
 def test_resuming_equals_never_stopping(stage, scored, mesh, name, consumed):
@@ -109,6 +111,7 @@ def test_without_either_nothing_changes(stage, scored, mesh):
             open_records(stage(path, data=data), mesh).set_state(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 def test_held_out_and_trained_on_share_nothing(stage, scored, mesh, name):
     for data in ({"filter": FILTER, "heldout_share": SHARE}, {"heldout_share": SHARE}):
@@ -119,6 +122,7 @@ def test_held_out_and_trained_on_share_nothing(stage, scored, mesh, name):
         assert held == own and not held & trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 def test_held_out_batches_are_always_the_same(stage, scored, name):
     """Whatever the readers, the buffer and the mesh are."""
@@ -135,6 +139,7 @@ def test_held_out_batches_are_always_the_same(stage, scored, name):
         assert_equal(other, found[0])
 
 
+@pytest.mark.slow
 def test_hosts_together_have_the_batches_of_one(stage, scored, mesh):
     cfg = stage(str(scored / "out"), data={"heldout_share": SHARE})
     whole = take(open_records(cfg, mesh, heldout=True), 4)
@@ -216,6 +221,7 @@ def test_records_without_scores(stage, even, scored, mesh):
     assert set(ids(take(open_records(cfg, mesh), 18))) == set(range(24)) - HELD_OUT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["out", "out.npz"])
 @pytest.mark.parametrize(
     ("data", "heldout"),

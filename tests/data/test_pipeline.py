@@ -101,6 +101,7 @@ class TestOrder:
             },
         }
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "crop"),
         [
@@ -124,6 +125,7 @@ class TestOrder:
             assert_equal(take(resumed, 3), batches[consumed : consumed + 3])
             assert resumed.get_state() == states[consumed + 2]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "count", "hosts"),
         [
@@ -145,6 +147,7 @@ class TestOrder:
         want = take(open_records(cfg, mesh), 5)
         assert_equal(_joined(streams, HOSTS[hosts], 5), want)
 
+    @pytest.mark.slow
     def test_resuming_on_other_numbers_of_hosts(self, stage, mixed, mesh):
         """1, 4, 1 hosts, in mid-epoch: one order, one state."""
         cfg = stage(mixed, batch_size=BATCH, data={"readers": 2})
@@ -182,6 +185,7 @@ class TestOrder:
             own = found[half * 21 : half * 21 + 21, reader]
             assert sorted(own) == list(range(21))
 
+    @pytest.mark.slow
     def test_a_mixture_has_what_its_folders_have(
         self, stage, records, even, mixed, mesh
     ):
@@ -282,6 +286,7 @@ class TestRefusals:
             open_records(stage(npz), mesh).set_state(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "a length", "a byte", "while it is read"])
 def test_damaged_files(stage, records, mesh, tmp_path, damage):
     folder = pathlib.Path(shutil.copytree(records, tmp_path / "records"))
@@ -301,6 +306,7 @@ def test_damaged_files(stage, records, mesh, tmp_path, damage):
         take(stream, 100)
 
 
+@pytest.mark.slow
 def test_a_folder_that_goes_is_said_and_a_position_survives_it(
     stage, records, mesh, tmp_path
 ):

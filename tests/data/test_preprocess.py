@@ -36,6 +36,7 @@ def _area_weights(size, side):
     return overlap.clip(0) * size / side
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("h, w", [(97, 70), (64, 200), (129, 129)])
 def test_picture_is_the_area_mean_then_halvings(h, w):
     """Against the closed form of the area mean in float64, and numpy's halvings."""
@@ -120,6 +121,7 @@ print(preprocess.sides(open(sys.argv[1], "rb").read()))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "told"), [(None, False), ("0", True)])
 def test_odd_colour_profiles_are_not_told(tmp_path, level, told):
     """Unless somebody asks TensorFlow for everything."""

@@ -59,6 +59,7 @@ def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
         next(stream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", [1, 4, 13])
 def test_the_shuffle_buffer_is_as_large_as_the_config_says(stage, line, mesh, shuffle):
     """Of one file, whose numbers rise, none comes before the buffer has reached it."""
@@ -151,6 +152,7 @@ class TestContents:
         for id in shared:
             np.testing.assert_array_equal(base[id].image, downsample(sr[id].image, 8))
 
+    @pytest.mark.slow
     def test_squares_and_crops_change_from_epoch_to_epoch(
         self, stage, records, pictures, mesh
     ):
@@ -247,6 +249,7 @@ def _break(*numbers):
 
 
 class TestDamage:
+    @pytest.mark.slow
     def test_the_next_record_takes_the_place_of_one_that_does_not_decode(
         self, stage, records, mesh, tmp_path, caplog
     ):
@@ -273,6 +276,7 @@ class TestDamage:
         assert_equal(take(second, 2), found[4:])
         assert second.get_state() == stream.get_state()
 
+    @pytest.mark.slow
     def test_not_more_than_the_config_allows(self, stage, records, mesh, tmp_path):
         path = _copy(records, tmp_path / "r", _break(3, 10), old=True)
         stream = open_records(stage(path, batch_size=7, data={"max_damaged": 1}), mesh)

@@ -124,6 +124,7 @@ def test_records_are_a_data_set_for_everybody(kept, pictures):
     assert sorted(seen) == list(range(21))
 
 
+@pytest.mark.slow
 def test_training_from_a_data_set(kept, records, stage, mesh):
     """By seqio.TfdsDataSource: the folder's batches, on one host and on two."""
     data = {"readers": 2}

@@ -101,6 +101,7 @@ def test_a_picture_alone_is_the_same(inputs, pictures, row):
         assert np.abs(alone[0].astype(int) - among[row]).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "devices", "want"),
     [(1, 1, 1), (2, 1, 1), (3, 1, 16), (5, 1, 16), (1, 8, 8), (3, 8, 16)],
@@ -210,6 +211,7 @@ def test_the_next_stage_sees_the_announced_augmentation(inputs):
         assert abs(noise.var() / 0.5 - 1) < 4 * np.sqrt(2 / noise.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_a_mesh_of_eight_makes_the_same_pictures(inputs, pictures, axes):
     mesh = _mesh(8, **axes)

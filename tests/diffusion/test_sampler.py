@@ -74,6 +74,7 @@ def _moments(steps, gamma):
         variance = factor**2 * variance + posterior ** (1 - gamma) * spread**gamma
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_ancestral_sampling_keeps_the_distribution(gamma):
     steps = 512

@@ -137,6 +137,7 @@ def _slope(data, path, **options):
 
 # Of an error `c h**p (1 + d h + ...)` the slope is off p by `d h / log 4`; h, half of
 # a step in log-SNR, is 0.3 at the fewest steps.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prediction", "schedule", "name", "order"),
     [
@@ -192,6 +193,7 @@ def test_ancestral_samples_have_the_datas_moments(prediction, schedule, gamma):
     assert (np.abs(np.cov(pixels.T) - COVARIANCE) < 4 * error).all()
 
 
+@pytest.mark.slow
 def test_ancestral_samples_have_the_mixtures_moments():
     x0, _, _ = _run(_mixed, 4, 32, name="ddpm", steps=1024, gamma=1.0)
     first = SHARES @ MEANS

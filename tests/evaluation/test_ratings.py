@@ -101,6 +101,7 @@ def test_the_naive_interval_is_the_papers():
     assert found["naive"] == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_needed_ratings_are_the_textbooks():
     """Of fair independent ones (1.96 + 0.84)^2 p (1 - p) / 0.02^2 = 4,906."""
     n = 4000
@@ -155,6 +156,7 @@ def simulated(seed, prompts=40, raters=20, careless=5, preference=0.6):
     return key, answers
 
 
+@pytest.mark.slow
 def test_the_interval_covers_a_known_preference():
     """Raters prefer "a" in 60 of 100; a quarter of those who answer do not look."""
     covered = naive = careless = careful = 0

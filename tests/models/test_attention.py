@@ -50,6 +50,7 @@ def test_logits_and_softmax_are_float32():
     np.testing.assert_allclose(have.astype(np.float32), want, rtol=2 * 2**-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [False, True])
 def test_attending_to_nothing_is_zero(kernel, monkeypatch):
     """As the null text is, where a level attends to the text alone."""
@@ -82,6 +83,7 @@ def _gradients(way, q, k, v, mask):
     return jax.grad(loss, (0, 1, 2))(q, k, v)
 
 
+@pytest.mark.slow
 def test_the_tpu_kernel_is_a_masked_softmax():
     """Interpreted on the CPU, with the base's 16 x 16 pixels and text."""
     pixels, keys = 256, 384

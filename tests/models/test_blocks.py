@@ -57,6 +57,7 @@ def _last(x):
     return x.transpose(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["same", "wider", "down", "up"])
 def test_residual_block(record, name):
     params = {
@@ -76,6 +77,7 @@ def test_residual_block(record, name):
     _near(have, _last(record[f"{name}/out"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "expansion"), [("concatenated", 1), ("expanded", 2)])
 def test_attention_with_concatenated_text(record, name, expansion):
     def heads(ours):

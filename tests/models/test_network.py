@@ -140,6 +140,7 @@ def _moved(a, b):
     return np.abs(a - b).max((1, 2, 3)) / np.abs(a).max()
 
 
+@pytest.mark.slow
 def test_every_input_moves_its_row_alone(net):
     names = ["z", "logsnr", "text"]
     if net.cfg.lowres_size:
@@ -264,6 +265,7 @@ def test_smaller_bases_are_alike_in_their_tiny_form(name):
     assert shrunk.to_dict() == base64.get_config("tiny").to_dict()
 
 
+@pytest.mark.slow
 def test_every_parameter_is_learned(net):
     model = net.cfg.model
 

@@ -157,6 +157,7 @@ def test_other_types_are_refused():
         t5.T5Config(dtype="float16")
 
 
+@pytest.mark.slow
 def test_init_keeps_the_logits_near_one():
     """Neither uniform nor saturated attention, so a random encoder is of use."""
     ids = jnp.arange(32)[None]

@@ -46,6 +46,7 @@ def made(mesh):
     return compiled
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_shapes_and_the_compiler(made, mesh):
     run, found = made
     memory, theirs = found["memory_gib"], run.memory_analysis()
@@ -146,6 +147,7 @@ def test_a_network_is_another_line():
     assert times["step_seconds"] == 1 + 2 + 3
 
 
+@pytest.mark.slow
 def test_microbatches_are_counted(mesh):
     """A loop of two turns, each of what a step does for half of the batch."""
     training = {"batch_size": 16, "microbatches": 2}
@@ -205,6 +207,7 @@ def test_a_step_that_does_not_fit_is_a_message(mesh, monkeypatch, message, gib):
     assert "\n" not in text
 
 
+@pytest.mark.slow
 def test_what_was_planned_here_is_compiled_for_training(made, mesh):
     """The training's own program then comes from the cache, where jax keeps one."""
     if not jax.config.jax_compilation_cache_dir:

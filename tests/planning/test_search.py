@@ -29,6 +29,7 @@ def limit(monkeypatch, value):
     monkeypatch.setitem(chips.CHIPS, "cpu", chip)
 
 
+@pytest.mark.slow
 def test_guesses_shrink_with_fsdp_remat_and_microbatches():
     cfg = on(stage(batch_size=64), data=2, fsdp=4)
     mesh = make_mesh(cfg.mesh)

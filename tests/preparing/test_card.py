@@ -278,6 +278,7 @@ def test_no_records(tmp_path):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="there is no Chromium")
 @pytest.mark.parametrize("width", [420, 1200])
 def test_it_fits_its_window(records, tmp_path, width):

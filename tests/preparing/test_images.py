@@ -238,6 +238,7 @@ print(cli.peak_memory_gib() - before)
 """
 
 
+@pytest.mark.slow
 def test_the_memory_of_large_pictures():
     """Eight threads would take 2 GiB for 20 megapixels of 13 bytes each, or keep it."""
     taken = float(subprocess.check_output([sys.executable, "-c", MEMORY]))

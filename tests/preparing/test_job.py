@@ -334,6 +334,7 @@ def test_two_processes_write_the_same_file(tmp_path):
             lost.unlink()
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said(tmp_path):
     for number in (errno.ENOSPC, errno.EDQUOT):
         with pytest.raises(UserError, match="is full: make room and start again"):

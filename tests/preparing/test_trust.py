@@ -147,6 +147,7 @@ def _while_prepared(monkeypatch, change):
     monkeypatch.setattr(job, "usable", changing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["records", "npz", "pictures"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_folder_that_changes_is_refused(

@@ -169,6 +169,7 @@ def test_parse_refuses_other_text(text):
         shapes.parse(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 32, 64])
 def test_judge_is_right_on_drawn_scenes(size):
     right = [meets(shapes.draw(s, size), shapes.caption(s)) for s in SCENES[:400]]
@@ -176,6 +177,7 @@ def test_judge_is_right_on_drawn_scenes(size):
 
 
 # At 16 pixels a stroke is a pixel or two wide, and a blur takes half of it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "blur", "share"), [(16, 0, 0.99), (16, 0.1, 0.98), (32, 0.15, 0.99)]
 )
@@ -236,6 +238,7 @@ def wrong(scene, what, rng):
     return shapes.caption(fake)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["colour", "shape", "count", "size", "relation"])
 def test_judge_refuses_wrong_captions(what):
     verdicts = []

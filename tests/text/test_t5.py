@@ -76,6 +76,7 @@ def t5x_folder(tmp_path, spiece):
     return str(tmp_path / "checkpoint_0")
 
 
+@pytest.mark.slow
 def test_equals_t5x_on_a_checkpoint_that_t5x_wrote(t5x_folder):
     with zipfile.ZipFile(REFERENCE) as archive, archive.open("outputs.npz") as file:
         reference = dict(np.load(file))

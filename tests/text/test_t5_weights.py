@@ -120,6 +120,7 @@ class Drawn:
         return drawn.t5(name, self.shapes[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cut"),
     [
@@ -145,6 +146,7 @@ def test_published_sizes_equal_transformers(monkeypatch, name, cut):
         assert np.linalg.norm(out - want) <= bound * np.linalg.norm(want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(1, 1, 8), (1, 8, 1), (2, 2, 2)])
 def test_eight_devices_equal_one(tmp_path, axes):
     config = T5Config(96, 2, 64, 96, 16, 8, dtype="float32")
@@ -197,6 +199,7 @@ print(held("VmHWM") - before - on_devices, on_devices)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc"
 )

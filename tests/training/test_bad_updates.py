@@ -76,6 +76,7 @@ def good(mesh):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_update_that_is_not_finite_is_not_done(good, mesh, value):
     """Bitwise, and later steps are those of a run whose step was only counted."""
@@ -94,6 +95,7 @@ def test_an_update_that_is_not_finite_is_not_done(good, mesh, value):
     assert metrics["learning_rate"] == earlier["learning_rate"]
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_copied(mesh):
     """XLA copies the old values of an array that two fusions read, in each step."""
     run = compiled(mesh)
@@ -177,6 +179,7 @@ def test_once_the_budget_is_spent_the_state_stands_still(good, mesh):
     assert_equal(still, twice)
 
 
+@pytest.mark.slow
 def test_eight_devices_decide_alike(eight):
     """One example of one device is bad: none of them updates."""
     state = create_state(CFG, eight)

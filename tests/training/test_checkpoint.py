@@ -50,6 +50,7 @@ def test_a_checkpoint_knows_what_it_is(saved):
     assert set(described["written_by"]) == {"imagen_jax", "jax"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_state_may_be_donated_while_it_is_written(tmp_path, devices):
     spoil = jax.jit(lambda tree: jax.tree.map(lambda x: -x, tree), donate_argnums=0)
@@ -191,6 +192,7 @@ def test_what_a_killed_run_left_unfinished_is_removed(workdir):
 LOSSES = {1: 0.5, 2: 0.2, 3: 0.4, 4: 0.3, 5: float("nan"), 6: 0.9, 7: 0.8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "steps"),
     [

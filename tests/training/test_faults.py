@@ -42,6 +42,7 @@ def assert_goes_on(workdir):
     assert not list((workdir / "checkpoints").glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit(tmp_path):
     """Files of at most 9 kB stand for a full disk; the next save or the end tells."""
     run, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -62,6 +63,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     assert_goes_on(run)
 
 
+@pytest.mark.slow
 def test_no_room_for_a_line_of_the_logs(tmp_path, monkeypatch):
     run, calls, write = tmp_path / "run", [], MetricWriter.event
 
@@ -85,6 +87,7 @@ def test_a_workdir_that_cannot_be_made(tmp_path, where):
         train(tmp_path / where)
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_taken_away_while_it_trains(tmp_path):
     run = tmp_path / "run"
 

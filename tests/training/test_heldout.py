@@ -88,6 +88,7 @@ def _means(name, found):
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_it_is_the_loss_of_each_example_with_its_caption(microbatches):
     """None of the captions is dropped, though the training drops half of them."""
@@ -104,6 +105,7 @@ def test_it_is_the_loss_of_each_example_with_its_caption(microbatches):
     assert have["heldout_loss"] != pytest.approx(have["heldout_ema_loss"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_super_resolution_stage_has_the_training_loss_without_dropout():
     cfg = tiny.sr_stage(model=tiny.ONE_LEVEL, diffusion=DROPPED)
     mesh = _mesh(1)
@@ -132,6 +134,7 @@ def test_on_several_devices_it_is_the_same():
     assert one == pytest.approx(eight, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_noise_is_the_same_for_every_step_and_seed():
     cfg = tiny.stage(model=tiny.ONE_LEVEL)
     mesh = _mesh(1)
@@ -171,6 +174,7 @@ def _train(cfg, workdir, mesh, hook=None, heldout=True):
     return loop.train(cfg, str(workdir), batches, mesh, heldout=held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "steps"),
     [
@@ -200,6 +204,7 @@ def test_without_held_out_examples_nothing_is_measured(tmp_path, no_arithmetic):
     assert not [row for row in _lines(tmp_path) if "heldout_loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "log_every"), [(1, 3), (4, 1), (5, 100)])
 def test_lines_do_not_tell_where_a_run_was_stopped(tmp_path, quick, stop, log_every):
     """Stopped by a signal, at a step that measures or at another."""
@@ -222,6 +227,7 @@ def test_lines_do_not_tell_where_a_run_was_stopped(tmp_path, quick, stop, log_ev
     assert steps == [2, 4, 6, 7]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoints_may_be_those_of_the_held_out_loss(
     tmp_path, quick, monkeypatch
 ):

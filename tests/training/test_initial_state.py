@@ -46,6 +46,7 @@ def start(workdir, cfg=CFG, init_from=""):
     return found, origin, positions
 
 
+@pytest.mark.slow
 def test_its_own_checkpoint_comes_first_then_named_weights(tmp_path, other):
     scratch, origin, positions = start(tmp_path)
     assert origin == {"source": "scratch"} and not positions

@@ -77,6 +77,7 @@ def test_a_signal_saves_and_stops(tmp_path, mesh, monkeypatch):
     assert logged == want and [row["step"] for row in logged] == [2, 4]
 
 
+@pytest.mark.slow
 def test_the_workdir_holds_what_it_should(tmp_path, mesh, no_arithmetic):
     cfg = tiny.sr_stage(
         model=tiny.ONE_LEVEL, training={"sample_every_steps": 4, "steps": 5}
@@ -135,6 +136,7 @@ def test_the_time_left_leaves_out_compiling(tmp_path, mesh, no_arithmetic, monke
     assert bar.format_dict["elapsed"] < time.monotonic() - started - 2.9
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_stay(tmp_path, mesh, no_arithmetic):
     cfg = tiny.stage(
         model=tiny.ONE_LEVEL,
@@ -168,6 +170,7 @@ def of_run(steps, decay_steps, learning_rate=0.01, **training):
     return tiny.stage(model=tiny.ONE_LEVEL, optimizer=optimizer, training=training)
 
 
+@pytest.mark.slow
 def test_a_run_that_saved_nothing_leaves_its_workdir_free(
     tmp_path, mesh, no_arithmetic
 ):
@@ -259,6 +262,7 @@ def test_a_config_that_is_damaged_is_named(tmp_path):
         loop.claim_workdir(tiny.stage(), str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 1])
 def test_a_step_that_hangs_shows_where(tmp_path, mesh, no_arithmetic, capfd, seconds):
     """The second one; the first may compile for long."""

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
 from imagen_jax import images
@@ -68,6 +69,7 @@ def test_pictures_of_any_size_have_128_pixels_or_more():
         assert made.shape[0] == 4 + 2 * (side + 4) + 15
 
 
+@pytest.mark.slow
 def test_prompts_are_sampled_beside_the_examples(tmp_path, monkeypatch):
     """What is sampled for the examples does not depend on them."""
     cfg = tiny.sr_stage(model=tiny.ONE_LEVEL)

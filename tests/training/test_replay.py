@@ -98,6 +98,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_spent_budget_stops_with_a_bundle(stopped, mesh):
     workdir, message = stopped
     assert (
@@ -133,6 +134,7 @@ def test_a_bundle_names_the_first_layer(stopped, mesh, capsys):
     assert "first not finite: the text embeddings of example 51" in told
 
 
+@pytest.mark.slow
 def test_one_device_gives_the_numbers_of_eight(tmp_path, eight):
     """A run of spikes: they are finite, so that there is something to compare.
 
@@ -166,6 +168,7 @@ def test_one_device_gives_the_numbers_of_eight(tmp_path, eight):
     assert where == sorted(where)
 
 
+@pytest.mark.slow
 def test_what_is_named_is_where_it_begins(stopped, mesh):
     """A parameter, a layer that overflows, a loss, a gradient norm that do."""
     kept, _ = Checkpointer(str(stopped[0] / "bundles" / "7")).restore(CFG, mesh, 6)
@@ -188,6 +191,7 @@ def test_what_is_named_is_where_it_begins(stopped, mesh):
     assert "gradient" in cause("conv_out", 1e15, True)
 
 
+@pytest.mark.slow
 def test_a_rollback_goes_on_with_what_comes_next(tmp_path, mesh):
     """The checkpoint's parameters, the data and the step after the bad ones."""
     cfg = dataclasses.replace(

@@ -110,6 +110,7 @@ def test_weights_come_to_the_rows_and_once():
     assert parts <= sizes
 
 
+@pytest.mark.slow
 def test_microbatches_give_the_gradient_of_the_batch():
     """Sums in another order, of numbers that are no larger than the whole."""
     cfg = tiny.stage(model=tiny.ONE_LEVEL)
@@ -130,6 +131,7 @@ def test_microbatches_give_the_gradient_of_the_batch():
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_one_batch():
     cfg = tiny.stage(
         model=tiny.ONE_LEVEL, diffusion={"prediction": "x0"}, training={"steps": 1}
@@ -148,6 +150,7 @@ def test_the_loss_falls_on_one_batch():
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
+@pytest.mark.slow
 def test_one_step_against_optax_by_hand():
     """Clipping, Adam, the average and the counter, on the step's own gradient."""
     cfg = tiny.stage(
