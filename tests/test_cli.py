@@ -187,6 +187,7 @@ cli.run(main, ["door"])
 """
 
 
+@pytest.mark.slow
 def test_no_thread_tells_of_a_full_disk():
     """But of all other errors."""
     done = subprocess.run(
@@ -237,6 +238,7 @@ def test_memory_is_what_was_held():
     assert after - before == pytest.approx(0.25, abs=0.05)
 
 
+@pytest.mark.slow
 def test_the_console_script_runs_doors(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["imagen-jax"])
     cli.main()
@@ -337,6 +339,7 @@ cli.run(main, ["door"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platforms", "count"), [("cpu", 1), ("tpu,cpu", 2)])
 def test_what_a_user_can_do_nothing_about_is_not_told(platforms, count):
     """What is not known to be of no use stays."""

@@ -241,6 +241,7 @@ def test_a_signal_to_one_process_saves_all_at_the_same_step(
     np.testing.assert_allclose(losses(run)[:9], losses(whole[0]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_process_that_finds_no_others_says_so(tmp_path, records):
     done = subprocess.run(
         [*DOOR, *flags(tmp_path / "run", records), "--distributed"],
@@ -255,6 +256,7 @@ def test_a_process_that_finds_no_others_says_so(tmp_path, records):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_come_is_not_waited_for(tmp_path, records, start):
     command = [*DOOR, *flags(tmp_path / "run", records), "--start_timeout_seconds=2"]
     processes = start(command, "a")

@@ -159,6 +159,7 @@ def test_a_slice_that_does_not_come_is_not_waited_for_for_ever(cloud):
     assert "a is still CREATING after 1 s" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_subcommands_one_after_the_other(cloud):
     cloud.train('trap "echo saved; exit 3" TERM; echo up; while :; do sleep 0.1; done')
     assert cloud.run("tpu.sh", "create", "--name=a").returncode == 0

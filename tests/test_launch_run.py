@@ -66,6 +66,7 @@ def test_a_preempted_slice_is_recreated_and_the_training_resumed(cloud, queued):
     assert len(commands) == 4 and len(set(commands)) == 1
 
 
+@pytest.mark.slow
 def test_a_slice_lost_while_installing_is_recreated(cloud):
     python = cloud.bin / "python3.13"
     lose = 'printf PREEMPTED >"$FAKE_SLICE/state"; exit 1'
@@ -80,6 +81,7 @@ def test_a_slice_lost_while_installing_is_recreated(cloud):
     assert len(cloud.calls("create")) == 2
 
 
+@pytest.mark.slow
 def test_no_answer_is_no_preemption(cloud):
     cloud.train("sleep 1")
     lost = [1, "ERROR: connection reset"]
@@ -157,6 +159,7 @@ def test_a_failed_training_ends_the_run_and_shows_the_worker_to_blame(cloud, sta
     assert cloud.slices() == ["a"]
 
 
+@pytest.mark.slow
 def test_a_training_that_saved_is_resumed_on_the_same_slice(cloud):
     cloud.train("[ -e seen ] || { touch seen; exit 3; }")
     done = cloud.run("tpu.sh", "run", *TRAIN)

@@ -161,6 +161,7 @@ def test_cut_captions_are_counted(pictures, tmp_path, capsys):
     assert "(2 cut" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_estimate(tmp_path, capsys):
     """It is near what is written, and does not change it."""
     options = {"image_size": 16, "text_length": 8}

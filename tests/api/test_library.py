@@ -31,6 +31,7 @@ def result(cascade):
     return cascade.sample(PROMPTS, seed=5, return_stages=True)
 
 
+@pytest.mark.slow
 def test_the_names_are_there_and_nothing_is_loaded():
     """In a process of its own; JAX and TensorFlow come with the first use."""
     program = (
@@ -46,6 +47,7 @@ def test_the_names_are_there_and_nothing_is_loaded():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_arrays_of_all_stages(result):
     assert [s.shape for s in result.stages] == [(3, n, n, 3) for n in (8, 16)]
     np.testing.assert_array_equal(result.images, result.stages[-1])
@@ -110,6 +112,7 @@ def test_a_second_call_compiles_and_traces_nothing(cascade, result):
     assert not compiled[1] and not compiled[3]
 
 
+@pytest.mark.slow
 def test_estimates_come_with_every_step_and_change_nothing(cascade, result):
     """Three pictures in batches of two: the second one is filled up, and cut."""
     seen = []

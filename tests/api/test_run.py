@@ -91,6 +91,7 @@ def test_a_preview_has_the_prompts_that_were_asked_for(values, monkeypatch):
         run.open_preview(broken, batches)
 
 
+@pytest.mark.slow
 def test_the_next_command_is_one():
     found = []
     for lowres in (0, 4):

@@ -218,8 +218,8 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["claims", "--output=x", "--scale=pod"])
     claims.main()
     told = capsys.readouterr().out
-    # As many FLOPs as the stage that was planned: 400,000 steps of 0.34 s.
-    assert "| 1.00 | 1.57 |" in told and "69 trainings" in told
+    # As many FLOPs as the stage that was planned: 400,000 steps of 0.293 s.
+    assert "| 1.00 | 1.36 |" in told and "69 trainings" in told
 
 
 @pytest.mark.slow

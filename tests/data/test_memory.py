@@ -27,6 +27,7 @@ def test_every_epoch_is_another_permutation(stage, npz, mesh):
     assert ids(take(other, 3)) != epochs[0]
 
 
+@pytest.mark.slow
 def test_a_peek_has_captions_and_moves_nothing(stage, npz, records, mesh):
     """Of both kinds of records."""
     stored = [f"picture {i}, {'so ' * (i % 5)}".strip() for i in range(21)]

@@ -44,6 +44,7 @@ def _joined(streams, hosts, n):
 
 
 class TestOrder:
+    @pytest.mark.slow
     def test_an_epoch_has_every_example_once_in_another_order(
         self, stage, records, mesh
     ):
@@ -163,6 +164,7 @@ class TestOrder:
         one.set_state(state)
         assert_equal(take(one, 2), take(whole, 2))
 
+    @pytest.mark.slow
     def test_readers_of_equal_groups(self, stage, even, mesh):
         """An epoch has every example once; a reader in as many epochs as groups.
 
@@ -210,6 +212,7 @@ class TestOrder:
                     row.replace(id=np.int32(number)),
                 )
 
+    @pytest.mark.slow
     def test_weights_hold_for_every_block(self, stage, mixed, mesh):
         """Of 3 : 1 as many as `order.turns` promises, in orders of their own."""
         cfg = stage(mixed, batch_size=BATCH, data={"readers": 4})

@@ -38,6 +38,7 @@ def line(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_resuming_decodes_nothing_that_it_skips(stage, records, mesh, tmp_path):
     """Images of garbage are passed by when they lie before the position."""
     manifest = read_manifest(records)
@@ -94,6 +95,7 @@ def test_no_more_is_decoded_than_queues_hold(stage, line, mesh, monkeypatch):
 
 
 class TestContents:
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", embeddings.DTYPES)
     def test_batches_are_what_was_prepared(
         self, stage, records, pictures, mesh, tmp_path, dtype
@@ -126,6 +128,7 @@ class TestContents:
             gap = np.abs(row.image.mean((0, 1)) - square.mean((0, 1)))
             assert gap.max() < 2, line
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "size, fields",
         [(16, {"data": FLIP}), (32, {"lowres_size": 8, "crop_size": 16})],
@@ -176,6 +179,7 @@ class TestContents:
                 height, width = sizes[id]
                 assert (len(images) > 1) == (fields is crop or height != width)
 
+    @pytest.mark.slow
     def test_flips_are_asked_for(self, stage, records, mesh):
         """Half of the images, others in every epoch, in each stage the same."""
         plain, flipped, small = (

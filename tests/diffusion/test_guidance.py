@@ -95,6 +95,7 @@ def test_what_the_network_is_asked(weight, batched, rows):
         assert not without.text.any() and not without.mask.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("percentile", [0.0, 1.0, 50.0, 99.5, 100.0])
 def test_percentile_is_numpys_image_by_image(percentile):
     """Of sizes far apart, repeated ones and zeros; of an even and an odd count."""

@@ -68,6 +68,7 @@ def _scales(logsnr):
     return (1 + np.exp(-logsnr)) ** -0.5, (1 + np.exp(logsnr)) ** -0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prediction", "lowres_size"), [("x0", 0), ("eps", 0), ("v", 0), ("v", 4)]
 )
@@ -114,6 +115,7 @@ def test_the_noised_picture_and_its_target_belong_together():
     np.testing.assert_allclose(noised.z, want, atol=8 * 8 * EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
 def test_caption_dropout(rate):
     rows = 4096
@@ -194,6 +196,7 @@ def test_the_low_resolution_noise_is_what_is_announced(schedule):
     assert abs(correlation) < 4 / math.sqrt(noise.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop_size", [0, 16])
 def test_the_low_resolution_picture_is_that_of_the_base(crop_size):
     """The noise cancels in the difference of two batches under one key."""

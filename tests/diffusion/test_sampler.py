@@ -126,6 +126,7 @@ def test_guidance_doubles_the_batch_only_when_it_guides(guidance, rows):
     assert set(seen) == {(rows, rows, rows)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "schedule", "grid", "clip"),
     [
@@ -203,6 +204,7 @@ def _denoise_each(z, logsnr, cond):
     return jnp.tanh(near + expand(text + 0.1 * logsnr, z))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind"), [("ddpm", "dynamic"), ("ddim", "static"), ("dpmpp", "dynamic")]
 )

@@ -154,6 +154,7 @@ def test_normal_data_converge_to_the_closed_form(prediction, schedule, name, ord
     assert abs(-slope - order) < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "name", "order"), [("linear", "ddim", 1), ("cosine", "dpmpp", 2)]
 )

@@ -120,6 +120,7 @@ def _normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("resample", "scale"), [(None, 0.5), ("up", 1), ("down", 1)])
 def test_a_new_residual_block_only_resamples(resample, scale):
     x, emb = _normal(2, 4, 4, 32), _normal(2, 8, seed=1)
@@ -142,6 +143,7 @@ def test_dropout_is_before_the_second_convolution():
     assert np.abs(without - (x + 3)).max() > 1
 
 
+@pytest.mark.slow
 def test_a_new_attention_block_only_scales():
     x = _normal(2, 4, 4, 32)
     cond = Cond(text=_normal(2, 3, 8), mask=np.ones((2, 3), bool))

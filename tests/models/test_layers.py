@@ -16,6 +16,7 @@ def _normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("channels", "groups"), [(48, 12), (64, 16), (6, 1), (192, 32)]
 )

@@ -166,6 +166,7 @@ def test_what_is_under_the_padding_is_not_seen(net):
     np.testing.assert_array_equal(net(text=text), net())
 
 
+@pytest.mark.slow
 def test_the_length_of_the_padding_changes_only_roundings():
     net = _network("unet")
     cond = net.inputs["cond"]
@@ -190,6 +191,7 @@ def _subtrees(params, path=()):
             yield from _subtrees(value, (*path, name))
 
 
+@pytest.mark.slow
 def test_the_text_reaches_the_answer_by_every_path(net):
     """By pooling, and by each attention over it: cutting all others leaves one."""
     text = net.inputs["cond"].text.at[0].multiply(-0.5)
@@ -229,6 +231,7 @@ def _unseen(params):
             yield "/".join((*path, keys.pop(), "bias"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["attention_pool", "mean_pool"])
 def test_text_can_enter_by_pooling_alone(kind):
     """No block attends to the text, and yet it moves the answer."""
@@ -303,6 +306,7 @@ def test_the_null_text_gives_a_finite_answer(net):
     assert _moved(net(), out)[:2].min() > 1e-3
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
     net = _network("last_skips")
     half = dataclasses.replace(net.cfg.model, dtype="bfloat16")

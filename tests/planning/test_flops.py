@@ -137,6 +137,7 @@ def test_cudnns_attention(monkeypatch):
     assert count(jax.grad(run, (0, 1, 2)), *shapes) == (2 + 5) * product
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny.stage, tiny.sr_stage])
 def test_a_network_costs_what_the_compiler_counts(make):
     """Which adds what is done to single elements, more where there are few channels."""

@@ -272,6 +272,7 @@ def test_hugging_face_is_not_there(tmp_path, monkeypatch):
 
 
 # Pictures alone.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, name, dtype",
     [

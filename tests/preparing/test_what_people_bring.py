@@ -169,6 +169,7 @@ def test_braces(pattern, names):
     assert sorted(expand_braces(pattern)) == names
 
 
+@pytest.mark.slow
 def test_braces_of_a_source(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(4):

@@ -285,6 +285,7 @@ PICTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PICTURES)
 def test_judge_gives_no_credit_where_there_is_nothing_to_judge(name):
     """Neither for what is not seen nor for what is not asked."""
@@ -299,6 +300,7 @@ def test_judge_gives_no_credit_where_there_is_nothing_to_judge(name):
         assert (verdict.relation is None) == (not scene.relation)
 
 
+@pytest.mark.slow
 def test_judge_gives_a_missing_object_no_size_and_no_relation():
     """One of two is drawn: the other, or the relation to it, is not there."""
     asked = 0

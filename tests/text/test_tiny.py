@@ -4,6 +4,7 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 
 from imagen_jax.text import embeddings
 from imagen_jax.text import tiny as tiny_encoder
@@ -80,6 +81,7 @@ def test_padding_changes_nothing(monkeypatch):
     np.testing.assert_allclose(_encode(caption)[0], short, rtol=2**-7, atol=2**-10)
 
 
+@pytest.mark.slow
 def test_processes_agree():
     program = (
         "from imagen_jax.text.tiny import TinyEncoder;"
@@ -100,6 +102,7 @@ def test_tokenize():
     assert len(ENCODER.tokenize("猫 and 犬!")) == 5
 
 
+@pytest.mark.slow
 def test_long_captions_lose_their_tail_not_their_end():
     row = _encode("one two three four five", length=4)[0]
     np.testing.assert_allclose(

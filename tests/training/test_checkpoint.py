@@ -96,6 +96,7 @@ def test_a_damaged_checkpoint_is_passed_over(workdir, capsys, damage):
     assert folder.exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before(workdir):
     """And saves the same step again, beside what is kept of the damaged one."""
     for number in (1, 2):

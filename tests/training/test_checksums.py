@@ -11,6 +11,7 @@ from imagen_jax.training.checkpoint import RESUMED, SAMPLED, Checkpointer
 from tests.training.checkpoints import CFG, flip, save, state, truncate
 
 
+@pytest.mark.slow
 def test_damage_to_any_file_is_found_and_named(tmp_path):
     save(tmp_path, [2])
     folder = tmp_path / "checkpoints/2"

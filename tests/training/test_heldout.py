@@ -198,6 +198,7 @@ def test_lines_at_checkpoints_or_as_asked(tmp_path, quick, training, steps):
     assert sum("evaluation" in own for own in spent) == len(steps) - 1
 
 
+@pytest.mark.slow
 def test_without_held_out_examples_nothing_is_measured(tmp_path, no_arithmetic):
     cfg = tiny.stage(model=tiny.ONE_LEVEL)
     _train(cfg, tmp_path, _mesh(1), heldout=False)

@@ -112,6 +112,7 @@ def test_a_workdir_has_its_page(tmp_path):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BROWSER, reason="there is no Chromium")
 @pytest.mark.parametrize("width", [420, 1200])
 def test_it_fits_its_window(tmp_path, width):

@@ -19,6 +19,7 @@ with stopping():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_leaves_at_once_whatever_the_main_thread_does(number):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
