@@ -247,8 +247,7 @@ def test_the_memory_of_large_pictures():
 
 # Files of other formats that Pillow reads, under any name: EPS by starting a program.
 EPS = (
-    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"
-    b"%%EndComments\nshowpage\n%%EOF\n"
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
 )
 
 
