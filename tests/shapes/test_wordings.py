@@ -33,6 +33,7 @@ def phrases(text, section):
     for meaning, choice in WORDS[section].items():
         for word in itertools.chain(*choice):
             forms = {word, wordings.plural_of(word)} if section == "shapes" else {word}
+            forms = {form for form in forms if form in text}
             if any(re.search(rf"\b{re.escape(form)}\b", text) for form in forms):
                 yield meaning, word
 
