@@ -33,7 +33,8 @@ def sr256():
         # [P] 8 heads, and hidden_size = 2 x channels (Fig. A.28): 2048 / 8.
         head_channels=256,
         # [P] B.1 scales skips by 1 / sqrt(2). [O] It does not say which: here the sums
-        # of residual blocks, as in the two papers that it cites, and of attention.
+        # of residual blocks, as in the two papers that it cites, and of attention. In
+        # the small a training begins faster without (docs/claims.md).
         skip_scale=0.5**0.5,
         # [O] With every block's output the printed blocks have 605M parameters, with
         # the last one's (Fig. A.29) 507M; the paper says 600M (Sec. 4.1).

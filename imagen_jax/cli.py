@@ -76,8 +76,8 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> NoRetur
             print(f"\nValues of a config, with their defaults:\n\n{describe()}")
         sys.exit(0)
     _quiet_libraries()
-    # Importing and tracing make many objects and few circles: looking for these every
-    # 700 objects took an eighth of the time to the first step.
+    # Importing and tracing make many objects and few reference cycles: looking for them
+    # every 700 objects would be an eighth of the time to the first step.
     gc.set_threshold(100_000)
     if "config" in flags.FLAGS:
         flags.FLAGS["config"].parser.parse = _load_config
