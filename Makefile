@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
-# The tests of less than two seconds, in two minutes on two cores.
+# The tests of less than a second, in two minutes on two cores.
 check: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -m "not slow"
 
