@@ -126,9 +126,7 @@ class Drawn:
     [
         ("t5_1_1_small", {}),
         ("t5_1_0_small", {}),
-        pytest.param(
-            "t5_1_1_xxl", {"num_layers": 1, "vocab_size": 512}, marks=pytest.mark.slow
-        ),
+        ("t5_1_1_xxl", {"num_layers": 1, "vocab_size": 512}),
     ],
 )
 def test_published_sizes_equal_transformers(monkeypatch, name, cut):
