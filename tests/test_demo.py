@@ -9,10 +9,11 @@ import shutil
 import subprocess
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
-from imagen_jax import demo
+from imagen_jax import cli, demo
 from imagen_jax.configs import tiny
 from imagen_jax.errors import UserError
 from imagen_jax.shapes import scenes as shapes
@@ -196,6 +197,7 @@ def test_the_demo_in_many_words(tmp_path, small_demo):
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path, small_demo):
     output = tmp_path / "demo"
+    peak, held = cli.peak_memory_gib(), psutil.Process().memory_info().rss / 2**30
     done = call("demo", f"--output={output}", "--seconds=1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert str(output / "index.html") in done.stdout
@@ -205,7 +207,9 @@ def test_the_whole_demo(tmp_path, small_demo):
     for name in ("colour_accuracy", "shape_accuracy"):
         assert 0 <= report[name] <= 1
         assert report[name] == report["accuracy"]["guidance on"][name]
-    assert report["seconds"] > 0 and report["peak_memory_gib"] < 4
+    # Tests before this one have left the process a peak, and what it still holds.
+    assert report["seconds"] > 0
+    assert peak <= report["peak_memory_gib"] <= max(peak, held + 1)
     text = (output / "index.html").read_text()
     assert text.count("<img ") == 4 * 16 and text.count("<polyline ") == 2
     assert len(list((output / "samples").glob("[0-9][0-9][0-9][0-9].png"))) == 16

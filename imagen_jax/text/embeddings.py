@@ -126,7 +126,7 @@ class Embedder:
         """One result per caption, in their order.
 
         Raises:
-          UserError: for an embedding with a number that is none or not finite.
+          UserError: for an embedding that is not finite.
         """
         if self._free < 0:
             self._known.clear()
@@ -139,12 +139,12 @@ class Embedder:
         return [self._known[caption] for caption in captions]
 
     def _store(self, caption: str, row: np.ndarray) -> Embedded:
-        data = to_bytes(row, self.dtype)
-        stored = from_bytes(data, self.encoder.dim, self.dtype)
-        if not np.isfinite(stored.astype(np.float32)).all():
+        if not np.isfinite(row.astype(np.float32)).all():
             raise UserError(
                 f"the text encoder {self.encoder.identity!r} answers {caption!r} with "
-                "a number that is none or not finite: are its weights damaged?"
+                "a number that is not finite: are its weights damaged?"
             )
+        data = to_bytes(row, self.dtype)
+        stored = from_bytes(data, self.encoder.dim, self.dtype)
         cut = len(self.encoder.tokenize(caption)) > self.length
         return Embedded(data, len(row), cut, cosine_error(row, stored))
