@@ -111,10 +111,6 @@ class Lab:
         if not done.exists():
             places = f"--workdir={workdir}", self.records(training)
             command = train_command(training, seed, *places)
-            if start := training.start:
-                self.train(start, seed)
-                begun = self.workdir(start, seed)
-                command.append(f"--config.training.init_from={begun}")
             self.run(command)
             told = figures(workdir) | {"command": command[1:]}
             write_text(done, json.dumps(told) + "\n")

@@ -102,22 +102,6 @@ def write(path, text):
     Path(path).write_text(text)
 
 
-def test_a_training_may_begin_with_the_weights_of_another(tmp_path):
-    """Of the same seed; it is trained once, however many begin with it."""
-    fake = Fake()
-    lab = Lab(tmp_path, run=fake)
-    (one,), (two,) = (arm.stages for arm in CLAIM.arms)
-    start = dataclasses.replace(one, name="little-start")
-    for stage in (one, two):
-        lab.train(dataclasses.replace(stage, start=start), seed=1)
-    trained = [flags for door, flags in fake.calls if door == "train"]
-    places = [flags["workdir"][0] for flags in trained]
-    assert places[0] == str(tmp_path / "trainings/little-start-s1") and len(places) == 3
-    begun = [flags.get("config.training.init_from") for flags in trained]
-    assert begun == [None, places[:1], places[:1]]
-    assert [flags["config.training.seed"] for flags in trained] == [["1"]] * 3
-
-
 def test_a_claim_from_commands_to_a_page(tmp_path):
     fake = Fake()
     lab = Lab(tmp_path, run=fake)
