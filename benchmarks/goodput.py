@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, KILLED, SAVES, PREVIEWS, WAITS = 240, 188, 40, 60, 30
@@ -57,7 +58,7 @@ def train(folder, kills):
         tell(what, time.monotonic() - begun)
         return result
 
-    class Batches:
+    class Batches(Iterator):
         taken = 0
 
         def __next__(self):

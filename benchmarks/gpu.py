@@ -36,13 +36,12 @@ from imagen_jax.planning.chips import CHIPS
 from imagen_jax.planning.compile import (
     GIB,
     compile_step,
-    on_rows,
     sampler_inputs,
     summary,
 )
 from imagen_jax.planning.program import forward_flops
 from imagen_jax.planning.search import guess_gib
-from imagen_jax.sharding import batch_sharding, make_mesh
+from imagen_jax.sharding import batch_sharding, make_mesh, on_rows
 from imagen_jax.training.state import abstract_state
 
 STAGES = [("base64", "300m"), ("sr256", ""), ("sr1024", ""), ("base64", "2b")]

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -90,6 +91,14 @@ def _arrange(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch over data and fsdp, for arrays of any rank."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def on_rows(tree: Any, mesh: Mesh) -> Any:
+    """Arrays, or their shapes, as abstract arrays with their rows over the mesh."""
+    rows = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree
+    )
 
 
 def row_shards(mesh: Mesh | jax.sharding.AbstractMesh) -> int:

@@ -113,6 +113,7 @@ def until_it_trains(run, steps: int, processes) -> None:
 # Python opens for writing, makes and moves.
 NOTING = """
 import importlib, os, sys
+from collections.abc import Iterator
 import jax
 from imagen_jax import cli
 from imagen_jax.api import run
@@ -127,7 +128,7 @@ def note(event, args):
         if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(folder):
             print(event, os.path.relpath(path, folder), file=writes, flush=True)
 
-class Noted:
+class Noted(Iterator):
     def __init__(self, stream):
         self.stream = stream
         self.get_state, self.set_state = stream.get_state, stream.set_state

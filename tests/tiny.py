@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
@@ -118,7 +119,7 @@ def batch(cfg: StageConfig, seed: int = 0) -> Batch:
     )
 
 
-class Batches:
+class Batches(Iterator):
     """An endless source whose n-th batch is `batch(cfg, n)`."""
 
     def __init__(self, cfg, mesh):

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +100,7 @@ class Stream:
     """An endless iterator of training batches.
 
     Two streams of equal arguments yield equal batches, and one that is set to another's
-    state yields what the other would have.
+    state yields what the other would have. `iter` begins to read, if nothing has.
     """
 
     def __init__(
@@ -134,16 +134,13 @@ class Stream:
         self._ahead = None
 
     def __iter__(self) -> "Stream":
+        if self._host is None:
+            self._host = self._batches_from(self._consumed)
         return self
 
     def __next__(self) -> Batch:
         """The next batch: fields as in `batch_spec`, global arrays."""
-        if self._host is None:
-            self._host = self._batches_from(self._consumed)
-            self._ahead = self._read()
-        batch = self._ahead
-        if batch is None:
-            raise UserError(f"there are only {self._consumed} batches to train on")
+        batch, _ = self._coming()
         # Copied while the devices work on `batch`; not counted until it is handed out.
         self._ahead = self._read()
         for fault in self._faults.pop(self._consumed, ()):
@@ -157,23 +154,30 @@ class Stream:
         self._consumed += 1
         return batch
 
-    def _read(self) -> Batch | None:
-        batch = next(self._host, None)
-        return None if batch is None else self._to_devices(batch)
+    def _coming(self) -> tuple[Batch, Sequence[bytes]]:
+        """The next batch and this host's captions of it, which stays the next."""
+        iter(self)
+        self._ahead = self._ahead or self._read()
+        if not self._ahead:
+            raise UserError(f"there are only {self._consumed} batches to train on")
+        return self._ahead
 
-    def _to_devices(self, batch: Batch) -> Batch:
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(self._sharding, x),
-            batch.replace(caption=None),
+    def _read(self) -> tuple[Batch, Sequence[bytes]] | None:
+        host = next(self._host, None)
+        if host is None:
+            return None
+        place = functools.partial(
+            jax.make_array_from_process_local_data, self._sharding
         )
+        captions = [b""] * len(host.id) if host.caption is None else host.caption
+        return jax.tree.map(place, host.replace(caption=None)), captions
 
     def peek(self, count: int) -> Batch:
         """The first `count` examples of the next batch, on every host, with captions.
 
         Captions are cut to 512 bytes. The position stays.
         """
-        host = next(self._batches_from(self._consumed))
-        captions = [b""] * len(host.id) if host.caption is None else host.caption
+        batch, captions = self._coming()
         cut = [caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in captions]
         text = np.stack([np.frombuffer(caption, np.uint8) for caption in cut])
         text = jax.make_array_from_process_local_data(self._sharding, text)
@@ -181,7 +185,7 @@ class Stream:
             lambda *arrays: jax.tree.map(lambda x: x[:count], arrays),
             out_shardings=sharding.replicated(self._sharding.mesh),
         )
-        batch, text = jax.device_get(first(self._to_devices(host), text))
+        batch, text = jax.device_get(first(batch, text))
         captions = [row.tobytes().rstrip() for row in text]
         return batch.replace(caption=np.array(captions, object))
 

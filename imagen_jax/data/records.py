@@ -1,6 +1,7 @@
 """Files of records: how they are written, and how tf.data reads them as batches."""
 
 import bisect
+import contextlib
 import functools
 import itertools
 import os
@@ -105,7 +106,7 @@ def batch_reader(
     faults: dict[int, list[str]],
     heldout: bool,
 ) -> Callable[[int], Iterator[Batch]]:
-    """A function that yields a host's batches from any number on.
+    """A function that yields a host's batches from any number on; it reads ahead.
 
     `groups` are the `order.group_sizes` of each source, `host_reads(n)` is
     `order.host_reads` from batch n on, `size` is the number of rows that it keeps.
@@ -119,6 +120,8 @@ def batch_reader(
     ]
     options = tf.data.Options()
     options.deterministic = True
+    # Buffers are filled from the call on, and not from the first batch that is asked.
+    options.experimental_warm_start = True
     options.threading.private_threadpool_size = min(os.cpu_count() or 1, _MAX_THREADS)
 
     @untranslated
@@ -141,11 +144,14 @@ def batch_reader(
         return rows.with_options(options).as_numpy_iterator()
 
     def batches_from(start: int) -> Iterator[Batch]:
-        number = start
-        try:
+        with _explained(cfg):
+            return following(decoded(rows_from(start)), start)
+
+    def following(ahead: Iterator[dict], number: int) -> Iterator[Batch]:
+        with _explained(cfg):
             while True:
                 try:
-                    for fields in decoded(rows_from(number)):
+                    for fields in ahead:
                         yield Batch(**fields)
                         number += 1
                 except tf.errors.InvalidArgumentError:
@@ -157,17 +163,25 @@ def batch_reader(
                     faults[number] = found
                     yield Batch(**fields)
                     number += 1
-        except tf.errors.OpError as error:
-            chooses = cfg.data.filter or cfg.data.heldout_share
-            if chooses and "contained only 0 elements" in error.message:
-                raise nothing_left(cfg.data.records) from None
-            raise UserError(
-                f"the records {cfg.data.records!r} are damaged or gone: "
-                f"{error.message.splitlines()[0]}: copy or prepare them again; the "
-                "same command then goes on from the last checkpoint"
-            ) from None
+                ahead = decoded(rows_from(number))
 
     return batches_from
+
+
+@contextlib.contextmanager
+def _explained(cfg: StageConfig) -> Iterator[None]:
+    """TensorFlow's errors as a `UserError`."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        chooses = cfg.data.filter or cfg.data.heldout_share
+        if chooses and "contained only 0 elements" in error.message:
+            raise nothing_left(cfg.data.records) from None
+        raise UserError(
+            f"the records {cfg.data.records!r} are damaged or gone: "
+            f"{error.message.splitlines()[0]}: copy or prepare them again; the "
+            "same command then goes on from the last checkpoint"
+        ) from None
 
 
 def _one_by_one(

@@ -68,9 +68,10 @@ def layer_maxima(cfg: ModelConfig, *args) -> list[dict[str, jax.Array]]:
 
 def init(cfg: StageConfig, key: jax.Array):
     """Fresh parameters of the stage's network, boxed with their logical axes."""
-    return _init(cfg.model, _inputs(cfg), key)
+    return _init(*_parametrised(cfg), key)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(cfg: ModelConfig, inputs, key):
     inputs = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
     return module(cfg).init(key, *inputs)["params"]
@@ -78,13 +79,18 @@ def _init(cfg: ModelConfig, inputs, key):
 
 def abstract_params(cfg: StageConfig):
     """What `init` returns, as abstract arrays."""
-    # Traced once for all stages and settings with the same parameters.
-    return _abstract_params(dataclasses.replace(cfg.model, remat="none"), _inputs(cfg))
+    return _abstract_params(*_parametrised(cfg))
 
 
 @functools.cache
 def _abstract_params(cfg: ModelConfig, inputs):
-    return jax.eval_shape(lambda: _init(cfg, inputs, jax.random.key(0)))
+    return _init.eval_shape(cfg, inputs, jax.random.key(0))
+
+
+def _parametrised(cfg: StageConfig):
+    """What `_init` takes, equal for all settings with the same parameters."""
+    # So that it is traced once for all of them, and for shapes and values alike.
+    return dataclasses.replace(cfg.model, remat="none"), _inputs(cfg)
 
 
 def abstract_inputs(cfg: StageConfig):

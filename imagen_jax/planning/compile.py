@@ -17,9 +17,9 @@ from imagen_jax.diffusion.cascade import Settings, compile_sampler
 from imagen_jax.models import network
 from imagen_jax.planning.chips import CHIPS, GPUS_OF_A_BOX, Chip
 from imagen_jax.planning.program import Traffic, count_flops, forward_flops
-from imagen_jax.sharding import batch_sharding, row_shards
+from imagen_jax.sharding import on_rows, row_shards
 from imagen_jax.training.state import abstract_state
-from imagen_jax.training.step import compile_train_step
+from imagen_jax.training.step import jit_train_step
 
 ASSUMPTIONS = (
     "peak rates of the data sheet; arithmetic and main memory work side by side, "
@@ -40,7 +40,7 @@ def compile_step(
     """
     rows = cfg.training.batch_size
     arguments = abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh)
-    run, found = _compile(compile_train_step(cfg, mesh), arguments, mesh, rows, quick)
+    run, found = _compile(jit_train_step(cfg, mesh), arguments, mesh, rows, quick)
     found |= {"stage": cfg.name, "what": "train", "remat": cfg.model.remat}
     found["microbatches"] = cfg.training.microbatches
     if seconds := found.get("step_seconds"):
@@ -78,14 +78,6 @@ def sampler_inputs(cfg: StageConfig, mesh: Mesh) -> tuple:
         own.guidance,
         own.aug_level,
         np.full((rows, low, low, 3), 128, np.uint8) if low else None,
-    )
-
-
-def on_rows(tree: Any, mesh: Mesh) -> Any:
-    """Arrays, or their shapes, as abstract arrays with their rows over the mesh."""
-    rows = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), tree
     )
 
 

@@ -14,8 +14,8 @@ from imagen_jax.config import MeshConfig, StageConfig, TrainingConfig
 from imagen_jax.models import network
 from imagen_jax.planning import compile as planning
 from imagen_jax.planning.chips import CHIPS
-from imagen_jax.planning.compile import Figures, on_rows, shard_gib
-from imagen_jax.sharding import make_mesh, on_mesh
+from imagen_jax.planning.compile import Figures, shard_gib
+from imagen_jax.sharding import make_mesh, on_mesh, on_rows
 from imagen_jax.training.state import TrainState, abstract_state
 
 REMAT = ("none", "activations", "blocks")

@@ -206,7 +206,6 @@ def _run(cfg, batches, mesh, preview, heldout, checkpointer, writer):
         mininterval=1.0,
         disable=jax.process_index() != 0,
     )
-    step_fn = compile_train_step(cfg, mesh)
     recovery = Recovery(cfg, batches, mesh, checkpointer, writer)
     means = IntervalMeans(cfg, writer, bar, unlogged)
     loss, previewed, measure = None, False, None
@@ -214,6 +213,10 @@ def _run(cfg, batches, mesh, preview, heldout, checkpointer, writer):
 
     stopwatch.switch("step")
     with bar, stopping() as stops_after:
+        if step < last:
+            iter(batches)  # begins to read, which may take as long as compiling
+            with stopwatch.bucket("compile"):
+                step_fn = compile_train_step(cfg, mesh)
         while step < last:
             step += 1
             # The first step is compiled, which may take long.

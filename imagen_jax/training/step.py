@@ -19,7 +19,7 @@ from imagen_jax.diffusion.loss import (
     noise_batch,
 )
 from imagen_jax.models import network
-from imagen_jax.sharding import batch_sharding, on_mesh, replicated
+from imagen_jax.sharding import batch_sharding, on_mesh, on_rows, replicated
 from imagen_jax.training.bad_updates import judge
 from imagen_jax.training.optimizer import learning_rate, make_optimizer
 from imagen_jax.training.state import TrainState, abstract_state
@@ -139,6 +139,15 @@ def deal(noised: NoisedBatch, parts: int) -> NoisedBatch:
 def compile_train_step(
     cfg: StageConfig, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step of `jit_train_step`, compiled."""
+    step = jit_train_step(cfg, mesh)
+    # The first call finds what is compiled here, and refuses what does not fit in our
+    # own words.
+    step.lower(abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh)).compile()
+    return step
+
+
+def jit_train_step(cfg: StageConfig, mesh: Mesh) -> Callable:
     """The jitted step: state donated, batch and state placed on the mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, mesh))
     return jax.jit(

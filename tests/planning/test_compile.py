@@ -14,9 +14,9 @@ from imagen_jax.planning import compile as planning
 from imagen_jax.planning.compile import compile_sampling, compile_step
 from imagen_jax.planning.program import forward_flops
 from imagen_jax.planning.search import guess_gib
-from imagen_jax.sharding import make_mesh
+from imagen_jax.sharding import make_mesh, on_rows
 from imagen_jax.training.state import abstract_state
-from imagen_jax.training.step import compile_train_step
+from imagen_jax.training.step import jit_train_step
 from tests import tiny
 
 CHIP = chips.Chip(1e12, 1.0, 1e10, 1e9, 1e9)
@@ -199,7 +199,7 @@ def test_a_step_that_does_not_fit_is_a_message(mesh, monkeypatch, message, gib):
         def compile(self, **_):
             raise jax.errors.JaxRuntimeError(message)
 
-    monkeypatch.setattr(planning, "compile_train_step", lambda *_: Step())
+    monkeypatch.setattr(planning, "jit_train_step", lambda *_: Step())
     run, found = compile_step(stage(), mesh)
     assert run is None and not found["fits"] and found["hbm_gib_per_chip"] == gib
     text = planning.summary(found)
@@ -216,7 +216,7 @@ def test_what_was_planned_here_is_compiled_for_training(made, mesh):
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
     jax.clear_caches()
     cfg = stage()
-    step = compile_train_step(cfg, mesh)
-    arguments = abstract_state(cfg, mesh), planning.on_rows(batch_spec(cfg), mesh)
+    step = jit_train_step(cfg, mesh)
+    arguments = abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh)
     step.lower(*arguments).compile()
     assert "/jax/compilation_cache/cache_hits" in events

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -280,7 +281,7 @@ def test_a_run_of_records_trains_on_the_others(tmp_path, monkeypatch):
     )[0]
     seen = []
 
-    class Noted:
+    class Noted(Iterator):
         def __init__(self, cfg, mesh):
             self.stream = open_records(cfg, mesh)
             self.get_state = self.stream.get_state

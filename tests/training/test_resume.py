@@ -1,6 +1,7 @@
 """Resumed on other devices: the same examples, and numbers up to their sums."""
 
 import functools
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ def cfg(tmp_path_factory):
     return tiny.with_steps(open_sources(cfg)[0], STEPS)
 
 
-class Noted:
+class Noted(Iterator):
     """A source that remembers the ids of its batches."""
 
     def __init__(self, stream, ids):

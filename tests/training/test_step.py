@@ -264,9 +264,7 @@ def test_a_batch_of_another_shape_is_refused():
     other = tiny.stage(text={"dim": 16})
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(UserError, match=r"batch\.text is bfloat16\[8, 4, 16\]"):
-        step.compile_train_step(cfg, mesh).lower(
-            create_state(cfg, mesh), tiny.batch(other)
-        )
+        step.compile_train_step(cfg, mesh)(create_state(cfg, mesh), tiny.batch(other))
 
 
 def test_adafactors_placeholders_are_handed_on():
