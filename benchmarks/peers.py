@@ -34,7 +34,7 @@ def ours(stage):
     from imagen_jax.planning.program import forward_flops
     from imagen_jax.sharding import make_mesh
     from imagen_jax.training.state import create_state
-    from imagen_jax.training.step import compile_train_step
+    from imagen_jax.training.step import jit_train_step
 
     model = {"dtype": "float32", "head_channels": 64}
     if stage == "base":
@@ -62,7 +62,7 @@ def ours(stage):
         }
     )
     mesh = make_mesh(cfg.mesh)
-    train_step = compile_train_step(cfg, mesh)
+    train_step = jit_train_step(cfg, mesh)
     state, batch = create_state(cfg, mesh), benchmark.random_batch(cfg, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
 

@@ -141,8 +141,8 @@ def compile_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step of `jit_train_step`, compiled."""
     step = jit_train_step(cfg, mesh)
-    # The first call finds what is compiled here, and refuses what does not fit in our
-    # own words.
+    # Calls find it in JAX's memory. What `compile` returns would refuse a batch of
+    # another shape in its own words, not in ours.
     step.lower(abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh)).compile()
     return step
 
