@@ -219,7 +219,7 @@ def _run(cfg, batches, mesh, preview, heldout, checkpointer, writer):
                 step_fn = compile_train_step(cfg, mesh)
         while step < last:
             step += 1
-            # The first step is compiled, which may take long.
+            # The first one waits for the first records, which may take long.
             if training.hang_seconds and loss is not None:
                 faulthandler.dump_traceback_later(
                     training.hang_seconds, file=sys.__stderr__
