@@ -9,7 +9,7 @@ import pytest
 
 from imagen_jax import config, sharding
 from imagen_jax.data.manifest import read_manifest
-from imagen_jax.data.pipeline import open_records
+from imagen_jax.data.pipeline import open_batches, open_records
 from imagen_jax.errors import UserError
 from tests.data.batches import assert_equal, by_id, ids, take
 
@@ -230,6 +230,30 @@ def test_a_host_that_reads_for_others_is_told(stage, one_file, mesh, caplog):
     open_records(cfg, mesh, np.arange(2))
     assert "this host reads 4 times as many records as it keeps" in caplog.text
     assert "config.data.readers" in caplog.text
+
+
+def test_each_position_is_opened_once(stage, npz, mesh):
+    """What a peek has read is the next batch; `iter` begins to read where it stands."""
+    whole, opened = take(open_records(stage(npz, batch_size=6), mesh), 4), []
+
+    def own(start):
+        opened.append(start)
+        return iter(whole[start:])
+
+    stream = open_batches(own, mesh)
+    assert not opened
+    stream.peek(2)
+    (first,) = take(stream, 1)
+    after_one = stream.get_state()
+    assert_equal([first, *take(stream, 1)], whole[:2])
+    assert opened == [0]
+    stream.set_state(after_one)
+    assert opened == [0]
+    iter(stream)
+    assert opened == [0, 1]
+    assert stream.peek(6).id.tolist() == whole[1].id.tolist()
+    assert_equal(take(stream, 3), whole[1:])
+    assert opened == [0, 1]
 
 
 class TestRefusals:

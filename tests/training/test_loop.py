@@ -136,6 +136,31 @@ def test_the_time_left_leaves_out_compiling(tmp_path, mesh, no_arithmetic, monke
     assert bar.format_dict["elapsed"] < time.monotonic() - started - 2.9
 
 
+def test_reading_begins_before_compiling(tmp_path, mesh, no_arithmetic, monkeypatch):
+    """A run that has nothing left to do does neither."""
+    done, compile_step = [], loop.compile_train_step
+
+    class Reading(tiny.Batches):
+        def __iter__(self):
+            done.append("read")
+            return self
+
+        def __next__(self):
+            done.append("next")
+            return super().__next__()
+
+    def compiled(*args):
+        done.append("compile")
+        return compile_step(*args)
+
+    monkeypatch.setattr(loop, "compile_train_step", compiled)
+    cfg = tiny.stage(model=tiny.ONE_LEVEL, training={"steps": 2})
+    loop.train(cfg, str(tmp_path), Reading(cfg, mesh), mesh)
+    assert done == ["read", "compile", "next", "next"]
+    loop.train(cfg, str(tmp_path), Reading(cfg, mesh), mesh)
+    assert len(done) == 4
+
+
 @pytest.mark.slow
 def test_only_the_newest_checkpoints_stay(tmp_path, mesh, no_arithmetic):
     cfg = tiny.stage(
