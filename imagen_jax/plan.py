@@ -61,7 +61,8 @@ def define_flags() -> None:
 def main() -> None:
     """Plans what the flags ask for."""
     args = flags.FLAGS
-    # glibc would hold a fifth of the peak that the compiler's threads have freed.
+    # glibc keeps what the compiler's threads free, each in an arena of its own: a fifth
+    # of the peak.
     with contextlib.suppress(AttributeError):  # another C library has no `mallopt`
         for name, value in _MALLOC.items():
             ctypes.CDLL(None).mallopt(name, value)

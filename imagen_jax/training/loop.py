@@ -61,7 +61,8 @@ def train(
         tensorboard/, samples/, index.html, events.jsonl, lock and, after bad numbers,
         bundles/.
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
-        `set_state(bytes)` tell and take its position.
+        `set_state(bytes)` tell and take its position. `iter` may begin to read: it is
+        called before the step is compiled.
       mesh: of all devices.
       preview: what is sampled as training goes.
       stopwatch: of this run, already running.
