@@ -14,6 +14,8 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 
+from safetensors import SafetensorError
+
 from imagen_jax.errors import UserError
 
 # Of each folder: how many of the layers, None for all; and whether they are drawn.
@@ -61,13 +63,23 @@ def write(kind: str, pretrained: str, output: pathlib.Path) -> pathlib.Path:
     folder = output / kind
     if folder.exists():
         return folder
-    import torch
-    import transformers
+    try:
+        import torch
+        import transformers
 
-    transformers.logging.set_verbosity_error()
+        transformers.logging.set_verbosity_error()
+        config = transformers.AutoConfig.from_pretrained(pretrained)
+        if config.model_type != "bert":
+            raise ValueError(f"it is of type {config.model_type!r}")
+        model = transformers.AutoModel.from_pretrained(pretrained)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(pretrained)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{pretrained!r} cannot be loaded as a BERT: {reason}; give --pretrained a "
+            "folder that transformers saved"
+        ) from None
     layers, is_drawn = KINDS[kind]
-    config = transformers.AutoConfig.from_pretrained(pretrained)
-    model = transformers.AutoModel.from_pretrained(pretrained)
     if is_drawn:
         torch.manual_seed(_SEED)
         model = transformers.AutoModel.from_config(config)
@@ -77,7 +89,7 @@ def write(kind: str, pretrained: str, output: pathlib.Path) -> pathlib.Path:
         model.config.num_hidden_layers = layers
     with _whole(folder) as partial:
         model.save_pretrained(partial)
-        transformers.AutoTokenizer.from_pretrained(pretrained).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return folder
 
 
@@ -94,4 +106,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None

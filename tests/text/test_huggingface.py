@@ -130,3 +130,7 @@ def test_what_transformers_cannot_do(tmp_path):
     model.save_pretrained(place, state_dict=state)
     with pytest.raises(UserError, match="lacks 1 tensors of its model, first 'enc"):
         text.load_encoder(f"hf:{place}")
+    weights = tmp_path / "bert" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="transformers cannot load .*header"):
+        text.load_encoder(f"hf:{place}")
