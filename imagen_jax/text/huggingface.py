@@ -4,7 +4,6 @@ import hashlib
 import pathlib
 
 import numpy as np
-from safetensors import SafetensorError
 
 from imagen_jax.errors import UserError
 from imagen_jax.text.embeddings import encode_groups
@@ -65,6 +64,7 @@ def _load(place: str):
     try:
         import torch
         import transformers
+        from safetensors import SafetensorError
     except ImportError as error:
         raise UserError(
             f"--encoder=hf:... needs transformers and torch, which cannot be imported "
