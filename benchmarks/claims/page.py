@@ -17,7 +17,7 @@ from imagen_jax import images
 
 _INK = ("#0b57d0", "#b3261e", "#137333", "#b06000", "#6a1b9a", "#00696f", "#5f6368")
 _WIDTH, _HEIGHT, _LEFT = 460, 250, 48
-# Colours that the sheet shows, of words never trained on.
+# Captions that the sheet shows.
 _SHOWN = 12
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: auto; }
@@ -175,30 +175,36 @@ def _range(found: Sequence[float], margin: float) -> tuple[float, float]:
 
 
 def sheet(lab: Lab, claim: Claim, seed: int) -> np.ndarray | None:
-    """Unseen names of colours: what each encoder paints, the named colour beneath.
+    """Pictures of captions evenly from the list, whatever was painted; a row an arm.
 
-    None for a claim that asks for none.
+    Of a claim about colours they are names with a word that is never trained on, the
+    named colours beneath. None for a claim that asks for no pictures.
     """
-    arms = [arm for arm in claim.arms if arm.asks == COLOURS]
-    if not arms:
+    worlds = [arm.asks for arm in claim.arms]
+    world = COLOURS if COLOURS in worlds else worlds[0]
+    arms = [arm for arm in claim.arms if arm.asks == world]
+    asked = world.ask(lab.pictures(world))
+    numbers = {one.text: i for i, one in enumerate(asked)}
+    if world == COLOURS:
+        unseen = (i for i, one in enumerate(asked) if one.kind == "words")
+        numbers = {asked[i].about[0]: i for i in unseen}
+    if not numbers:
         return None
-    asked = COLOURS.ask(lab.root)
-    numbers = {one.about[0]: i for i, one in enumerate(asked) if one.kind == "words"}
-    # Names evenly from the list, whatever was painted.
-    chosen = [list(numbers.values())[i] for i in _evenly(len(numbers), _SHOWN)]
+    labels = [list(numbers)[i] for i in _evenly(len(numbers), _SHOWN)]
+    chosen = [numbers[label] for label in labels]
+    names = [arm.label.rpartition(": ")[2] for arm in arms]
     rows = []
     for arm in arms:
         folder = lab.root / "samples" / f"{slug(arm)}-s{seed}"
         rows += [images.read(folder / f"{i:04d}.png") for i in chosen]
-    size = rows[0].shape[0]
-    rows += [
-        colours.draw(colours.named()[name], shape, size)
-        for name, shape in (asked[i].about for i in chosen)
-    ]
-    labels = [""] * (len(arms) * len(chosen)) + [asked[i].about[0] for i in chosen]
-    names = [arm.label.partition(": ")[2] for arm in arms] + ["as named"]
+    if world == COLOURS:
+        names.append("as named")
+        size, known = rows[0].shape[0], colours.named()
+        for name, shape in (asked[i].about for i in chosen):
+            rows.append(colours.draw(known[name], shape, size))
+    above = [""] * (len(rows) - len(chosen))
     enlarged = images.enlarge(np.stack(rows), 64)
-    return images.grid(enlarged, len(chosen), labels, names)
+    return images.grid(enlarged, len(chosen), above + labels, names)
 
 
 def _evenly(count: int, wanted: int) -> list[int]:

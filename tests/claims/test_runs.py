@@ -123,7 +123,7 @@ def test_a_claim_from_commands_to_a_page(tmp_path):
     assert kept["little"]["verdict"] == "confirmed"
     assert kept["little"]["criteria"][1][1:] == ["1 [1, 1]", "above 0.5", "confirmed"]
     marked = (tmp_path / "claims.md").read_text()
-    for plot in re.findall(r"!\[.*?\]\((.*?)\)", marked):
+    for plot in re.findall(r"!\[.*?\]\((.*?\.svg)\)", marked):
         assert (tmp_path / plot).read_text().startswith("<svg ")
     # Nothing is made twice.
     again = Fake()
@@ -186,7 +186,20 @@ def test_the_sheet_shows_what_each_encoder_paints(tmp_path):
     drawn = page.sheet(lab, text_encoder, 0)
     # Seven rows of twelve pictures of 64 pixels.
     assert drawn.shape[0] > 7 * 64 and drawn.shape[1] > 12 * 64
-    assert page.sheet(lab, CLAIM, 0) is None
+    assert page.sheet(lab, CLAIMS["epsilon"], 0) is None
+
+
+def test_the_sheet_has_a_row_for_each_arm(tmp_path):
+    lab = Lab(tmp_path, run=Fake())
+    claims.run(lab, [CLAIM], seeds=1)
+    # One of each caption.
+    asked = {scenes.caption(scene): scenes.draw(scene, 16) for scene in SCENES}
+    drawn = np.stack(list(asked.values()))
+    pictures = images.enlarge(np.concatenate([drawn, np.full_like(drawn, 255)]), 64)
+    captions = [*[""] * len(asked), *asked]
+    expected = images.grid(pictures, len(asked), captions, ["good", "bad"])
+    np.testing.assert_array_equal(images.read(tmp_path / "little.png"), expected)
+    assert 'src="little.png"' in (tmp_path / "index.html").read_text()
 
 
 def test_the_command_says_what_is_missing(monkeypatch, capsys, tmp_path):
