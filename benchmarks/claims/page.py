@@ -93,13 +93,13 @@ def _plot(results: Mapping[str, Sequence[Mapping[str, Any]]], plot: Plot) -> str
 
 def _curves(lab: Lab, claim: Claim, seeds: Sequence[int]) -> list[str]:
     """The loss against the time and the arithmetic of training the last stage."""
-    plots = {"minutes": [], "PFLOP per example of a batch": []}
+    plots = {"minutes": [], "TFLOP per example of a batch": []}
     for arm in claim.arms:
         found = [lab.train(arm.stages[-1], seed) for seed in seeds]
         steps = [step for step, _ in found[0]["curve"]]
         losses = np.array([[loss for _, loss in one["curve"]] for one in found])
         seconds = np.median([one["step_seconds"] or 0 for one in found])
-        units = seconds / 60, 3 * found[0]["gflop"] / 1e6
+        units = seconds / 60, 3 * found[0]["gflop"] / 1e3
         for lines, unit in zip(plots.values(), units):
             spread = losses.mean(0), losses.min(0), losses.max(0)
             # The first points would hide all others.
@@ -132,14 +132,15 @@ def svg(
         return _HEIGHT - (y - bottom) / (top - bottom) * (_HEIGHT - 10)
 
     parts = []
-    for y in np.linspace(bottom, top, 5):
+    for y in _ticks(bottom, top):
         parts.append(
             f'<path d="M{_LEFT} {at_y(y):.1f}H{_WIDTH}" stroke="#8884"/>'
-            f'<text x="{_LEFT - 4}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:.3g}'
+            f'<text x="{_LEFT - 4}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:.6g}'
             "</text>"
         )
-    for x in names or sorted(set(xs))[:: 1 + len(set(xs)) // 9]:
-        shown = html.escape(x) if isinstance(x, str) else f"{x:.3g}"
+    own = names or sorted(set(xs))
+    for x in own if len(own) < 9 else _ticks(left, right):
+        shown = html.escape(x) if isinstance(x, str) else f"{x:.6g}"
         parts.append(
             f'<text x="{at_x(x):.1f}" y="{_HEIGHT + 16}" text-anchor="middle">{shown}'
             "</text>"
@@ -172,6 +173,14 @@ def _range(found: Sequence[float], margin: float) -> tuple[float, float]:
     low, high = min(found), max(found)
     room = (high - low or abs(high) or 1.0) * margin
     return low - room, high + room
+
+
+def _ticks(low: float, high: float) -> np.ndarray:
+    """Five to eleven round numbers within an interval."""
+    size = 10.0 ** np.floor(np.log10((high - low) / 5))
+    step = max(size * n for n in (1, 2, 5) if size * n <= (high - low) / 5)
+    # No "-0".
+    return np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step + 0.0
 
 
 def sheet(lab: Lab, claim: Claim, seed: int) -> np.ndarray | None:

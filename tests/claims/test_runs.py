@@ -189,6 +189,13 @@ def test_the_sheet_shows_what_each_encoder_paints(tmp_path):
     assert page.sheet(lab, CLAIMS["epsilon"], 0) is None
 
 
+def test_axes_have_round_numbers():
+    points = [(x, 100.0 * x, 90.0 * x, 110.0 * x) for x in range(1, 40)]
+    labels = re.findall(r">([^<>]+)</text>", page.svg("x", "y", [("a", points)]))
+    ys, xs = range(0, 4501, 500), range(0, 41, 5)
+    assert labels == [*map(str, ys), *map(str, xs), "a", "y by x"]
+
+
 def test_the_sheet_has_a_row_for_each_arm(tmp_path):
     lab = Lab(tmp_path, run=Fake())
     claims.run(lab, [CLAIM], seeds=1)
