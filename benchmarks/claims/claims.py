@@ -371,7 +371,14 @@ _UNET = dataclasses.replace(
         ("model.skip_scale", 1.0),
     ),
 )
-_NETWORKS = {"efficient": _EFFICIENT, "unscaled": _UNSCALED, "U-Net": _UNET}
+# As long as the Efficient U-Net, in time and in arithmetic.
+_SHORT = dataclasses.replace(_UNET, name="shapes-unet-short", steps=325)
+_NETWORKS = {
+    "efficient": _EFFICIENT,
+    "unscaled": _UNSCALED,
+    "U-Net": _UNET,
+    "U-Net, as long": _SHORT,
+}
 
 EFFICIENT_UNET = Claim(
     "efficient_unet",
