@@ -185,7 +185,7 @@ def test_the_estimate(tmp_path, capsys):
 def test_sources_with_nothing_to_use(tmp_path, name):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    with pytest.raises(UserError, match="pictures' has no examples"):
+    with pytest.raises(UserError, match="pictures' has no examples; taken are"):
         prepare.prepare(f"folder:{folder}", str(tmp_path / name))
     (folder / "a.txt").write_text("alone")
     with pytest.raises(UserError, match="1 of 1 .* first 'a.txt': has a caption, but"):

@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--pretrained", default="", help="folder of a BERT")
     parser.add_argument("--emoji", default="", help="folder of captioned emoji")
     args = parser.parse_args()
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}; it takes 1 or more")
     if args.scale == "pod":
         print(pod.plan(args.seeds))
         return
@@ -116,6 +118,8 @@ def main() -> None:
     if not args.emoji:
         left = [one for one in claims if one.name != "thresholding"]
         if left != claims:
+            if args.claim:
+                raise UserError("--claim=thresholding needs --emoji=FOLDER")
             print("thresholding is left out: it needs --emoji=FOLDER")
         claims = left
     print(plan(lab, claims, args.seeds))

@@ -192,19 +192,23 @@ def sheet(lab: Lab, claim: Claim, seed: int) -> np.ndarray | None:
     worlds = [arm.asks for arm in claim.arms]
     world = COLOURS if COLOURS in worlds else worlds[0]
     arms = [arm for arm in claim.arms if arm.asks == world]
-    asked = world.ask(lab.pictures(world))
-    numbers = {one.text: i for i, one in enumerate(asked)}
+    folders = [lab.root / "samples" / f"{slug(arm)}-s{seed}" for arm in arms]
+    if not folders[0].exists():
+        return None
     if world == COLOURS:
+        asked = COLOURS.ask(lab.root)
         unseen = (i for i, one in enumerate(asked) if one.kind == "words")
         numbers = {asked[i].about[0]: i for i in unseen}
-    if not numbers:
-        return None
+    else:
+        # What was asked; the folder of the pictures need not be given any more.
+        file = lab.root / "prompts" / f"{world.name}.txt"
+        lines = file.read_text("utf8").splitlines()
+        numbers = {line: i for i, line in enumerate(lines)}
     labels = [list(numbers)[i] for i in _evenly(len(numbers), _SHOWN)]
     chosen = [numbers[label] for label in labels]
     names = [arm.label.rpartition(": ")[2] for arm in arms]
     rows = []
-    for arm in arms:
-        folder = lab.root / "samples" / f"{slug(arm)}-s{seed}"
+    for folder in folders:
         rows += [images.read(folder / f"{i:04d}.png") for i in chosen]
     if world == COLOURS:
         names.append("as named")

@@ -368,8 +368,9 @@ def _check_share(
     # What is taken, for those who have something else.
     takes = "" if used or not job.source.takes else f"; {job.source.takes}"
     if not (seen or least):
-        there = in_words(account or {}) or "nothing else"
-        raise UserError(f"{source!r} has no examples, but {there}{takes}")
+        there = in_words(account or {})
+        but = f", but {there}" if there else ""
+        raise UserError(f"{source!r} has no examples{but}{takes}")
     if len(skipped) > limit * max(seen, least) or not (used or least):
         _check_unchanged(job)
         first = "first {file!r}: {reason}".format(**skipped[0])

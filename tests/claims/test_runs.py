@@ -214,9 +214,16 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", [*words, "--plan"])
     claims.main()
     assert "emoji-base" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", words)
+    for bad, why in ((words, "needs --emoji"), ([*words, "--seeds=0"], "seeds is 0")):
+        monkeypatch.setattr("sys.argv", bad)
+        with pytest.raises(UserError, match=why):
+            claims.main()
+    monkeypatch.setattr(claims, "run", lambda lab, some, seeds: [c.name for c in some])
+    monkeypatch.setattr("sys.argv", words[:2])
     claims.main()
-    assert "it needs --emoji=FOLDER" in capsys.readouterr().out
+    first, *_, made = capsys.readouterr().out.splitlines()
+    assert first == "thresholding is left out: it needs --emoji=FOLDER"
+    assert "encoder_size" in made and "thresholding" not in made
     # Tracing networks of billions of parameters takes a minute.
     monkeypatch.setattr(claims.pod, "forward_flops", lambda cfg: 10**12)
     monkeypatch.setattr("sys.argv", ["claims", "--output=x", "--scale=pod"])
