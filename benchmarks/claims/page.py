@@ -176,7 +176,7 @@ def _range(found: Sequence[float], margin: float) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> np.ndarray:
-    """Five to eleven round numbers within an interval."""
+    """Five to thirteen round numbers within an interval."""
     size = 10.0 ** np.floor(np.log10((high - low) / 5))
     step = max(size * n for n in (1, 2, 5) if size * n <= (high - low) / 5)
     # No "-0".
@@ -200,7 +200,7 @@ def sheet(lab: Lab, claim: Claim, seed: int) -> np.ndarray | None:
         unseen = (i for i, one in enumerate(asked) if one.kind == "words")
         numbers = {asked[i].about[0]: i for i in unseen}
     else:
-        # What was asked; the folder of the pictures need not be given any more.
+        # What was asked; the folder of the pictures need not be given again.
         file = lab.root / "prompts" / f"{world.name}.txt"
         lines = file.read_text("utf8").splitlines()
         numbers = {line: i for i, line in enumerate(lines)}
