@@ -103,9 +103,9 @@ def train(folder, kills):
 
     Checkpointer.save = slow_save
     Checkpointer.wait = lambda self: timed("checkpoint", wait, self)
-    loop._preview, loop.compile_train_step = preview, compile_train_step
+    loop.save_preview, loop.compile_train_step = preview, compile_train_step
     tell("down", 0.0 if kills else time.monotonic())
-    loop.train(cfg, str(folder / "run"), Batches(), mesh, batch)
+    loop.train(cfg, str(folder / "run"), Batches(), mesh, lambda: batch)
 
 
 def main():

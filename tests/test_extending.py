@@ -72,7 +72,7 @@ def test_batches_that_end(ran):
     names = ran
     batches = itertools.islice(names["batches"](0), 3)
     stream = open_batches(batches, make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert stream.peek(2).caption.tolist() == [b"", b""]  # takes nothing
+    assert stream.first(2).caption.tolist() == [b"", b""]  # takes nothing
     start = stream.get_state()
     assert [int(next(stream).id[0]) for _ in range(2)] == [0, 8]
     position = stream.get_state()
@@ -83,6 +83,19 @@ def test_batches_that_end(ran):
     assert int(next(stream).id[0]) == 16
     with pytest.raises(UserError, match="there are only 3 batches"):
         next(stream)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_file_that_own_batches_lack_is_told(ran, tmp_path, at_once):
+    """It is not the workdir's fault."""
+
+    def lacking(start):
+        open(tmp_path / "cat.png", "rb")
+        yield from ()
+
+    source = (lambda start: [*lacking(start)]) if at_once else lacking
+    with pytest.raises(UserError, match=r"a batch cannot be read: .*cat\.png"):
+        train(ran["cfg"], source, tmp_path / "run", {"training.preview_images": 2})
 
 
 def test_names_that_nobody_has_given(ran, tmp_path):

@@ -7,7 +7,7 @@ import pathlib
 import runpy
 import shlex
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -148,29 +148,39 @@ def train_stage(
     preview = None
     if cfg.training.sample_every_steps:
         preview = open_preview(cfg, batches)
-    heldout = read_heldout(cfg, mesh) if cfg.data.heldout_share else ()
+    heldout = None
+    if cfg.data.heldout_share:
+        heldout = functools.cache(functools.partial(read_heldout, cfg, mesh))
     return loop.train(cfg, workdir, batches, mesh, preview, stopwatch, heldout)
 
 
-def open_preview(cfg: StageConfig, batches: Stream) -> Preview:
-    """The first examples of the data, and the prompts that the config asks for.
+def open_preview(cfg: StageConfig, batches: Stream) -> Callable[[], Preview]:
+    """Tells the first examples of the data, and the prompts that the config asks for.
 
-    These are encoded here and now: their encoder is not in memory while it trains.
+    These are encoded here and now: their encoder is not in memory while it trains. The
+    examples are read when it is called.
+
     Raises `UserError` when there is no such encoder, or its weights are not given.
     """
     training, text_cfg = cfg.training, cfg.text
-    first = batches.peek(training.preview_images)
-    captions = [
-        caption.decode("utf8", "ignore") or f"example {number}"
-        for caption, number in zip(first.caption, first.id, strict=True)
-    ]
-    text, mask, prompts = first.text, first.mask, list(training.preview_prompts)
+    prompts, more = list(training.preview_prompts), ()
     if prompts:
         encoder = load_encoder(text_cfg.encoder, training.encoder_weights)
         embedded = encoder.encode(prompts, text_cfg.length)
-        more = pad_text(embedded, text_cfg.length, text_cfg.dim)
-        text, mask = (np.concatenate(x) for x in zip((text, mask), more))
-    return Preview(first.image, text, mask, (*captions, *prompts))
+        more = (pad_text(embedded, text_cfg.length, text_cfg.dim),)
+
+    @functools.cache
+    def preview() -> Preview:
+        first = batches.first(training.preview_images)
+        captions = [
+            caption.decode("utf8", "ignore") or f"example {number}"
+            for caption, number in zip(first.caption, first.id, strict=True)
+        ]
+        parts = zip((first.text, first.mask), *more)
+        text, mask = (np.concatenate(part) for part in parts)
+        return Preview(first.image, text, mask, (*captions, *prompts))
+
+    return preview
 
 
 def next_command(cfg: StageConfig, workdir: str) -> str:

@@ -1,5 +1,6 @@
 """From a config to batches on the devices, whatever its records are."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,13 +19,20 @@ from imagen_jax import sharding
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import memory, order, start_tensorflow
-from imagen_jax.data.manifest import TFDS, Manifest, Source, read_manifest, with_text
+from imagen_jax.data.manifest import (
+    TFDS,
+    Manifest,
+    Source,
+    check_files,
+    read_manifest,
+    with_text,
+)
 from imagen_jax.errors import UserError
 from imagen_jax.files import parse_json
 
 log = logging.getLogger(__name__)
 
-# Of a caption that `peek` shows.
+# Of a caption that `first` shows.
 _CAPTION_BYTES = 512
 
 # Batches of one's own, or a function of n to the n-th and all that follow.
@@ -135,14 +143,15 @@ class Stream:
 
     def __iter__(self) -> "Stream":
         if self._host is None:
-            self._host = self._batches_from(self._consumed)
+            with _readable():
+                self._host = self._batches_from(self._consumed)
         return self
 
     def __next__(self) -> Batch:
         """The next batch: fields as in `batch_spec`, global arrays."""
         batch, _ = self._coming()
         # Copied while the devices work on `batch`; not counted until it is handed out.
-        self._ahead = self._read()
+        self._ahead = self._read(self._host)
         for fault in self._faults.pop(self._consumed, ()):
             self._damaged += 1
             if self._damaged > self._max_damaged:
@@ -157,27 +166,32 @@ class Stream:
     def _coming(self) -> tuple[Batch, Sequence[bytes]]:
         """The next batch and this host's captions of it, which stays the next."""
         iter(self)
-        self._ahead = self._ahead or self._read()
+        self._ahead = self._ahead or self._read(self._host)
         if not self._ahead:
             raise UserError(f"there are only {self._consumed} batches to train on")
         return self._ahead
 
-    def _read(self) -> tuple[Batch, Sequence[bytes]] | None:
-        host = next(self._host, None)
-        if host is None:
+    def _read(self, host: Iterator[Batch]) -> tuple[Batch, Sequence[bytes]] | None:
+        with _readable():
+            rows = next(host, None)
+        if rows is None:
             return None
         place = functools.partial(
             jax.make_array_from_process_local_data, self._sharding
         )
-        captions = [b""] * len(host.id) if host.caption is None else host.caption
-        return jax.tree.map(place, host.replace(caption=None)), captions
+        captions = [b""] * len(rows.id) if rows.caption is None else rows.caption
+        return jax.tree.map(place, rows.replace(caption=None)), captions
 
-    def peek(self, count: int) -> Batch:
-        """The first `count` examples of the next batch, on every host, with captions.
+    def first(self, count: int) -> Batch:
+        """The first `count` examples of the first batch, on every host, with captions.
 
         Captions are cut to 512 bytes. The position stays.
         """
-        batch, captions = self._coming()
+        found = None
+        if self._consumed:
+            with _readable():
+                found = self._read(self._batches_from(0))
+        batch, captions = found or self._coming()
         cut = [caption[:_CAPTION_BYTES].ljust(_CAPTION_BYTES) for caption in captions]
         text = np.stack([np.frombuffer(caption, np.uint8) for caption in cut])
         text = jax.make_array_from_process_local_data(self._sharding, text)
@@ -221,6 +235,15 @@ class Stream:
         self._seek(batches, damaged)
 
 
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    """A file that is missing as a `UserError`, which is no fault of the workdir."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"a batch cannot be read: {error}") from error
+
+
 def open_records(
     cfg: StageConfig, mesh: Mesh, rows: np.ndarray | None = None, heldout: bool = False
 ) -> Stream:
@@ -261,9 +284,6 @@ def open_records(
         batches_from = memory.open_npz(cfg, sources[0], rows, heldout)
         return Stream(batches_from, mesh, identity)
 
-    start_tensorflow()
-    from imagen_jax.data import records
-
     blocks = order.count_blocks(cfg, usable)
     groups = [order.group_sizes(shards, blocks) for shards in usable]
     weights = [source.weight for source in sources]
@@ -288,12 +308,20 @@ def open_records(
         if not source.path.startswith(TFDS):
             # Each host looks at its share of the files.
             shards = source.manifest.shards[jax.process_index() :: jax.process_count()]
-            records.check_files(source.path, shards)
+            check_files(source.path, shards)
     faults = {}
-    batches_from = records.batch_reader(
-        cfg, sources, groups, host_reads, len(rows), faults, heldout
-    )
-    return Stream(batches_from, mesh, identity, faults, cfg.data.max_damaged)
+
+    @functools.cache
+    def reader() -> Callable[[int], Iterator[Batch]]:
+        start_tensorflow()
+        from imagen_jax.data import records
+
+        return records.batch_reader(
+            cfg, sources, groups, host_reads, len(rows), faults, heldout
+        )
+
+    # Whoever reads waits for TensorFlow, and nobody before.
+    return Stream(lambda n: reader()(n), mesh, identity, faults, cfg.data.max_damaged)
 
 
 def open_batches(source: OwnBatches, mesh: Mesh) -> Stream:
@@ -314,7 +342,7 @@ def open_batches(source: OwnBatches, mesh: Mesh) -> Stream:
             if number > wanted:
                 raise UserError("one's own batches go back only if a function has them")
             if number == wanted:
-                yield batch  # again if `peek` has had it
+                yield batch  # again if `first` has had it
                 wanted += 1
             newest[0] = next(numbered, None)
 

@@ -8,19 +8,17 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
-from etils import epath
 
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import order, preprocess
 from imagen_jax.data.choice import choice, nothing_left
-from imagen_jax.data.manifest import Manifest, Source, head_sha256
+from imagen_jax.data.manifest import Manifest, Source
 from imagen_jax.data.tfds import DataSource
 from imagen_jax.errors import UserError
 
@@ -209,33 +207,6 @@ def _one_by_one(
         found[good[bisect.bisect_left(good, i) % len(good)]] for i in range(len(found))
     ]
     return {name: np.stack([f[name] for f in taken]) for name in taken[0]}, faults
-
-
-def check_files(path: str, shards: Sequence[dict]) -> None:
-    """Raises `UserError` unless files of records are as long as they were written.
-
-    Their first bytes are compared, too. Records of release 0.1 tell neither.
-    """
-
-    def fault(shard: dict) -> str:
-        file = epath.Path(path) / shard["file"]
-        if not {"bytes", "head_sha256"} <= shard.keys():
-            return ""
-        length = file.stat().length
-        if length != shard["bytes"]:
-            return f"{shard['file']} has {length} bytes, not {shard['bytes']}"
-        with file.open("rb") as opened:
-            if head_sha256(opened) != shard["head_sha256"]:
-                return f"{shard['file']} holds other records"
-        return ""
-
-    with futures.ThreadPoolExecutor(_MAX_THREADS) as pool:
-        faults = list(filter(None, pool.map(fault, shards)))
-    if faults:
-        raise UserError(
-            f"{len(faults)} files of {path!r} are not what its manifest says, first: "
-            f"{faults[0]}; copy them again or prepare again"
-        )
 
 
 def _column(parts: Iterator, place: int, dtype: tf.DType) -> tf.data.Dataset:

@@ -50,9 +50,9 @@ def train(
     workdir: str,
     batches: Iterator[Batch],
     mesh: Mesh,
-    preview: Preview | None = None,
+    preview: Callable[[], Preview] | None = None,
     stopwatch: Stopwatch | None = None,
-    heldout: Iterable[Batch] = (),
+    heldout: Callable[[], Iterable[Batch]] | None = None,
 ) -> TrainState:
     """Trains from where `first_state` starts; returns the state after the last step.
 
@@ -61,12 +61,12 @@ def train(
         tensorboard/, samples/, index.html, events.jsonl, lock and, after bad numbers,
         bundles/.
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
-        `set_state(bytes)` tell and take its position. `iter` may begin to read: it is
-        called before the step is compiled.
+        `set_state(bytes)` tell and take its position. `iter` may begin to read.
       mesh: of all devices.
-      preview: what is sampled as training goes.
+      preview: tells what is sampled as training goes.
       stopwatch: of this run, already running.
-      heldout: examples that are not trained on, the same batches at every iteration.
+      heldout: tells examples that are not trained on, the same batches every time.
+        It and `preview` are called, and `iter(batches)`, while the step is compiled.
 
     Raises:
       UserError: for a workdir of another config or that cannot be written, a batch that
@@ -212,12 +212,18 @@ def _run(cfg, batches, mesh, preview, heldout, checkpointer, writer):
     loss, previewed, measure = None, False, None
     heldout_every = training.heldout_every_steps or training.checkpoint_every_steps
 
+    def open_data() -> None:
+        if preview:
+            preview()
+        iter(batches)
+        if heldout:
+            heldout()
+
     stopwatch.switch("step")
     with bar, stopping() as stops_after:
         if step < last:
-            iter(batches)  # begins to read, which may take as long as compiling
             with stopwatch.bucket("compile"):
-                step_fn = compile_train_step(cfg, mesh)
+                step_fn = compile_train_step(cfg, mesh, open_data)
         while step < last:
             step += 1
             # The first one waits for the first records, which may take long.
@@ -259,7 +265,7 @@ def _run(cfg, batches, mesh, preview, heldout, checkpointer, writer):
                 bucket = "evaluation" if measure else "compile"
                 with stopwatch.bucket(bucket), means.pause():
                     measure = measure or compile_heldout_loss(cfg, mesh)
-                    means.add_heldout(heldout_loss(measure, state, heldout))
+                    means.add_heldout(heldout_loss(measure, state, heldout()))
             if saves or stops:
                 unlogged = list(means.unlogged)
                 if step == last:
@@ -273,7 +279,7 @@ def _run(cfg, batches, mesh, preview, heldout, checkpointer, writer):
                 # The first preview compiles the sampler.
                 bucket = "evaluation" if previewed else "compile"
                 with stopwatch.bucket(bucket), means.pause():
-                    save_preview(cfg, workdir, state, preview, mesh, writer)
+                    save_preview(cfg, workdir, state, preview(), mesh, writer)
                 writer.event("evaluation", step)
                 previewed = True
             if stops or step == last:

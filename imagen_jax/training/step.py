@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -137,13 +138,19 @@ def deal(noised: NoisedBatch, parts: int) -> NoisedBatch:
 
 
 def compile_train_step(
-    cfg: StageConfig, mesh: Mesh
+    cfg: StageConfig, mesh: Mesh, meanwhile: Callable[[], None] = lambda: None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step of `jit_train_step`, compiled."""
+    """The step of `jit_train_step`, compiled.
+
+    `meanwhile` is called while XLA compiles. An error of it is raised at once.
+    """
     step = jit_train_step(cfg, mesh)
+    lowered = step.lower(abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh))
+    compiled = futures.ThreadPoolExecutor(1).submit(lowered.compile)
+    meanwhile()
+    compiled.result()
     # Calls find it in JAX's memory. What `compile` returns would refuse a batch of
     # another shape in its own words, not in ours.
-    step.lower(abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh)).compile()
     return step
 
 

@@ -56,14 +56,15 @@ def test_a_run_has_a_preview_and_tells_its_devices(values, monkeypatch, capsys):
     monkeypatch.setattr(run.loop, "train", lambda *args: given.append(args))
     run.train_stage(run.resolve(values), "workdir")
     ((cfg, workdir, batches, mesh, preview, _, heldout),) = given
-    assert workdir == "workdir" and mesh.size == 8 and heldout == ()
+    assert workdir == "workdir" and mesh.size == 8 and heldout is None
     told = capsys.readouterr().out
     assert told == (
         "training base on 8 x cpu (1 processes), "
         "mesh data 8 x fsdp 1 x spatial 1 x tensor 1\n"
     )
-    # The first examples; the source is still before them.
+    # The first examples, however many have been taken.
     first = jax.device_get(next(batches))
+    preview = preview()
     stored = npz.captions(values["data"]["records"])
     assert preview.captions == tuple(stored[i] for i in first.id[:3])
     for name in ("image", "text", "mask"):
@@ -78,6 +79,7 @@ def test_a_preview_has_the_prompts_that_were_asked_for(values, monkeypatch):
     training = dataclasses.replace(cfg.training, preview_prompts=tuple(prompts))
     run.train_stage(dataclasses.replace(cfg, training=training), "workdir")
     ((_, _, batches, _, preview, _, _),) = given
+    preview = preview()
     assert preview.captions[3:] == tuple(prompts) and len(preview.image) == 3
     every = [jax.device_get(next(batches)) for _ in range(2)]
     text = {int(i): t for batch in every for i, t in zip(batch.id, batch.text)}

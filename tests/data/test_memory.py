@@ -28,15 +28,18 @@ def test_every_epoch_is_another_permutation(stage, npz, mesh):
 
 
 @pytest.mark.slow
-def test_a_peek_has_captions_and_moves_nothing(stage, npz, records, mesh):
+def test_the_first_have_captions_and_nothing_moves(stage, npz, records, mesh):
     """Of both kinds of records."""
     stored = [f"picture {i}, {'so ' * (i % 5)}".strip() for i in range(21)]
     for path in (npz, records):
+        batch, *want = take(open_records(stage(path, batch_size=6), mesh), 4)
         stream = open_records(stage(path, batch_size=6), mesh)
-        take(stream, 2)
-        before, first = stream.get_state(), stream.peek(4)
+        assert_equal([stream.first(4)], [stream.first(4)])
+        found = take(stream, 2)
+        before, first = stream.get_state(), stream.first(4)
         assert stream.get_state() == before
-        (batch,) = take(stream, 1)
+        found += take(stream, 2)
+        assert_equal(found, [batch, *want])
         assert [c.decode() for c in first.caption] == [stored[i] for i in first.id]
         for name in ("id", "image", "text", "mask"):
             want = getattr(batch, name)[:4]

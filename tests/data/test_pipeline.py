@@ -233,7 +233,7 @@ def test_a_host_that_reads_for_others_is_told(stage, one_file, mesh, caplog):
 
 
 def test_each_position_is_opened_once(stage, npz, mesh):
-    """What a peek has read is the next batch; `iter` begins to read where it stands."""
+    """What `first` has read comes next; `iter` begins to read where it stands."""
     whole, opened = take(open_records(stage(npz, batch_size=6), mesh), 4), []
 
     def own(start):
@@ -242,7 +242,7 @@ def test_each_position_is_opened_once(stage, npz, mesh):
 
     stream = open_batches(own, mesh)
     assert not opened
-    stream.peek(2)
+    stream.first(2)
     (first,) = take(stream, 1)
     after_one = stream.get_state()
     assert_equal([first, *take(stream, 1)], whole[:2])
@@ -251,9 +251,9 @@ def test_each_position_is_opened_once(stage, npz, mesh):
     assert opened == [0]
     iter(stream)
     assert opened == [0, 1]
-    assert stream.peek(6).id.tolist() == whole[1].id.tolist()
+    assert stream.first(6).id.tolist() == whole[0].id.tolist()
     assert_equal(take(stream, 3), whole[1:])
-    assert opened == [0, 1]
+    assert opened == [0, 1, 0]
 
 
 class TestRefusals:

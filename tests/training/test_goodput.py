@@ -1,5 +1,6 @@
 """Goodput's buckets against scripts of what took how long."""
 
+import functools
 import json
 from collections import Counter
 
@@ -274,7 +275,8 @@ def test_the_buckets_of_a_training_are_those_of_a_script(
         batches = tiny.Batches(cfg, mesh)
         batches.hook = scripted_batch
         stopwatch = Stopwatch(clock.monotonic, clock.wall)
-        loop.train(cfg, str(tmp_path), batches, mesh, tiny.batch(cfg), stopwatch)
+        preview = functools.partial(tiny.batch, cfg)
+        loop.train(cfg, str(tmp_path), batches, mesh, preview, stopwatch)
 
     with pytest.raises(SystemExit):
         train()

@@ -171,7 +171,7 @@ def _train(cfg, workdir, mesh, hook=None, heldout=True):
     batches = tiny.Batches(cfg, mesh)
     if hook:
         batches.hook = hook
-    held = _batches(cfg, mesh) if heldout else ()
+    held = functools.partial(_batches, cfg, mesh) if heldout else None
     return loop.train(cfg, str(workdir), batches, mesh, heldout=held)
 
 

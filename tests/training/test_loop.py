@@ -85,7 +85,7 @@ def test_the_workdir_holds_what_it_should(tmp_path, mesh, no_arithmetic):
     batches = tiny.Batches(cfg, mesh)
     own = jax.tree.map(lambda x: x[:3], tiny.batch(cfg))
     preview = Preview(own.image, own.text, own.mask, ("a", "b", "c"))
-    loop.train(cfg, str(tmp_path), batches, mesh, preview)
+    loop.train(cfg, str(tmp_path), batches, mesh, lambda: preview)
     metrics = lines(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [2, 4, 5]
     assert all(np.isfinite(row["loss"]) for row in metrics)
@@ -136,7 +136,9 @@ def test_the_time_left_leaves_out_compiling(tmp_path, mesh, no_arithmetic, monke
     assert bar.format_dict["elapsed"] < time.monotonic() - started - 2.9
 
 
-def test_reading_begins_before_compiling(tmp_path, mesh, no_arithmetic, monkeypatch):
+def test_data_is_opened_while_the_step_is_compiled(
+    tmp_path, mesh, no_arithmetic, monkeypatch
+):
     """A run that has nothing left to do does neither."""
     done, compile_step = [], loop.compile_train_step
 
@@ -149,16 +151,21 @@ def test_reading_begins_before_compiling(tmp_path, mesh, no_arithmetic, monkeypa
             done.append("next")
             return super().__next__()
 
-    def compiled(*args):
+    def compiled(cfg, mesh, meanwhile):
         done.append("compile")
-        return compile_step(*args)
+        meanwhile()
+        return compile_step(cfg, mesh)
+
+    def told(what):
+        return lambda: done.append(what)
 
     monkeypatch.setattr(loop, "compile_train_step", compiled)
-    cfg = tiny.stage(model=tiny.ONE_LEVEL, training={"steps": 2})
-    loop.train(cfg, str(tmp_path), Reading(cfg, mesh), mesh)
-    assert done == ["read", "compile", "next", "next"]
-    loop.train(cfg, str(tmp_path), Reading(cfg, mesh), mesh)
-    assert len(done) == 4
+    training = {"steps": 2, "sample_every_steps": 0, "heldout_every_steps": 100}
+    cfg = tiny.stage(model=tiny.ONE_LEVEL, training=training)
+    for _ in range(2):
+        batches = Reading(cfg, mesh)
+        loop.train(cfg, str(tmp_path), batches, mesh, told("preview"))
+        assert done == ["compile", "preview", "read", "next", "next"]
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def _compiled_once(cfg):
     make = loop.compile_train_step
     compiled = functools.cache(lambda own: make(cfg, own))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_train_step", lambda _, own: compiled(own))
+        patch.setattr(loop, "compile_train_step", lambda _, own, *args: compiled(own))
         yield
 
 

@@ -3,6 +3,8 @@
 import functools
 import math
 import re
+import threading
+from unittest import mock
 
 import jax
 import numpy as np
@@ -257,6 +259,28 @@ def test_adafactor_moves_a_parameter_of_zero(scaled, size):
     update, _ = rule.update(gradient, rule.init(zeros), zeros)
     # The first step divides each gradient by its own size.
     np.testing.assert_allclose(update, -0.1 * size * np.sign(gradient), rtol=1e-3)
+
+
+def test_data_may_be_opened_while_xla_compiles(monkeypatch):
+    """Each waits for the other here; of an error nobody waits for the end."""
+    opened, done = threading.Event(), threading.Event()
+    jitted = mock.Mock()
+
+    def compile_slowly():
+        assert opened.wait(60)
+        done.set()
+
+    def fail():
+        raise UserError("no records")
+
+    jitted.lower.return_value.compile = compile_slowly
+    monkeypatch.setattr(step, "jit_train_step", lambda *args: jitted)
+    cfg, mesh = tiny.stage(), make_mesh(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(UserError, match="no records"):
+        step.compile_train_step(cfg, mesh, fail)
+    assert not done.is_set()
+    assert step.compile_train_step(cfg, mesh, opened.set) is jitted
+    assert done.wait(60)
 
 
 def test_a_batch_of_another_shape_is_refused():
