@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent import futures
 from typing import Any, BinaryIO, get_args, get_origin
 
@@ -23,7 +23,7 @@ FORMAT = 3
 # Prefix of the name of a TensorFlow Datasets data set.
 TFDS = "tfds:"
 # As which TensorFlow Datasets reads a folder of records.
-_TFDS_FILES = ("dataset_info.json", "features.json")
+TFDS_FILES = ("dataset_info.json", "features.json")
 # The arguments of a job; a folder that has it and no manifest is not finished.
 JOB_FILE = "prepare.json"
 QUARANTINE_FILE = "quarantine.jsonl"
@@ -107,6 +107,33 @@ class Source:
     def is_npz(self) -> bool:
         """Whether it is read without TensorFlow, into memory."""
         return not self.path.startswith(TFDS) and epath.Path(self.path).is_file()
+
+    def check_files(self, first: int, every: int) -> None:
+        """Raises `UserError` unless the files `first::every` are as they were written.
+
+        Their lengths and first bytes, which records of release 0.1 do not tell.
+        """
+
+        def fault(shard: dict) -> str:
+            if self.path.startswith(TFDS) or not _FILE.keys() <= shard.keys():
+                return ""
+            file = epath.Path(self.path) / shard["file"]
+            length = file.stat().length
+            if length != shard["bytes"]:
+                return f"{shard['file']} has {length} bytes, not {shard['bytes']}"
+            with file.open("rb") as opened:
+                if head_sha256(opened) != shard["head_sha256"]:
+                    return f"{shard['file']} holds other records"
+            return ""
+
+        with futures.ThreadPoolExecutor(_THREADS) as pool:
+            shards = self.manifest.shards[first::every]
+            faults = list(filter(None, pool.map(fault, shards)))
+        if faults:
+            raise UserError(
+                f"{len(faults)} files of {self.path!r} are not what its manifest says, "
+                f"first: {faults[0]}; copy them again or prepare again"
+            )
 
 
 def to_json(manifest: Manifest) -> str:
@@ -205,7 +232,7 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
     most = _MANIFEST_BYTES + _SHARD_BYTES * len(names)
     values = read_json(file, "the manifest of records", most)
     manifest = from_values(values, str(file))
-    files = [*_TFDS_FILES, *(shard["file"] for shard in manifest.shards)]
+    files = [*TFDS_FILES, *(shard["file"] for shard in manifest.shards)]
     missing = [file for file in files if file not in names]
     if missing:
         raise UserError(
@@ -213,33 +240,6 @@ def read_manifest(records: str | os.PathLike) -> Manifest:
             f"first {missing[0]!r}: copy it again or prepare again"
         )
     return manifest
-
-
-def check_files(path: str, shards: Sequence[dict]) -> None:
-    """Raises `UserError` unless files of records are as long as they were written.
-
-    Their first bytes are compared, too. Records of release 0.1 tell neither.
-    """
-
-    def fault(shard: dict) -> str:
-        file = epath.Path(path) / shard["file"]
-        if not {"bytes", "head_sha256"} <= shard.keys():
-            return ""
-        length = file.stat().length
-        if length != shard["bytes"]:
-            return f"{shard['file']} has {length} bytes, not {shard['bytes']}"
-        with file.open("rb") as opened:
-            if head_sha256(opened) != shard["head_sha256"]:
-                return f"{shard['file']} holds other records"
-        return ""
-
-    with futures.ThreadPoolExecutor(_THREADS) as pool:
-        faults = list(filter(None, pool.map(fault, shards)))
-    if faults:
-        raise UserError(
-            f"{len(faults)} files of {path!r} are not what its manifest says, first: "
-            f"{faults[0]}; copy them again or prepare again"
-        )
 
 
 def with_text(cfg: StageConfig, manifest: Manifest) -> StageConfig:

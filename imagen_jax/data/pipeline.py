@@ -19,14 +19,8 @@ from imagen_jax import sharding
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import memory, order, start_tensorflow
-from imagen_jax.data.manifest import (
-    TFDS,
-    Manifest,
-    Source,
-    check_files,
-    read_manifest,
-    with_text,
-)
+from imagen_jax.data.choice import choice
+from imagen_jax.data.manifest import TFDS, Manifest, Source, read_manifest, with_text
 from imagen_jax.errors import UserError
 from imagen_jax.files import parse_json
 
@@ -305,10 +299,9 @@ def open_records(
             read / len(rows),
         )
     for source in sources:
-        if not source.path.startswith(TFDS):
-            # Each host looks at its share of the files.
-            shards = source.manifest.shards[jax.process_index() :: jax.process_count()]
-            check_files(source.path, shards)
+        # Each host looks at its share of the files.
+        source.check_files(jax.process_index(), jax.process_count())
+    chosen = [choice(cfg.data, source, heldout) for source in sources]
     faults = {}
 
     @functools.cache
@@ -317,7 +310,7 @@ def open_records(
         from imagen_jax.data import records
 
         return records.batch_reader(
-            cfg, sources, groups, host_reads, len(rows), faults, heldout
+            cfg, sources, chosen, groups, host_reads, len(rows), faults, heldout
         )
 
     # Whoever reads waits for TensorFlow, and nobody before.

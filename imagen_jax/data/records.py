@@ -17,7 +17,7 @@ import tensorflow as tf
 from imagen_jax.batch import Batch
 from imagen_jax.config import StageConfig
 from imagen_jax.data import order, preprocess
-from imagen_jax.data.choice import choice, nothing_left
+from imagen_jax.data.choice import nothing_left
 from imagen_jax.data.manifest import Manifest, Source
 from imagen_jax.data.tfds import DataSource
 from imagen_jax.errors import UserError
@@ -98,6 +98,7 @@ def make_task(path: str, manifest: Manifest, image_size: int) -> seqio.Task:
 def batch_reader(
     cfg: StageConfig,
     sources: Sequence[Source],
+    chosen: Sequence[Callable | None],
     groups: Sequence[Sequence[int]],
     host_reads: Callable[[int], tuple[list, Iterator]],
     size: int,
@@ -106,15 +107,17 @@ def batch_reader(
 ) -> Callable[[int], Iterator[Batch]]:
     """A function that yields a host's batches from any number on; it reads ahead.
 
-    `groups` are the `order.group_sizes` of each source, `host_reads(n)` is
-    `order.host_reads` from batch n on, `size` is the number of rows that it keeps.
+    `chosen` is the `choice` of each source, `groups` its `order.group_sizes`,
+    `host_reads(n)` is `order.host_reads` from batch n on, `size` is the number of rows
+    that it keeps.
     `faults` gets a line for each record that cannot be decoded, by number of the batch.
     """
     # No function of a row needs AutoGraph, which reads the source of each when it is
     # traced: a third of a second before the first batch.
     untranslated = tf.autograph.experimental.do_not_convert
     openers = [
-        _opener(cfg, sources, k, sizes, heldout) for k, sizes in enumerate(groups)
+        _opener(cfg, sources, k, chosen[k], sizes, heldout)
+        for k, sizes in enumerate(groups)
     ]
     options = tf.data.Options()
     options.deterministic = True
@@ -223,12 +226,13 @@ def _column(parts: Iterator, place: int, dtype: tf.DType) -> tf.data.Dataset:
     return tf.data.Dataset.counter().map(following).unbatch()
 
 
-def _opener(cfg, sources, k, groups, heldout) -> Callable[[int, int], tf.data.Dataset]:
+def _opener(
+    cfg, sources, k, is_chosen, groups, heldout
+) -> Callable[[int, int], tf.data.Dataset]:
     """A function that opens a reader of the k-th source at a position."""
     source, count = sources[k], len(groups)
     task = make_task(source.path, source.manifest, cfg.image_size)
     added = {"int8": source.manifest.embedding_dtype == "int8"}
-    is_chosen = choice(cfg.data, source, heldout)
     # Each reader has a buffer; together they are as large as the config says.
     examples = tf.constant(groups, tf.int64)
     share = source.weight / sum(other.weight for other in sources) / count

@@ -88,6 +88,18 @@ def read_manifest(name: str) -> Manifest:
     )
 
 
+def _open_folder(path: str) -> tfds.core.DatasetBuilder:
+    try:
+        builder = tfds.builder_from_directory(path)
+        builder.info.splits[_SPLIT]
+    except Exception as error:  # tfds has no error of its own for damaged files.
+        raise UserError(
+            f"{' or '.join(manifest.TFDS_FILES)} of {path!r} is damaged: "
+            f"{str(error).strip().splitlines()[0]}: copy it again or prepare again"
+        ) from None
+    return builder
+
+
 class DataSource(seqio.DataSource):
     """A data set whose images and embeddings stay the bytes that are stored."""
 
@@ -99,7 +111,7 @@ class DataSource(seqio.DataSource):
         if path.startswith(TFDS):
             self._builder, self._split = open_builder(path.removeprefix(TFDS))
         else:
-            self._builder, self._split = tfds.builder_from_directory(path), _SPLIT
+            self._builder, self._split = _open_folder(path), _SPLIT
         super().__init__([_SPLIT])
 
     def list_shards(self, split: str) -> list[str]:

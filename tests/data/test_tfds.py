@@ -12,6 +12,7 @@ from PIL import Image
 from imagen_jax import prepare
 from imagen_jax.batch import batch_spec, check_batch, pad_text
 from imagen_jax.data import start_tensorflow
+from imagen_jax.data.manifest import TFDS_FILES
 from imagen_jax.data.pipeline import open_records, read_sources
 from imagen_jax.errors import UserError
 from imagen_jax.text import encoders as text
@@ -204,6 +205,17 @@ def test_training_from_somebody_elses_data_set(tmp_path, stage, mesh, monkeypatc
         UserError, match="cannot be trained on: .*metadata encoder and min_side"
     ):
         stage("tfds:embedded")
+
+
+@pytest.mark.parametrize("file", TFDS_FILES)
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"splits": 3}', "\xff"])
+def test_damaged_descriptions(records, tmp_path, stage, mesh, file, text):
+    """What TensorFlow Datasets says of them has many types."""
+    folder = shutil.copytree(records, tmp_path / "records")
+    (folder / file).write_text(text, "latin1")
+    stream = open_records(stage(str(folder), batch_size=7), mesh)
+    with pytest.raises(UserError, match="dataset_info.json or features.json of .* is"):
+        next(stream)
 
 
 def test_a_data_set_in_a_mixture(kept, records):

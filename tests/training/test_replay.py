@@ -47,7 +47,7 @@ def _compiled_once():
             patch.setattr(
                 module,
                 make.__name__,
-                lambda cfg, mesh, make=make: compiled(
+                lambda cfg, mesh, *_, make=make: compiled(
                     make, cfg.training.microbatches, mesh
                 ),
             )
