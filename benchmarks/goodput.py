@@ -91,7 +91,7 @@ def train(folder, kills):
         previews.append(None)
 
     def compile_train_step(*args):
-        step = compile_step(*args)
+        step = timed("compile", compile_step, *args)
         calls = iter(["compile"])
 
         def run(*args):
