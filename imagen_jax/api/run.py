@@ -155,11 +155,9 @@ def train_stage(
 
 
 def open_preview(cfg: StageConfig, batches: Stream) -> Callable[[], Preview]:
-    """Tells the first examples of the data, and the prompts that the config asks for.
+    """Returns what reads the first examples, beside the prompts of the config.
 
-    These are encoded here and now: their encoder is not in memory while it trains. The
-    examples are read when it is called.
-
+    These are encoded here and now: their encoder is not in memory while it trains.
     Raises `UserError` when there is no such encoder, or its weights are not given.
     """
     training, text_cfg = cfg.training, cfg.text

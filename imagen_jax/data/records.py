@@ -109,8 +109,8 @@ def batch_reader(
 
     `chosen` is the `choice` of each source, `groups` its `order.group_sizes`,
     `host_reads(n)` is `order.host_reads` from batch n on, `size` is the number of rows
-    that it keeps.
-    `faults` gets a line for each record that cannot be decoded, by number of the batch.
+    that it keeps. `faults` gets a line for each record that cannot be decoded, by
+    number of the batch.
     """
     # No function of a row needs AutoGraph, which reads the source of each when it is
     # traced: a third of a second before the first batch.

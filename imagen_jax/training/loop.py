@@ -63,10 +63,10 @@ def train(
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
         `set_state(bytes)` tell and take its position. `iter` may begin to read.
       mesh: of all devices.
-      preview: tells what is sampled as training goes.
+      preview: returns what is sampled as training goes. It, `iter(batches)` and
+        `heldout` are called while the step is compiled, and may take as long.
       stopwatch: of this run, already running.
-      heldout: tells examples that are not trained on, the same batches every time.
-        It and `preview` are called, and `iter(batches)`, while the step is compiled.
+      heldout: returns examples that are not trained on, the same batches every time.
 
     Raises:
       UserError: for a workdir of another config or that cannot be written, a batch that

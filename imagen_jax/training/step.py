@@ -142,7 +142,8 @@ def compile_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step of `jit_train_step`, compiled.
 
-    `meanwhile` is called while XLA compiles. An error of it is raised at once.
+    `meanwhile` is called while XLA compiles in a thread of its own. An error of it is
+    raised at once; the process ends when XLA is done.
     """
     step = jit_train_step(cfg, mesh)
     lowered = step.lower(abstract_state(cfg, mesh), on_rows(batch_spec(cfg), mesh))
