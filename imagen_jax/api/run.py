@@ -148,9 +148,8 @@ def train_stage(
     preview = None
     if cfg.training.sample_every_steps:
         preview = open_preview(cfg, batches)
-    heldout = None
-    if cfg.data.heldout_share:
-        heldout = functools.cache(functools.partial(read_heldout, cfg, mesh))
+    read = functools.cache(functools.partial(read_heldout, cfg, mesh))
+    heldout = read if cfg.data.heldout_share else None
     return loop.train(cfg, workdir, batches, mesh, preview, stopwatch, heldout)
 
 

@@ -35,8 +35,7 @@ _MANIFEST_BYTES, _SHARD_BYTES = 2**26, 2**16
 _SHARD = {"file": str, "examples": int, "sha256": str, "sides": dict[str, int]}
 # Not in manifests of release 0.1, and not of a .npz file.
 _FILE = {"bytes": int, "head_sha256": str}
-# Files of records that are looked at together.
-_THREADS = 32
+_THREADS = 32  # that look at files of records
 _IS_SIZE = re.compile("[0-9]{1,9}").fullmatch
 
 

@@ -108,9 +108,8 @@ def batch_reader(
     """A function that yields a host's batches from any number on; it reads ahead.
 
     `chosen` is the `choice` of each source, `groups` its `order.group_sizes`,
-    `host_reads(n)` is `order.host_reads` from batch n on, `size` is the number of rows
-    that it keeps. `faults` gets a line for each record that cannot be decoded, by
-    number of the batch.
+    `host_reads(n)` is `order.host_reads` from batch n on, of which `size` rows are
+    kept. `faults[n]` gets a line for each record of batch n that cannot be decoded.
     """
     # No function of a row needs AutoGraph, which reads the source of each when it is
     # traced: a third of a second before the first batch.

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers, type_handlers
 
 from imagen_jax import __version__
 from imagen_jax import config as config_lib
@@ -82,6 +82,11 @@ class Checkpointer:
                 # Orbax stores metrics only if there is a `best_fn`.
                 best_fn=_metric(training) if training.keep_best_checkpoints else None,
             )
+            if jax.process_count() == 1:
+                # Orbax has each device write a part of what all hold, for many hosts to
+                # share the work, and compiles a program for each part of each shape.
+                arrays = type_handlers.ArrayHandler(use_replica_parallel=False)
+                type_handlers.register_type_handler(jax.Array, arrays, override=True)
         self.manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved, which stay, and damage that is passed over."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -48,6 +49,24 @@ def test_a_checkpoint_knows_what_it_is(saved):
     assert described["schema_version"] == 2 and described["step"] == 2
     assert Checkpointer(str(saved)).stage(2) == CFG and CFG.text.encoder == "fake@1"
     assert set(described["written_by"]) == {"imagen_jax", "jax"}
+
+
+def test_no_program_is_compiled_for_a_save(tmp_path):
+    """Of arrays that each of eight devices holds whole."""
+    heard, eight = [], state(1, 8)
+
+    def listen(event, seconds, **_):
+        heard.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with contextlib.closing(Checkpointer(str(tmp_path), CFG.training)) as saves:
+            saves.save(eight, CFG, b"here")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert heard and not [event for event in heard if "backend_compile" in event]
+    with contextlib.closing(Checkpointer(str(tmp_path))) as saved:
+        assert_equal(saved.restore(CFG, mesh(8), 1)[0], eight)
 
 
 @pytest.mark.slow
