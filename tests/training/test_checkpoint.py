@@ -51,8 +51,8 @@ def test_a_checkpoint_knows_what_it_is(saved):
     assert set(described["written_by"]) == {"imagen_jax", "jax"}
 
 
-def test_no_program_is_compiled_for_a_save(tmp_path):
-    """Of arrays that each of eight devices holds whole."""
+def test_no_program_is_compiled_for_a_save(tmp_path, caplog):
+    """Of arrays that each of eight devices holds whole; nothing is told of it."""
     heard, eight = [], state(1, 8)
 
     def listen(event, seconds, **_):
@@ -65,6 +65,7 @@ def test_no_program_is_compiled_for_a_save(tmp_path):
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert heard and not [event for event in heard if "backend_compile" in event]
+    assert "overriding" not in caplog.text
     with contextlib.closing(Checkpointer(str(tmp_path))) as saved:
         assert_equal(saved.restore(CFG, mesh(8), 1)[0], eight)
 
