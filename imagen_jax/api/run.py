@@ -154,9 +154,9 @@ def train_stage(
 
 
 def open_preview(cfg: StageConfig, batches: Stream) -> Callable[[], Preview]:
-    """Returns what reads the first examples, beside the prompts of the config.
+    """Returns a function that reads the first examples, and adds the config's prompts.
 
-    These are encoded here and now: their encoder is not in memory while it trains.
+    The prompts are encoded at once: their encoder is not in memory during training.
     Raises `UserError` when there is no such encoder, or its weights are not given.
     """
     training, text_cfg = cfg.training, cfg.text

@@ -35,7 +35,7 @@ _MANIFEST_BYTES, _SHARD_BYTES = 2**26, 2**16
 _SHARD = {"file": str, "examples": int, "sha256": str, "sides": dict[str, int]}
 # Not in manifests of release 0.1, and not of a .npz file.
 _FILE = {"bytes": int, "head_sha256": str}
-_THREADS = 32  # that look at files of records
+_THREADS = 32  # threads that check files
 _IS_SIZE = re.compile("[0-9]{1,9}").fullmatch
 
 
@@ -110,7 +110,7 @@ class Source:
     def check_files(self, first: int, every: int) -> None:
         """Raises `UserError` unless the files `first::every` are as they were written.
 
-        Their lengths and first bytes, which records of release 0.1 do not tell.
+        Lengths and first bytes are compared; records of release 0.1 tell neither.
         """
 
         def fault(shard: dict) -> str:

@@ -231,7 +231,7 @@ class Stream:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """A file that is missing as a `UserError`, which is no fault of the workdir."""
+    """Raises a `UserError` for an `OSError`, which `train` would blame on the workdir."""
     try:
         yield
     except OSError as error:
@@ -313,7 +313,7 @@ def open_records(
             cfg, sources, chosen, groups, host_reads, len(rows), faults, heldout
         )
 
-    # Whoever reads waits for TensorFlow, and nobody before.
+    # TensorFlow is imported when the first batch is asked for, not before.
     return Stream(lambda n: reader()(n), mesh, identity, faults, cfg.data.max_damaged)
 
 

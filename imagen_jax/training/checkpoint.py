@@ -39,7 +39,7 @@ _FAULT_BYTES = 256
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return READ_ONLY not in (told := str(record.msg)) and "overriding" not in told
+    return READ_ONLY not in (told := str(record.msg)) and "registry type" not in told
 
 
 class Checkpointer:
@@ -83,8 +83,8 @@ class Checkpointer:
                 best_fn=_metric(training) if training.keep_best_checkpoints else None,
             )
             if jax.process_count() == 1:
-                # Orbax has each device write a part of what all hold, for many hosts to
-                # share the work, and compiles a program for each part of each shape.
+                # By default each device writes a part of what all hold, so that hosts
+                # share the work; Orbax compiles a program for each part and shape.
                 arrays = type_handlers.ArrayHandler(use_replica_parallel=False)
                 type_handlers.register_type_handler(jax.Array, arrays, override=True)
         self.manager = ocp.CheckpointManager(self._folder, options=options)

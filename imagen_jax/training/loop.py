@@ -63,8 +63,8 @@ def train(
       batches: yields global batches placed on `mesh`; `get_state() -> bytes` and
         `set_state(bytes)` tell and take its position. `iter` may begin to read.
       mesh: of all devices.
-      preview: returns what is sampled as training goes. It, `iter(batches)` and
-        `heldout` are called while the step is compiled, and may take as long.
+      preview: returns what is sampled as training goes. Like `iter(batches)` and
+        `heldout`, it is called while the step is compiled.
       stopwatch: of this run, already running.
       heldout: returns examples that are not trained on, the same batches every time.
 

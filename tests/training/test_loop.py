@@ -160,8 +160,7 @@ def test_data_is_opened_while_the_step_is_compiled(
         return lambda: done.append(what)
 
     monkeypatch.setattr(loop, "compile_train_step", compiled)
-    training = {"steps": 2, "sample_every_steps": 0, "heldout_every_steps": 100}
-    cfg = tiny.stage(model=tiny.ONE_LEVEL, training=training)
+    cfg = tiny.stage(model=tiny.ONE_LEVEL, training={"steps": 2})
     for _ in range(2):
         batches = Reading(cfg, mesh)
         loop.train(cfg, str(tmp_path), batches, mesh, told("preview"))

@@ -262,7 +262,7 @@ def test_adafactor_moves_a_parameter_of_zero(scaled, size):
 
 
 def test_data_may_be_opened_while_xla_compiles(monkeypatch):
-    """Each waits for the other here; of an error nobody waits for the end."""
+    """XLA waits for the data here. Errors of both are raised, the data's at once."""
     opened, done = threading.Event(), threading.Event()
     jitted = mock.Mock()
 
@@ -281,6 +281,9 @@ def test_data_may_be_opened_while_xla_compiles(monkeypatch):
     assert not done.is_set()
     assert step.compile_train_step(cfg, mesh, opened.set) is jitted
     assert done.wait(60)
+    jitted.lower.return_value.compile = mock.Mock(side_effect=MemoryError)
+    with pytest.raises(MemoryError):
+        step.compile_train_step(cfg, mesh)
 
 
 def test_a_batch_of_another_shape_is_refused():
