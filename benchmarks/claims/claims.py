@@ -371,7 +371,7 @@ _UNET = dataclasses.replace(
         ("model.skip_scale", 1.0),
     ),
 )
-# As long as the Efficient U-Net, in time and in arithmetic.
+# Trained for as long as the Efficient U-Net, in time and in arithmetic.
 _SHORT = dataclasses.replace(_UNET, name="shapes-unet-short", steps=325)
 _NETWORKS = {
     "efficient": _EFFICIENT,

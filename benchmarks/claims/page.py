@@ -184,10 +184,10 @@ def _ticks(low: float, high: float) -> np.ndarray:
 
 
 def sheet(lab: Lab, claim: Claim, seed: int) -> np.ndarray | None:
-    """Pictures of captions evenly from the list, whatever was painted; a row an arm.
+    """Pictures of captions taken evenly from the list, enlarged; one row per arm.
 
-    Of a claim about colours they are names with a word that is never trained on, the
-    named colours beneath. None for a claim that asks for no pictures.
+    For a claim about colours the captions are names with a word that is never trained
+    on, and a last row shows the named colours. None if a claim asks for no pictures.
     """
     worlds = [arm.asks for arm in claim.arms]
     world = COLOURS if COLOURS in worlds else worlds[0]

@@ -231,7 +231,7 @@ class Stream:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    """Raises a `UserError` for an `OSError`, which `train` would blame on the workdir."""
+    """Makes an `OSError` a `UserError`; `train` would blame it on the workdir."""
     try:
         yield
     except OSError as error:
